@@ -1,0 +1,63 @@
+"""fewstep: fast generation with flow matching.
+
+Time runs from noise to data: ``t = 0`` is the base ``x0 ~ p0``, ``t = 1`` is data ``x1``. Networks are called
+``v(x, t, **cond)`` with ``x`` (B, ...) and ``t`` (B,). Names are loaded when they are first used, so that
+``import fewstep`` costs little beside torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from fewstep.diagnostics.diagnose import Diagnosis, diagnose
+    from fewstep.errors import UserError
+    from fewstep.flow import closed_form
+    from fewstep.flow.field import Guided
+    from fewstep.generator import Generator, load
+    from fewstep.solvers.solve import Solution, invert, solve
+
+_PUBLIC = {
+    "Diagnosis": "fewstep.diagnostics.diagnose",
+    "Generator": "fewstep.generator",
+    "Guided": "fewstep.flow.field",
+    "Solution": "fewstep.solvers.solve",
+    "UserError": "fewstep.errors",
+    "diagnose": "fewstep.diagnostics.diagnose",
+    "invert": "fewstep.solvers.solve",
+    "load": "fewstep.generator",
+    "solve": "fewstep.solvers.solve",
+}
+_MODULES = {"closed_form": "fewstep.flow.closed_form"}
+
+__all__ = [
+    "Diagnosis",
+    "Generator",
+    "Guided",
+    "Solution",
+    "UserError",
+    "__version__",
+    "closed_form",
+    "diagnose",
+    "invert",
+    "load",
+    "solve",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+    elif name in _MODULES:
+        value = importlib.import_module(_MODULES[name])
+    else:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

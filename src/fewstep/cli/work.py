@@ -1,0 +1,250 @@
+"""What the verbs do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fewstep.cli import verbs
+from fewstep.errors import UserError
+from fewstep.store.files import atomic_file, make_folder, write_array, write_json
+from fewstep.training.world import LocalWorld, set_threads
+
+
+def demo(options: verbs.Demo) -> int:
+    """The digits recipe, from data to report."""
+    changed = verbs.Run("digits", out=options.out, set=(f"seed={options.seed}",))
+    return run(changed)
+
+
+def run(options: verbs.Run) -> int:
+    """Run a recipe and compare its stages."""
+    from fewstep.pipeline.dry import show_plan
+    from fewstep.pipeline.finish import finish_run
+    from fewstep.pipeline.recipe import load_recipe
+    from fewstep.pipeline.run import run_recipe
+
+    set_threads()
+    recipe = load_recipe(options.recipe, options.set)
+    out = options.out or Path("runs") / Path(options.recipe).stem
+    if options.dry:
+        print(show_plan(recipe, out))
+        return 0
+    world = LocalWorld()
+    folders = run_recipe(recipe, out, world)
+    if world.rank == 0:
+        report = finish_run(recipe, out, folders)
+        print(f"\nwrote {out}: one model folder per stage, compare.json and the report")
+        print(f"report: {report}")
+        print(f"next:   fewstep sample {folders[-1]} --num 16 --out samples.png")
+    world.barrier()
+    return 0
+
+
+def sample(options: verbs.Sample) -> int:
+    """Draw samples into a file."""
+    from fewstep.generator import load
+
+    set_threads()
+    write = writer(options.out)
+    model = load(options.model)
+    grid = options.grid
+    x = model.sample(
+        options.num,
+        steps=options.steps,
+        solver=options.solver,
+        grid=grid,
+        label=options.label,
+        guidance=options.guidance,
+        seed=options.seed,
+        batch_size=options.batch_size,
+    )
+    write(x)
+    print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
+    print(f"next:  fewstep compare {options.model} --data DATA")
+    return 0
+
+
+def writer(path: Path) -> Callable[[torch.Tensor], None]:
+    """How samples are written to a file of this name; checked before anything is sampled."""
+    suffix = path.suffix.lower()
+    if suffix not in (".npy", ".npz", ".png"):
+        raise UserError(f"--out {path}: samples are written as .npy, .npz or .png, by the file's ending.")
+    make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: give a file's name, such as {path / 'samples.npy'}.")
+
+    def write(x: torch.Tensor) -> None:
+        if suffix == ".npy":
+            write_array(path, x.numpy())
+        elif suffix == ".npz":
+            with atomic_file(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, x=x.numpy())
+        else:
+            from fewstep.report.sheet import write_sheet
+
+            write_sheet(x, path)
+
+    return write
+
+
+def diagnose(options: verbs.Diagnose) -> int:
+    """Measure a velocity model along its trajectories."""
+    from fewstep.diagnostics.diagnose import diagnose as measure
+    from fewstep.generator import load
+
+    set_threads()
+    if options.num < 2:
+        raise UserError(f"--num must be at least 2, got {options.num}.")
+    model = load(options.model)
+    if model.config.kind != "velocity":
+        raise UserError(f"{options.model} is a one-step map: there is no velocity field along t to diagnose.")
+    if options.out is not None:
+        make_folder(options.out)
+    draw = model.draw(options.num, steps=1, seed=options.seed)
+    cond = {} if draw.label is None else {"label": draw.label}
+    d = measure(model.module, draw.x0, cond=cond)
+    dimensions = int(np.prod(model.config.shape))
+    print(f"model            {options.model}")
+    print(f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {dimensions} dimensions")
+    print(f"                 {d.relative_straightness:.4f} of the squared displacement (0 is straight)")
+    print(f"one-step gap     {d.one_step_gap:.4g}, {d.relative_gap:.3f} of the displacement")
+    print(f"path length      {d.path_length_ratio:.3f} × the chord")
+    print(f"acceleration     {profile(d.times, d.curvature)}")
+    print(f"  normal part    {profile(d.times, d.normal_curvature)}")
+    for steps in (4, 8):
+        print(f"grid, {steps} steps    {','.join(f'{t:.3f}' for t in d.grid(steps))}")
+    if options.out is not None:
+        write_json(options.out / "diagnosis.json", d.as_dict())
+        print(f"wrote {options.out / 'diagnosis.json'}")
+    print(f"next: fewstep sample {options.model} --num 64 --grid {','.join(f'{t:.3f}' for t in d.grid(8))} --out x.npy")
+    return 0
+
+
+def profile(times: np.ndarray, values: np.ndarray) -> str:
+    """A profile along t in five numbers."""
+    chosen = [int(round(k * (len(times) - 1) / 4)) for k in range(5)]
+    return "  ".join(f"t={times[k]:.2f}: {values[k]:.3g}" for k in chosen)
+
+
+def compare(options: verbs.Compare) -> int:
+    """Compare models on data."""
+    from fewstep.data.load import load_data
+    from fewstep.generator import load
+    from fewstep.pipeline.compare import compare as measure
+    from fewstep.pipeline.compare import table
+    from fewstep.pipeline.finish import write_comparison
+
+    set_threads()
+    steps = step_list(options.steps)
+    if options.out is not None:
+        make_folder(options.out)
+    models = [load(folder) for folder in options.models]
+    data = load_data(options.data)
+    result = measure(models, data, steps=steps, samples=options.samples, seed=options.seed)
+    print("\n" + table(result))
+    if options.out is not None:
+        report = write_comparison(options.out, result, models, data)
+        print(f"\nwrote {options.out / 'compare.json'}\nreport: {report}")
+    else:
+        print("\nnext: the same with --out DIR writes compare.json and an HTML report")
+    return 0
+
+
+def step_list(words: str) -> list[int]:
+    """``1,2,4`` as numbers."""
+    try:
+        steps = [int(word) for word in words.split(",")]
+    except ValueError as error:
+        raise UserError(f"--steps {words!r} is not a list of whole numbers: write for example 1,2,4,8.") from error
+    if min(steps) < 1:
+        raise UserError(f"--steps {words!r}: every step count must be at least 1.")
+    return steps
+
+
+def list(options: verbs.List) -> int:
+    """List what there is."""
+    for name, text in catalogue(options.what):
+        print(f"{name:20} {text}".rstrip())
+    return 0
+
+
+def catalogue(what: str) -> Sequence[tuple[str, str]]:
+    """Names and one line each."""
+    if what == "methods":
+        from fewstep.methods.registry import METHODS
+
+        return [(name, f"{spec.summary} (needs {spec.needs})") for name, spec in METHODS.items()]
+    if what == "solvers":
+        from fewstep.solvers.tables import SOLVERS
+
+        return [(name, f"order {s.order}, {len(s.b)} network call(s) a step") for name, s in SOLVERS.items()]
+    if what == "grids":
+        from fewstep.flow.grids import GRIDS
+
+        return [(name, (f.__doc__ or "").splitlines()[0]) for name, f in GRIDS.items()]
+    if what == "networks":
+        from fewstep.networks import NETWORKS
+
+        return [(name, "presets " + ", ".join(n.presets)) for name, n in NETWORKS.items()]
+    if what == "recipes":
+        from fewstep.pipeline.recipe import shipped_recipes
+
+        return [(name, str(path)) for name, path in shipped_recipes().items()]
+    from fewstep.data.builtin import DATA
+
+    return [*((name, "") for name in DATA), ("PATH", ".npy, .npz, idx (.gz) or a folder of images")]
+
+
+def doctor(options: verbs.Doctor) -> int:
+    """Say what this machine can do."""
+    import importlib.metadata as metadata
+    import os
+    import platform
+
+    threads = set_threads()
+    device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    print(f"python      {platform.python_version()}")
+    print(f"torch       {torch.__version__}")
+    print(f"device      {device}")
+    print(f"cores       {os.cpu_count()}, {threads} thread(s) used; set FEWSTEP_THREADS to change")
+    print(f"bf16        {'yes' if bf16_is_fast() else 'slower than fp32 here'}")
+    for extra, package in EXTRAS.items():
+        try:
+            print(f"{extra:11} {package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            print(f"{extra:11} {package} is not installed: pip install 'fewstep[{extra}]'")
+    return 0
+
+
+EXTRAS = {
+    "ot": "POT",
+    "adaptive": "torchdiffeq",
+    "perceptual": "lpips",
+    "fidelity": "torch-fidelity",
+    "diffusers": "diffusers",
+    "export": "onnx",
+}
+
+
+def bf16_is_fast() -> bool:
+    """Whether a bf16 matrix product is quicker than a float32 one."""
+    import time
+
+    def seconds(dtype: torch.dtype) -> float:
+        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
+        a = torch.ones(512, 512, dtype=dtype, device=device)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            (a @ a).sum().item()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    return seconds(torch.bfloat16) < seconds(torch.float32)
+
+

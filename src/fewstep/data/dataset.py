@@ -1,0 +1,151 @@
+"""A data set in memory: rows in their own units, labels, a scaling, and a fixed held-out split.
+
+The held-out rows are chosen by a hash of the row's index alone: row ``i`` is held out where
+``splitmix64(i) < 2**64 / 10`` (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
+2014). So the split depends on no seed and no library version, every stage and every run of the same
+data has the same one, and rows added at the end move none of the earlier ones across (below eleven rows
+none has such a hash, and the row with the smallest is held out).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fewstep.data.scaling import Layout, Scaling
+from fewstep.errors import UserError
+
+__all__ = ["DataSet", "Indices", "Layout", "Scaling", "held_out_mask", "splitmix64"]
+
+Indices = NDArray[np.integer[Any]] | Tensor | Sequence[int] | slice
+HELD_OUT = 0.1
+_CHUNK_BYTES = 1 << 24
+
+
+def splitmix64(index: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
+    """The first output of the splitmix64 generator whose state is ``index``, elementwise.
+
+    ``z = i + 0x9E37...; z = (z ^ z >> 30) * 0xBF58...; z = (z ^ z >> 27) * 0x94D0...; z ^ z >> 31``.
+    """
+    z = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def held_out_mask(num: int) -> NDArray[np.bool_]:
+    """Which of ``num`` rows are held out: 10 % on average, at least one row and never all of them."""
+    assert num >= 2, "a data set has at least two rows"
+    hashes = splitmix64(np.arange(num))
+    mask = hashes < np.uint64(2**64 // 10)
+    if not mask.any():
+        mask[hashes.argmin()] = True
+    if mask.all():
+        mask[hashes.argmax()] = False
+    return mask
+
+
+def _as_index(indices: Indices) -> Any:
+    if isinstance(indices, Tensor):
+        return indices.detach().cpu().numpy()
+    return indices if isinstance(indices, slice) else np.asarray(indices, dtype=np.intp)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class DataSet:
+    """Rows ``(N, *shape)`` with what is needed to train on them and to turn samples back into data.
+
+    Args:
+        name: a built-in name, or the file's.
+        rows: ``(N, *shape)`` in the data's own units and dtype; may be memory-mapped.
+        scaling: to network units and back; its ``shape`` is that of the rows.
+        labels: int64 ``(N,)`` in ``0 .. classes - 1``, or None.
+        classes: number of labels; 0 without labels.
+        label_names: what the labels were called in the file, where that is not ``0 .. classes - 1``.
+        quantum: distance between neighbouring values in *network* units when the data is discrete with
+            one step for all features (digits 1/8, 8-bit pixels 2/255); None for continuous data.
+    """
+
+    name: str
+    rows: NDArray[Any]
+    scaling: Scaling
+    labels: NDArray[np.int64] | None = None
+    classes: int = 0
+    label_names: tuple[str | int, ...] | None = None
+    quantum: float | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.rows) < 2:
+            raise UserError(f"data {self.name!r} has {len(self.rows)} row(s), and at least 2 are needed.")
+        assert self.scaling.shape == self.rows.shape[1:], "the scaling must know the shape of the rows"
+        assert (self.labels is None) == (self.classes == 0), "labels and classes come together"
+        assert self.labels is None or self.labels.shape == (len(self.rows),), "one label per row"
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one row for the network: ``(D,)`` or ``(C, H, W)``."""
+        return tuple(self.rows.shape[1:])
+
+    @property
+    def data_shape(self) -> tuple[int, ...]:
+        """Shape of one row in the file, which is also that of the samples written."""
+        assert self.scaling.data_shape is not None
+        return self.scaling.data_shape
+
+    @cached_property
+    def train(self) -> NDArray[np.int64]:
+        """Indices of the training rows, ascending."""
+        return np.flatnonzero(~held_out_mask(len(self.rows))).astype(np.int64)
+
+    @cached_property
+    def held_out(self) -> NDArray[np.int64]:
+        """Indices of the held-out rows, ascending."""
+        return np.flatnonzero(held_out_mask(len(self.rows))).astype(np.int64)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over dtype, shape, content and labels, in hexadecimal.
+
+        Equal for equal content in whatever file it came; the scaling has no part in it.
+        """
+        digest = hashlib.sha256()
+        digest.update(f"{self.rows.dtype.str} {self.rows.shape}\n".encode())
+        row_bytes = self.rows.dtype.itemsize * math.prod(self.shape)
+        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        for start in range(0, len(self.rows), step):
+            digest.update(np.ascontiguousarray(self.rows[start : start + step]).view(np.uint8).data)
+        if self.labels is not None:
+            digest.update(b"labels\n")
+            digest.update(np.ascontiguousarray(self.labels).view(np.uint8).data)
+        return digest.hexdigest()
+
+    def network_rows(self, indices: Indices) -> Tensor:
+        """The rows ``indices`` in network units: float32 ``(n, *shape)``. IndexError outside the rows."""
+        return self.scaling.normalise(self.rows[_as_index(indices)])
+
+    def label_rows(self, indices: Indices) -> Tensor | None:
+        """The labels of the rows ``indices``: int64 ``(n,)``, or None without labels."""
+        if self.labels is None:
+            return None
+        return torch.from_numpy(np.array(self.labels[_as_index(indices)], dtype=np.int64))
+
+    def train_rows(self) -> Tensor:
+        """All training rows in network units: float32 ``(n, *shape)``."""
+        return self.network_rows(self.train)
+
+    def held_out_rows(self) -> Tensor:
+        """All held-out rows in network units: float32 ``(n, *shape)``."""
+        return self.network_rows(self.held_out)

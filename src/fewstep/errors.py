@@ -1,0 +1,46 @@
+"""Errors a user can cause: each says what is wrong, why, and what to do.
+
+The command line turns every :class:`UserError` into one message and exit code 2; anything else is a
+defect of the library and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Iterable
+from types import ModuleType
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: an argument, a file, a recipe key, a combination."""
+
+
+class MissingExtra(UserError):
+    """An optional dependency is needed and not installed."""
+
+
+def suggestion(given: str, known: Iterable[str]) -> str:
+    """Return ``"did you mean 'x'? "`` for the nearest known word, or an empty string."""
+    near = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def unknown(kind: str, given: object, known: Iterable[str]) -> UserError:
+    """Build the error for a name that is not in a list, with the likeliest word.
+
+    >>> str(unknown("solver", "eulr", ["euler", "heun"]))
+    "unknown solver 'eulr': did you mean 'euler'? Known: euler, heun."
+    """
+    words = sorted(known)
+    return UserError(f"unknown {kind} {given!r}: {suggestion(str(given), words)}Known: {', '.join(words)}.")
+
+
+def require_extra(module: str, extra: str) -> ModuleType:
+    """Import ``module`` or say which extra brings it."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtra(
+            f"{module!r} is not installed, and this needs it: pip install 'fewstep[{extra}]'."
+        ) from error

@@ -1,0 +1,506 @@
+r"""Flows known exactly: Gaussian data, Gaussian mixtures, and correlated Gaussian pairs.
+
+They are the truth that solvers, losses and diagnostics are tested against. Noise is x0 ~ N(0, I); times t, r are
+(B,) tensors, x is (B, ...), t = 0 is noise. Everything is computed in float64 and returned in the dtype of x.
+
+**Gaussian** x1 ~ N(m, s^2), independent of x0, on x_t = alpha x1 + sigma x0. The marginal is N(alpha m, q) with
+q(t) = sigma^2 + alpha^2 s^2, and the flow only rescales it:
+
+    v(x, t)    = alpha' m + (sigma sigma' + alpha alpha' s^2) / q(t) (x - alpha(t) m)
+    X(x, t, r) = alpha(r) m + sqrt(q(r) / q(t)) (x - alpha(t) m).
+
+**Mixture** sum_k w_k N(m_k, s_k^2 I): with posterior weights gamma_k(x, t) ~ w_k N(x; alpha m_k, q_k I),
+velocity and score are the gamma-weighted means of the components' own.
+
+**Correlated pair** (linear path): x1 = m + s w with corr(x0, w) = rho per coordinate. Then
+q(t) = (1 - t)^2 + t^2 s^2 + 2 t (1 - t) rho s, z_1 = m + s z_0 for *every* rho, and with theta = arccos rho
+
+    V = min flow-matching loss = s sqrt(1 - rho^2) theta,      S = straightness = 2 s (1 - rho) - V,
+    E|X1 - X0|^2 = E|Z1 - Z0|^2 + S + V   (any coupling, exact velocity),
+    std after K Euler steps on the equal-angle grid = s cos(theta / K)^K.
+
+rho = 0 is the first rectified flow, 0 < rho < 1 optimal transport in batches or a base that knows the data,
+rho = 1 a perfect reflow.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.paths import AffinePath, Linear, expand_time
+
+_LOG_2PI = math.log(2 * math.pi)
+_BISECTIONS = 64
+
+
+def gaussian(
+    mean: Tensor | float,
+    std: Tensor | float,
+    path: AffinePath | None = None,
+    shape: tuple[int, ...] | None = None,
+) -> Gaussian:
+    """Exact flow from N(0, I) to N(mean, diag(std^2)) with independent pairs.
+
+    Args:
+        mean, std: numbers or tensors broadcastable to one data point; std >= 0.
+        path: affine path, the linear one by default.
+        shape: shape of one data point, where the broadcast shape of mean and std does not say it.
+
+    Raises:
+        UserError: a negative or non-finite value, or shapes that do not broadcast.
+    """
+    m, s = _float64("mean", mean), _float64("std", std)
+    if bool((s < 0).any()):
+        raise UserError("gaussian: std has a negative value; standard deviations must be >= 0.")
+    return Gaussian(*_broadcast(m, s, shape), path=path or Linear())
+
+
+def mixture(weights: Tensor, means: Tensor, stds: Tensor, path: AffinePath | None = None) -> Mixture:
+    """Exact flow from N(0, I) to sum_k w_k N(m_k, s_k^2 I) with independent pairs.
+
+    Args:
+        weights: (K,), positive; normalised to sum 1.
+        means: (K, ...), one data point each.
+        stds: (K,), >= 0; with 0 (points) nothing is defined at t = 1.
+        path: affine path, the linear one by default.
+
+    Raises:
+        UserError: shapes that do not agree, weights not positive, stds negative.
+    """
+    w, m, s = _float64("weights", weights), _float64("means", means), _float64("stds", stds)
+    if m.ndim < 2 or w.shape != m.shape[:1] or s.shape != m.shape[:1]:
+        raise UserError(
+            f"mixture: weights {tuple(w.shape)}, means {tuple(m.shape)}, stds {tuple(s.shape)}: for K components "
+            "give weights (K,), means (K, ...) with at least one data dimension, stds (K,)."
+        )
+    if bool((w <= 0).any()) or bool((s < 0).any()):
+        raise UserError("mixture: weights must be positive and stds >= 0; leave out empty components.")
+    return Mixture(w / w.sum(), m, s, path or Linear())
+
+
+def coupled_gaussian(
+    mean: Tensor | float, std: Tensor | float, rho: float, shape: tuple[int, ...] | None = None
+) -> CoupledGaussian:
+    """Exact linear-path flow for x1 = mean + std w, where (x0, w) are standard normal with correlation rho.
+
+    Args:
+        mean, std: numbers or tensors broadcastable to one data point; std > 0.
+        rho: correlation, -1 < rho <= 1 (at -1 all paths cross in one point and no flow exists).
+        shape: shape of one data point, where the broadcast shape of mean and std does not say it.
+    """
+    m, s = _float64("mean", mean), _float64("std", std)
+    if bool((s <= 0).any()):
+        raise UserError("coupled_gaussian: std must be positive everywhere.")
+    if not -1 < rho <= 1:
+        raise UserError(
+            f"coupled_gaussian: rho = {rho} must be in (-1, 1]: at -1 all paths meet in one point."
+        )
+    return CoupledGaussian(*_broadcast(m, s, shape), rho=float(rho))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """N(mean, diag(std^2)), independent pairs, any affine path. Made by :func:`gaussian`.
+
+    Attributes:
+        mean, std: float64, one shape that broadcasts to a data point.
+        path: the affine path.
+    """
+
+    mean: Tensor
+    std: Tensor
+    path: AffinePath
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """v(x, t) = alpha' m + (sigma sigma' + alpha alpha' s^2) / q (x - alpha m)."""
+        y, time, m, s = self._prepare(x, t)
+        alpha, alpha_dot = (expand_time(c, y) for c in (self.path.alpha(time), self.path.alpha_dot(time)))
+        half_rate = expand_time(self.path.sigma_sigma_dot(time), y) + alpha * alpha_dot * s**2
+        return (alpha_dot * m + half_rate / self._variance(time, y) * (y - alpha * m)).to(x.dtype)
+
+    def flow_map(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """X(x, t, r) = alpha(r) m + sqrt(q(r) / q(t)) (x - alpha(t) m)."""
+        y, time, m, _ = self._prepare(x, t)
+        end = r.to(torch.float64)
+        scale = (self._variance(end, y) / self._variance(time, y)).sqrt()
+        start_mean, end_mean = (expand_time(self.path.alpha(c), y) * m for c in (time, end))
+        return (end_mean + scale * (y - start_mean)).to(x.dtype)
+
+    def average_velocity(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """u = (X(x, t, r) - x) / (r - t), and v(x, t) where r = t.
+
+        On the linear path the division is done by hand, (sqrt q_r - sqrt q_t) / (r - t) =
+        ((r + t)(1 + s^2) - 2) / (sqrt q_r + sqrt q_t), so it is exact and differentiable at r = t too.
+        """
+        y, time, m, s = self._prepare(x, t)
+        end = r.to(torch.float64)
+        if not isinstance(self.path, Linear):
+            return _secant(self, x, t, r)
+        root_t, root_r = self._variance(time, y).sqrt(), self._variance(end, y).sqrt()
+        slope = (expand_time(end + time, y) * (1 + s**2) - 2) / (root_r + root_t)
+        return (m + slope / root_t * (y - expand_time(time, y) * m)).to(x.dtype)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x) = -(x - alpha m) / q."""
+        y, time, m, _ = self._prepare(x, t)
+        return ((expand_time(self.path.alpha(time), y) * m - y) / self._variance(time, y)).to(x.dtype)
+
+    def log_density(self, x: Tensor, t: Tensor | float = 1.0) -> Tensor:
+        """log p_t(x), (B,), natural logarithm; the data density at t = 1."""
+        y, time, m, _ = self._prepare(x, _times(t, x))
+        q = self._variance(time, y).expand_as(y)
+        z2 = (y - expand_time(self.path.alpha(time), y) * m) ** 2 / q
+        return (-0.5 * (z2 + q.log() + _LOG_2PI)).flatten(1).sum(1).to(x.dtype)
+
+    def sample(self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """n draws of the data, (n, *shape)."""
+        return (self.mean + self.std * _normal((n, *self.mean.shape), generator)).to(dtype)
+
+    def loss_floor(self) -> float:
+        """V = (pi/2) sum s: least flow-matching loss, uniform t, summed over dimensions; linear path only."""
+        return self._coupled().loss_floor()
+
+    def straightness(self) -> float:
+        """S = int E||(Z1 - Z0) - v(Z_t, t)||^2 dt = (2 - pi/2) sum s, over dimensions; linear path only."""
+        return self._coupled().straightness()
+
+    def _coupled(self) -> CoupledGaussian:
+        if not isinstance(self.path, Linear):
+            raise UserError(
+                f"the closed form holds on the linear path only, not on {type(self.path).__name__}: "
+                "measure it with fewstep.diagnose."
+            )
+        return CoupledGaussian(self.mean, self.std, rho=0.0)
+
+    def _variance(self, t: Tensor, y: Tensor) -> Tensor:
+        """q(t), broadcastable to y."""
+        s = self.std.to(y)
+        q = expand_time(self.path.sigma(t), y) ** 2 + expand_time(self.path.alpha(t), y) ** 2 * s**2
+        _refuse_points(self.std, q)
+        return q
+
+    def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = x.to(torch.float64)
+        expand_time(t, x)
+        _fits(self.mean.shape, x)
+        return y, t.to(torch.float64), self.mean.to(y), self.std.to(y)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Mixture:
+    """sum_k w_k N(m_k, s_k^2 I), independent pairs, any affine path. Made by :func:`mixture`.
+
+    Attributes:
+        weights: (K,), sum 1.
+        means: (K, ...).
+        stds: (K,).
+        path: the affine path.
+    """
+
+    weights: Tensor
+    means: Tensor
+    stds: Tensor
+    path: AffinePath
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """v = sum_k gamma_k [alpha' m_k + c_k (x - alpha m_k)], c_k = (sigma sigma' + alpha alpha' s_k^2) / q_k."""
+        y, time = self._prepare(x, t)
+        alpha, alpha_dot = self.path.alpha(time)[:, None], self.path.alpha_dot(time)[:, None]
+        q = self._variance(time)
+        c = (self.path.sigma_sigma_dot(time)[:, None] + alpha * alpha_dot * self.stds.to(y) ** 2) / q
+        gamma = self._log_joint(y, time, q).softmax(1)
+        v = (gamma * (alpha_dot - c * alpha)) @ self._centres(y) + (gamma * c).sum(1, keepdim=True) * y
+        return v.reshape(x.shape).to(x.dtype)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x) = sum_k gamma_k (alpha m_k - x) / q_k."""
+        y, time = self._prepare(x, t)
+        q = self._variance(time)
+        weight = self._log_joint(y, time, q).softmax(1) / q
+        pull = (weight * self.path.alpha(time)[:, None]) @ self._centres(y)
+        return (pull - weight.sum(1, keepdim=True) * y).reshape(x.shape).to(x.dtype)
+
+    def log_density(self, x: Tensor, t: Tensor | float = 1.0) -> Tensor:
+        """log p_t(x), (B,), natural logarithm; the data density at t = 1."""
+        y, time = self._prepare(x, _times(t, x))
+        return self._log_joint(y, time, self._variance(time)).logsumexp(1).to(x.dtype)
+
+    def flow_map(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """X(x, t, r).
+
+        In one dimension the flow preserves order, so F_r(X) = F_t(x) with the distribution functions F: solved by
+        bisection to rounding, with exact first derivatives. Otherwise by a fine RK4; the error is below 1e-6 for
+        stds >= .05 (relative to data of size one), and derivatives go through the solver.
+        """
+        y, time = self._prepare(x, t)
+        expand_time(r, x)
+        end = r.to(y)
+        out = self._rearrange(y, time, end) if y.shape[1] == 1 else self._integrate(y, time, end)
+        return out.reshape(x.shape).to(x.dtype)
+
+    def average_velocity(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """u = (X(x, t, r) - x) / (r - t), and v(x, t) where r = t."""
+        return _secant(self, x, t, r)
+
+    def sample(self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """n draws of the data, (n, *shape)."""
+        device = generator.device
+        k = torch.multinomial(self.weights.to(device), n, replacement=True, generator=generator).cpu()
+        noise = _normal((n, *self.means.shape[1:]), generator)
+        return (self.means[k] + expand_time(self.stds[k], noise) * noise).to(dtype)
+
+    def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x as (B, D) float64, t as (B,) float64."""
+        expand_time(t, x)
+        if x.shape[1:] != self.means.shape[1:]:
+            raise UserError(
+                f"x has shape {tuple(x.shape)} but the mixture lives on {tuple(self.means.shape[1:])}: "
+                f"give x as (B, {', '.join(map(str, self.means.shape[1:]))})."
+            )
+        return x.to(torch.float64).flatten(1), t.to(torch.float64)
+
+    def _centres(self, y: Tensor) -> Tensor:
+        return self.means.to(y).flatten(1)
+
+    def _variance(self, t: Tensor) -> Tensor:
+        """q_k(t) = sigma^2 + alpha^2 s_k^2, (B, K)."""
+        q = self.path.sigma(t)[:, None] ** 2 + (self.path.alpha(t)[:, None] * self.stds.to(t)) ** 2
+        _refuse_points(self.stds, q)
+        return q
+
+    def _log_joint(self, y: Tensor, t: Tensor, q: Tensor) -> Tensor:
+        """log w_k + log N(y; alpha m_k, q_k I), (B, K)."""
+        m = self._centres(y)
+        alpha = self.path.alpha(t)[:, None]
+        distance = (y**2).sum(1, keepdim=True) - 2 * alpha * (y @ m.T) + alpha**2 * (m**2).sum(1)
+        return self.weights.to(y).log() - 0.5 * (distance / q + y.shape[1] * (q.log() + _LOG_2PI))
+
+    def _log_tails(self, y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """log F_t(y) and log (1 - F_t(y)) in one dimension, (B,) each, accurate far out."""
+        z = (y - self.path.alpha(t)[:, None] * self._centres(y)[:, 0]) / self._variance(t).sqrt()
+        w = self.weights.to(y).log()
+        below = (w + torch.special.log_ndtr(z)).logsumexp(1)
+        above = (w + torch.special.log_ndtr(-z)).logsumexp(1)
+        return below, above
+
+    def _rearrange(self, y: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """The y' with F_r(y') = F_t(y), y (B, 1), compared in the lighter tail."""
+        below, above = self._log_tails(y, t)
+        lower = below < above
+        with torch.no_grad():
+            found = self._bisect(y.detach(), t.detach(), r.detach(), below.detach(), above.detach())
+        # One Newton step at the root changes nothing but carries the derivatives of the implicit function.
+        below_r, above_r = self._log_tails(found, r)
+        log_p = self._log_joint(found, r, self._variance(r)).logsumexp(1)
+        gap = torch.where(lower, below - below_r, above_r - above)
+        weight = torch.where(lower, below_r, above_r) - log_p
+        return found + (gap * weight.exp().detach())[:, None]
+
+    def _bisect(self, y: Tensor, t: Tensor, r: Tensor, below: Tensor, above: Tensor) -> Tensor:
+        """Bisection between the images of y under the components' own maps, which enclose the root."""
+        centres, lower = self._centres(y)[:, 0], below < above
+        z = (y - self.path.alpha(t)[:, None] * centres) / self._variance(t).sqrt()
+        spread, shift = self._variance(r).sqrt(), self.path.alpha(r)[:, None] * centres
+        low = (shift + spread * z.amin(1, keepdim=True)).amin(1, keepdim=True)
+        high = (shift + spread * z.amax(1, keepdim=True)).amax(1, keepdim=True)
+        for _ in range(_BISECTIONS):
+            middle = (low + high) / 2
+            below_r, above_r = self._log_tails(middle, r)
+            too_low = torch.where(lower, below_r < below, above_r > above)[:, None]
+            low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+        return (low + high) / 2
+
+    def _integrate(self, y: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """RK4 from t to r, the more steps the narrower the narrowest component."""
+        narrow = max(float(self.stds.min()), 1e-3)
+        steps = min(max(math.ceil(24 / narrow), 64), 2048)
+        h = (r - t) / steps
+        width = h[:, None]
+        flat = Mixture(self.weights, self.means.flatten(1), self.stds, self.path)
+        for k in range(steps):
+            start, middle, end = t + k * h, t + (k + 0.5) * h, t + (k + 1) * h if k < steps - 1 else r
+            k1 = flat.velocity(y, start)
+            k2 = flat.velocity(y + width / 2 * k1, middle)
+            k3 = flat.velocity(y + width / 2 * k2, middle)
+            k4 = flat.velocity(y + width * k3, end)
+            y = y + width / 6 * (k1 + 2 * k2 + 2 * k3 + k4)
+        return y
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class CoupledGaussian:
+    """x1 = mean + std w, corr(x0, w) = rho per coordinate, linear path. Made by :func:`coupled_gaussian`.
+
+    The velocity-score relation does not hold unless rho = 0, so there is no score here.
+    """
+
+    mean: Tensor
+    std: Tensor
+    rho: float
+
+    def velocity(self, x: Tensor, t: Tensor) -> Tensor:
+        """v = m + (t s^2 - (1 - t) + rho s (1 - 2 t)) / q(t) (x - t m)."""
+        y, time, m, s = self._prepare(x, t)
+        half_rate = time * s**2 - (1 - time) + self.rho * s * (1 - 2 * time)
+        return (m + half_rate / self._variance(time, s) * (y - time * m)).to(x.dtype)
+
+    def flow_map(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """X = r m + sqrt(q(r) / q(t)) (x - t m); from 0 to 1 this is m + s x for every rho."""
+        y, time, m, s = self._prepare(x, t)
+        end = expand_time(r, y)
+        scale = (self._variance(end, s) / self._variance(time, s)).sqrt()
+        return (end * m + scale * (y - time * m)).to(x.dtype)
+
+    def average_velocity(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        """u = (X - x) / (r - t) with the division done by hand: exact and differentiable at r = t, where u = v."""
+        y, time, m, s = self._prepare(x, t)
+        end = expand_time(r, y)
+        root_t, root_r = self._variance(time, s).sqrt(), self._variance(end, s).sqrt()
+        a = 1 + s**2 - 2 * self.rho * s
+        slope = ((end + time) * a - 2 + 2 * self.rho * s) / (root_r + root_t)
+        return (m + slope / root_t * (y - time * m)).to(x.dtype)
+
+    def acceleration(self, x: Tensor, t: Tensor) -> Tensor:
+        """x''(t) along the flow: s^2 (1 - rho^2) / q^2 (x - t m), as z_t - t m = sqrt(q) z_0."""
+        y, time, m, s = self._prepare(x, t)
+        return (s**2 * (1 - self.rho**2) / self._variance(time, s) ** 2 * (y - time * m)).to(x.dtype)
+
+    def loss_floor(self) -> float:
+        """V = sum s sqrt(1 - rho^2) arccos rho: least flow-matching loss at uniform t, summed over dimensions."""
+        return float(self.std.sum()) * math.sqrt(1 - self.rho**2) * math.acos(self.rho)
+
+    def straightness(self) -> float:
+        """S = sum s (2 (1 - rho) - sqrt(1 - rho^2) arccos rho), summed over dimensions."""
+        return 2 * (1 - self.rho) * float(self.std.sum()) - self.loss_floor()
+
+    def one_step_std(self) -> Tensor:
+        """Standard deviation rho s of the single Euler step x0 + v(x0, 0) = m + rho s x0 (rho < 0: mirrored)."""
+        return abs(self.rho) * self.std
+
+    def angle_grid(self, steps: int) -> tuple[float, ...]:
+        """Times on which the chord from x0 to x1 turns by equal angles theta / K per step; needs one std.
+
+        t_k = sin phi_k / (sin phi_k + s sin(theta - phi_k)), phi_k = k theta / K. Euler on this grid gives
+        exactly the standard deviation s cos(theta / K)^K.
+        """
+        s = float(self.std.flatten()[0])
+        if not bool((self.std == s).all()):
+            raise UserError("angle_grid needs one std for all coordinates: each std has its own grid.")
+        if steps < 1:
+            raise UserError(f"angle_grid: steps = {steps} must be at least 1.")
+        theta = math.acos(self.rho)
+        grid = [0.0]
+        for k in range(1, steps):
+            near, far = (
+                (k, steps - k) if theta == 0 else (_sine(theta, k, steps), _sine(theta, steps - k, steps))
+            )
+            grid.append(near / (near + s * far))
+        return (*grid, 1.0)
+
+    def sample_pairs(
+        self, n: int, generator: torch.Generator, dtype: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor]:
+        """n pairs (x0, x1), each (n, *shape)."""
+        x0, other = _normal((2, n, *self.mean.shape), generator)
+        w = self.rho * x0 + math.sqrt(1 - self.rho**2) * other
+        return x0.to(dtype), (self.mean + self.std * w).to(dtype)
+
+    def _variance(self, t: Tensor, s: Tensor) -> Tensor:
+        """q(t) = (1 - t)^2 + t^2 s^2 + 2 t (1 - t) rho s."""
+        return (1 - t) ** 2 + (t * s) ** 2 + 2 * t * (1 - t) * self.rho * s
+
+    def _prepare(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        y = x.to(torch.float64)
+        _fits(self.mean.shape, x)
+        return y, expand_time(t, y), self.mean.to(y), self.std.to(y)
+
+
+def joint_gaussian_velocity(
+    x: Tensor, t: Tensor, mean0: Tensor, mean1: Tensor, cov0: Tensor, cov1: Tensor, cov10: Tensor
+) -> Tensor:
+    """Exact linear-path velocity of any jointly Gaussian pair.
+
+    v = mu1 - mu0 + [t C1 - (1 - t) C0 + (1 - t) C10 - t C10^T] Q(t)^-1 (x - mu_t),
+    Q(t) = (1 - t)^2 C0 + t^2 C1 + t (1 - t) (C10 + C10^T), mu_t = (1 - t) mu0 + t mu1.
+
+    Args:
+        x, t: (B, D), (B,).
+        mean0, mean1: (D,).
+        cov0, cov1: (D, D), covariances of x0 and x1.
+        cov10: (D, D), Cov(x1, x0) = E[(x1 - mu1)(x0 - mu0)^T].
+    """
+    y = x.to(torch.float64)
+    time = expand_time(t, y)
+    mu0, mu1, c0, c1, c10 = (c.to(y) for c in (mean0, mean1, cov0, cov1, cov10))
+    b = time[:, :, None]
+    cross = b * c1 - (1 - b) * c0 + (1 - b) * c10 - b * c10.T
+    q = (1 - b) ** 2 * c0 + b**2 * c1 + b * (1 - b) * (c10 + c10.T)
+    centred = y - (1 - time) * mu0 - time * mu1
+    return (mu1 - mu0 + (cross @ torch.linalg.solve(q, centred[:, :, None]))[:, :, 0]).to(x.dtype)
+
+
+def _secant(flow: Gaussian | Mixture, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+    """(X(x, t, r) - x) / (r - t), and v(x, t) on the diagonal; the difference is taken in float64."""
+    y = x.to(torch.float64)
+    time, end = t.to(torch.float64), r.to(torch.float64)
+    same = time == end
+    width = torch.where(same, 1.0, end - time)
+    chord = (flow.flow_map(y, time, end) - y) / expand_time(width, y)
+    if not bool(same.any()):
+        return chord.to(x.dtype)
+    return torch.where(expand_time(same, y) > 0, flow.velocity(y, time), chord).to(x.dtype)
+
+
+def _sine(theta: float, k: int, steps: int) -> float:
+    return math.sin(theta * k / steps)
+
+
+def _times(t: Tensor | float, x: Tensor) -> Tensor:
+    """One time for all rows as (B,)."""
+    return t if isinstance(t, Tensor) else torch.full((len(x),), t, dtype=torch.float64, device=x.device)
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).cpu()
+
+
+def _float64(name: str, value: Tensor | float) -> Tensor:
+    tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
+    if not bool(torch.isfinite(tensor).all()):
+        raise UserError(f"{name} has NaN or infinite values.")
+    return tensor
+
+
+def _broadcast(m: Tensor, s: Tensor, shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
+    """Mean and std in the shape of one data point, (1,) when nothing says more."""
+    try:
+        common = torch.broadcast_shapes(m.shape, s.shape, shape or (1,))
+    except RuntimeError:
+        raise UserError(
+            f"mean {tuple(m.shape)}, std {tuple(s.shape)} and shape {shape} do not broadcast to one data point."
+        ) from None
+    return m.expand(common), s.expand(common)
+
+
+def _fits(shape: torch.Size, x: Tensor) -> None:
+    """The closed form's shape must broadcast to that of the data, not the other way round."""
+    data = tuple(x.shape[1:])
+    if len(shape) > len(data) or any(
+        a not in (1, b) for a, b in zip(reversed(shape), reversed(data), strict=False)
+    ):
+        raise UserError(f"x has shape {tuple(x.shape)} but mean and std are {tuple(shape)} per data point.")
+
+
+def _refuse_points(stds: Tensor, q: Tensor) -> None:
+    """Point masses have no density at t = 1; nothing is checked when every std is positive."""
+    if bool((stds == 0).any()) and bool((q == 0).any()):
+        raise UserError("a component with std 0 is a point: nothing is defined at t = 1, use t < 1.")

@@ -1,0 +1,85 @@
+"""The velocity field as the library calls it: a callable ``v(x, t, **cond)`` whose calls are counted.
+
+Number of function evaluations (NFE) means network evaluations **per sample**. It is counted where the network
+is called, never computed from the number of steps, so a guided step counts two.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, final
+
+from torch import Tensor
+
+from fewstep.errors import UserError
+
+Velocity = Callable[..., Tensor]
+
+
+class Field(ABC):
+    """A velocity field ``v(x, t, **cond)``: ``x`` (B, ...), ``t`` (B,) in [0, 1], result like ``x``.
+
+    Attributes:
+        calls: network evaluations per sample so far.
+    """
+
+    calls: int
+
+    @abstractmethod
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor: ...
+
+
+@final
+class CountedField(Field):
+    """Count the calls of any callable ``v(x, t, **cond)``."""
+
+    def __init__(self, velocity: Velocity) -> None:
+        self.velocity = velocity
+        self.calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        self.calls += 1
+        return self.velocity(x, t, **cond)
+
+
+@final
+class Guided(Field):
+    """Classifier-free guidance ``v_w = v_0 + w (v_c - v_0)`` (Ho & Salimans, arXiv:2207.12598, eq. 6, as a velocity).
+
+    Every linear function of the velocity (data, noise prediction, score) is guided alike. Two network calls per
+    evaluation; one when ``w`` is 0 or 1, where the other branch has no weight.
+
+    Args:
+        velocity: ``v(x, t, **cond)``.
+        scale: guidance weight ``w``; 1 is the conditional field.
+        null: what replaces the condition in the unconditional call, e.g. ``{"label": None}``.
+    """
+
+    def __init__(self, velocity: Velocity, scale: float, null: Mapping[str, Any] | None = None) -> None:
+        self.velocity = velocity
+        self.scale = float(scale)
+        self.null = {"label": None} if null is None else dict(null)
+        self.calls = 0
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        if not cond:
+            raise UserError(
+                f"guidance {self.scale} needs a condition, and none was given: pass one (for example a label) "
+                "or leave guidance out."
+            )
+        if self.scale == 1.0:
+            return self._call(x, t, cond)
+        unconditional = self._call(x, t, {**cond, **self.null})
+        if self.scale == 0.0:
+            return unconditional
+        return unconditional.lerp(self._call(x, t, cond), self.scale)
+
+    def _call(self, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        self.calls += 1
+        return self.velocity(x, t, **cond)
+
+
+def as_field(velocity: Velocity) -> Field:
+    """Return ``velocity`` itself if it counts its calls, else a counting wrapper."""
+    return velocity if isinstance(velocity, Field) else CountedField(velocity)

@@ -1,0 +1,129 @@
+"""Time grids ``0 = t_0 < t_1 < … < t_N = 1`` for solvers, as float64 tuples.
+
+A grid is a name (``uniform``), a name with a value (``shift:3``) or explicit times (``0,0.2,1`` or a sequence).
+Explicit times fix the number of steps and may run in either direction; named grids run from noise to data.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fewstep.errors import UserError, unknown
+
+GridSpec = str | Sequence[float]
+Grid = tuple[float, ...]
+
+
+def uniform(steps: int, value: float | None = None) -> np.ndarray:
+    """``t_k = k / N``."""
+    if value is not None:
+        raise UserError("grid 'uniform' takes no value: write 'uniform'.")
+    return np.arange(steps + 1) / steps
+
+
+def shift(steps: int, value: float | None = None) -> np.ndarray:
+    """Shift the noise level: ``sigma' = s sigma / (1 + (s - 1) sigma)``, ``sigma = 1 - t`` (SD3, arXiv:2403.03206, eq. 23).
+
+    ``s > 1`` puts more steps near noise, ``s < 1`` near data; ``s = 1`` is uniform. Default 3.
+    """
+    s = 3.0 if value is None else value
+    if not s > 0:
+        raise UserError(f"grid 'shift' needs a positive value, got {s}: write for example 'shift:3'.")
+    sigma = 1.0 - uniform(steps)
+    return 1.0 - s * sigma / (1.0 + (s - 1.0) * sigma)
+
+
+def quadratic(steps: int, value: float | None = None) -> np.ndarray:
+    """``t_k = (k/N)^p`` for ``p > 0`` (dense near noise), ``1 - (1 - k/N)^|p|`` for ``p < 0`` (dense near data). Default 2."""
+    p = 2.0 if value is None else value
+    if p == 0:
+        raise UserError("grid 'quadratic' needs a non-zero power: 'quadratic:2' or 'quadratic:-2'.")
+    u = uniform(steps)
+    return u**p if p > 0 else 1.0 - (1.0 - u) ** (-p)
+
+
+GRIDS: dict[str, Callable[[int, float | None], np.ndarray]] = {
+    "uniform": uniform,
+    "shift": shift,
+    "quadratic": quadratic,
+}
+
+
+def explicit_times(spec: GridSpec) -> Grid | None:
+    """Return the times of an explicit grid, or None when ``spec`` names one."""
+    if isinstance(spec, str):
+        if not any(c.isdigit() for c in spec.split(",")[0]) or ":" in spec:
+            return None
+        words: Sequence[str | float] = [w for w in spec.split(",") if w.strip()]
+    else:
+        words = list(spec)
+    try:
+        times = tuple(float(w) for w in words)
+    except ValueError as error:
+        raise UserError(
+            f"grid {spec!r} is not a list of times: {error}. Write for example '0,0.2,1'."
+        ) from error
+    check_times(times)
+    return times
+
+
+def check_times(times: Grid) -> None:
+    """Refuse a grid that is too short, leaves [0, 1], is not finite, or turns round."""
+    if len(times) < 2:
+        raise UserError(f"a grid needs at least two times, got {list(times)}: write for example '0,0.5,1'.")
+    bad = [t for t in times if not (math.isfinite(t) and 0.0 <= t <= 1.0)]
+    if bad:
+        raise UserError(f"grid times must lie in [0, 1] (0 is noise, 1 is data), got {bad[0]}.")
+    steps = np.diff(times)
+    if not (np.all(steps > 0) or np.all(steps < 0)):
+        raise UserError(
+            f"grid {list(times)} turns round or repeats a time: give strictly increasing times (noise to data) "
+            "or strictly decreasing ones (data to noise)."
+        )
+
+
+def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
+    """Turn a grid specification into times.
+
+    Args:
+        spec: a name, ``name:value``, explicit times as ``"0,0.2,1"`` or as a sequence.
+        steps: number of solver steps; with explicit times it may be left out, and must agree when given.
+
+    Returns:
+        ``steps + 1`` strictly monotone times in [0, 1].
+
+    Raises:
+        UserError: unknown name, steps below 1, steps and explicit times in conflict, times that turn round.
+    """
+    if steps is not None and (isinstance(steps, bool) or int(steps) != steps or steps < 1):
+        raise UserError(f"steps must be a whole number of at least 1, got {steps!r}.")
+    times = explicit_times(spec)
+    if times is not None:
+        if steps is not None and steps != len(times) - 1:
+            raise UserError(
+                f"steps={steps} and the explicit grid of {len(times) - 1} steps contradict each other: "
+                "leave steps out, or name a grid ('uniform')."
+            )
+        return times
+    assert isinstance(spec, str)
+    name, _, value = spec.partition(":")
+    if name not in GRIDS:
+        raise unknown("grid", name, GRIDS)
+    if steps is None:
+        raise UserError(f"grid {name!r} needs the number of steps: pass steps=N.")
+    return tuple(float(t) for t in GRIDS[name](int(steps), _number(spec, value)))
+
+
+def _number(spec: str, value: str) -> float | None:
+    if not value:
+        return None
+    try:
+        number = float(value)
+    except ValueError as error:
+        raise UserError(f"grid {spec!r}: {value!r} is not a number. Write for example 'shift:3'.") from error
+    if not math.isfinite(number):
+        raise UserError(f"grid {spec!r}: the value must be finite.")
+    return number

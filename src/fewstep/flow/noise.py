@@ -1,0 +1,115 @@
+"""Reproducible randomness: every draw is a function of integers, never of global state.
+
+Sample noise is drawn in blocks of 256 rows, one generator per (seed, block, draw), so that sample ``i`` is the
+same whatever the number of samples, the batch size or the number of processes. Training draws are a function
+of (seed, stage, samples seen). Both go through :func:`mix`, a splitmix64 hash of the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import final
+
+import torch
+from torch import Tensor
+
+BLOCK = 256
+_MASK = (1 << 64) - 1
+
+
+def mix(*parts: int | str) -> int:
+    """Hash integers and words into 63 bits (splitmix64 finaliser, chained over the parts).
+
+    Words are reduced by SHA-256, so the result does not depend on Python's per-process string hash.
+    """
+    state = 0x9E3779B97F4A7C15
+    for part in parts:
+        if isinstance(part, str):
+            part = int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
+        state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+        state ^= state >> 31
+    return state >> 1
+
+
+def generator_for(*parts: int | str) -> torch.Generator:
+    """Return a fresh CPU generator seeded with ``mix(*parts)``."""
+    return torch.Generator().manual_seed(mix(*parts))
+
+
+def noise_rows(
+    num: int,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    start: int = 0,
+    draw: int = 0,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Draw rows ``start … start+num`` of the infinite N(0, I) table of (``seed``, ``draw``).
+
+    Args:
+        num: number of rows.
+        shape: shape of one row.
+        seed: the user's seed.
+        start: index of the first row.
+        draw: which table: 0 is the base noise, higher numbers are later draws of the same samples.
+        dtype: of the result; the draw itself is always float32, so that all dtypes see the same noise.
+
+    Returns:
+        ``(num, *shape)`` on the CPU.
+    """
+    return block_rows(
+        num,
+        start,
+        lambda block: torch.randn(BLOCK, *shape, generator=generator_for(seed, block, draw)),
+        empty=torch.empty(0, *shape),
+    ).to(dtype)
+
+
+def integer_rows(num: int, high: int, *, seed: int, start: int = 0, draw: int = 0) -> Tensor:
+    """Draw rows of a table of uniform integers in ``[0, high)``, blockwise as :func:`noise_rows`."""
+    return block_rows(
+        num,
+        start,
+        lambda block: torch.randint(high, (BLOCK,), generator=generator_for(seed, block, draw)),
+        empty=torch.empty(0, dtype=torch.long),
+    )
+
+
+def block_rows(num: int, start: int, draw_block: Callable[[int], Tensor], empty: Tensor) -> Tensor:
+    """Cut rows ``start … start+num`` out of the sequence of blocks ``draw_block(0), draw_block(1), …``."""
+    if num == 0:
+        return empty
+    first, last = start // BLOCK, (start + num - 1) // BLOCK
+    rows = torch.cat([draw_block(block) for block in range(first, last + 1)])
+    offset = start - first * BLOCK
+    return rows[offset : offset + num]
+
+
+@final
+class Draws:
+    """The random draws of one training step: made for the global batch, then cut to this process's rows.
+
+    Args:
+        generator: seeded by the caller as a function of (seed, stage, samples seen).
+        batch: rows of the global batch.
+        rows: this process's rows, all of them when None.
+    """
+
+    def __init__(self, generator: torch.Generator, batch: int, rows: slice | None = None) -> None:
+        self.generator = generator
+        self.batch = batch
+        self.rows = rows
+
+    def uniform(self) -> Tensor:
+        """``(b,)`` draws of U[0, 1)."""
+        draw = torch.rand(self.batch, generator=self.generator)
+        return draw if self.rows is None else draw[self.rows]
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        """``(b, *shape)`` draws of N(0, I)."""
+        draw = torch.randn(self.batch, *shape, generator=self.generator)
+        return draw if self.rows is None else draw[self.rows]

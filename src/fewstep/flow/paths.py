@@ -1,0 +1,330 @@
+r"""Affine probability paths and the conversions between the four ways of saying the same thing.
+
+A path carries noise ``x0`` (t = 0) to data ``x1`` (t = 1):
+
+    x_t = alpha(t) x1 + sigma(t) x0,        target(t) = alpha'(t) x1 + sigma'(t) x0.
+
+Taking E[. | x_t] of both lines shows that the velocity ``v``, the data prediction ``x1 = E[x1 | x_t]`` and
+the noise prediction ``x0 = E[x0 | x_t]`` are linear in each other, for every coupling. With the determinant
+``d = alpha sigma' - sigma alpha'`` (negative wherever the signal-to-noise ratio grows),
+
+    x1 = (sigma' x - sigma v) / d,          x0 = (alpha v - alpha' x) / d.
+
+Only the score needs more: ``score = -x0 / sigma`` holds when x0 is standard normal and independent of x1
+(Lipman et al. 2210.02747; Albergo et al. 2303.08797), not after reflow or an OT coupling.
+
+A conversion that is singular at some t (data -> velocity at sigma = 0, noise -> velocity at alpha = 0, ...)
+raises when a given t is exactly there. Velocity -> data and velocity -> noise are regular on all of [0, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError, unknown
+
+
+def expand_time(t: Tensor, x: Tensor) -> Tensor:
+    """Reshape ``t`` (B,) to (B, 1, ..., 1) with as many dimensions as ``x`` (B, ...), in the dtype of ``x``.
+
+    The reshape goes by dimensions, so it is right also when B equals the data dimension.
+    Raises ``UserError`` when ``t`` is not (B,).
+    """
+    if t.ndim != 1 or x.ndim == 0 or t.shape[0] != x.shape[0]:
+        raise UserError(
+            f"t has shape {tuple(t.shape)} and x has shape {tuple(x.shape)}: t must be (B,), one time per "
+            "row of x. For one time for all rows use x.new_full((x.shape[0],), time)."
+        )
+    return t.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
+
+
+class AffinePath(ABC):
+    """x_t = alpha(t) x1 + sigma(t) x0, from noise (t = 0) to data (t = 1).
+
+    The coefficient functions take and return (B,) tensors. In the conversions ``x`` is the state x_t
+    (B, ...), ``t`` is (B,) in [0, 1], and the converted quantity has the shape of ``x``.
+    """
+
+    @abstractmethod
+    def alpha(self, t: Tensor) -> Tensor:
+        """Weight of the data, alpha(1) = 1."""
+
+    @abstractmethod
+    def sigma(self, t: Tensor) -> Tensor:
+        """Weight of the noise, sigma(1) = 0."""
+
+    @abstractmethod
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        """d alpha / dt."""
+
+    @abstractmethod
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        """d sigma / dt."""
+
+    @abstractmethod
+    def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        """sigma sigma' = (sigma^2)' / 2, finite on all of [0, 1] even where sigma' is not."""
+
+    @abstractmethod
+    def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of x1 = a x + b v: a = sigma'/d, b = -sigma/d."""
+
+    @abstractmethod
+    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of x0 = a x + b v: a = -alpha'/d, b = alpha/d."""
+
+    @abstractmethod
+    def score_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(a, b) of score = a x + b v = -x0 / sigma; not finite where the score is singular."""
+
+    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """x_t = alpha(t) x1 + sigma(t) x0."""
+        _same_shape("x0", x0, "x1", x1)
+        return expand_time(self.alpha(t), x1) * x1 + expand_time(self.sigma(t), x0) * x0
+
+    def target(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
+        """Conditional velocity alpha'(t) x1 + sigma'(t) x0, what flow matching regresses on."""
+        _same_shape("x0", x0, "x1", x1)
+        return expand_time(self.alpha_dot(t), x1) * x1 + expand_time(self.sigma_dot(t), x0) * x0
+
+    def velocity_to_data(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """E[x1 | x_t]; on the linear path x + (1 - t) v. Regular on [0, 1]."""
+        return _combine(self.data_coefficients(t), x, v)
+
+    def velocity_to_noise(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """E[x0 | x_t]; on the linear path x - t v. Regular on [0, 1]."""
+        return _combine(self.noise_coefficients(t), x, v)
+
+    def data_to_velocity(self, x1: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The inverse of :meth:`velocity_to_data`; singular where sigma(t) = 0."""
+        return _solve(self.data_coefficients(t), x, x1, t, "data to velocity", "sigma(t) = 0 there")
+
+    def noise_to_velocity(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Inverse of :meth:`velocity_to_noise`; singular where alpha(t) = 0, and at t = 1 on VP."""
+        reason = "v has weight 0 in the noise prediction there"
+        return _solve(self.noise_coefficients(t), x, x0, t, "noise to velocity", reason)
+
+    def data_to_noise(self, x1: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """x0 = (x - alpha x1) / sigma; singular where sigma(t) = 0."""
+        return _solve((self.alpha(t), self.sigma(t)), x1, x, t, "data to noise", "sigma(t) = 0 there")
+
+    def noise_to_data(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """x1 = (x - sigma x0) / alpha; singular where alpha(t) = 0."""
+        return _solve((self.sigma(t), self.alpha(t)), x0, x, t, "noise to data", "alpha(t) = 0 there")
+
+    def velocity_to_score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """grad log p_t(x) = -x0 / sigma, on the linear path (t v - x) / (1 - t).
+
+        Valid for an independent coupling with x0 ~ N(0, I) only. Singular where sigma(t) = 0, except on VP.
+        """
+        a, b = self.score_coefficients(t)
+        _refuse(~(torch.isfinite(a) & torch.isfinite(b)), t, "velocity to score", "sigma(t) = 0 there")
+        return _combine((a, b), x, v)
+
+    def score_to_velocity(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """v = (alpha'/alpha) (x + sigma^2 score) - sigma sigma' score; singular where alpha(t) = 0."""
+        _same_shape("score", score, "x", x)
+        alpha = self.alpha(t)
+        _refuse(alpha == 0, t, "score to velocity", "alpha(t) = 0 there")
+        rate = self.alpha_dot(t) / alpha
+        weight = rate * self.sigma(t) ** 2 - self.sigma_sigma_dot(t)
+        return expand_time(rate, x) * x + expand_time(weight, x) * score
+
+    def noise_to_score(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """score = -x0 / sigma; ``x`` only fixes the batch. Singular where sigma(t) = 0."""
+        _same_shape("x0", x0, "x", x)
+        sigma = self.sigma(t)
+        _refuse(sigma == 0, t, "noise to score", "sigma(t) = 0 there")
+        return -x0 / expand_time(sigma, x)
+
+    def score_to_noise(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """x0 = -sigma score. Regular on [0, 1]."""
+        _same_shape("score", score, "x", x)
+        return -expand_time(self.sigma(t), x) * score
+
+    def data_to_score(self, x1: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """score = (alpha x1 - x) / sigma^2; singular where sigma(t) = 0."""
+        return self.noise_to_score(self.data_to_noise(x1, x, t), x, t)
+
+    def score_to_data(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """Tweedie's formula x1 = (x + sigma^2 score) / alpha; singular where alpha(t) = 0."""
+        return self.noise_to_data(self.score_to_noise(score, x, t), x, t)
+
+
+@final
+@dataclass(frozen=True)
+class Linear(AffinePath):
+    """The straight line x_t = t x1 + (1 - t) x0 with target x1 - x0 (2209.03003, Eq. 1)."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -torch.ones_like(t)
+
+    def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        return t - 1
+
+    def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x1 = x + (1 - t) v."""
+        return torch.ones_like(t), 1 - t
+
+    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 = x - t v."""
+        return torch.ones_like(t), -t
+
+    def score_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """score = (t v - x) / (1 - t)."""
+        return -1 / (1 - t), t / (1 - t)
+
+
+@final
+@dataclass(frozen=True)
+class Cosine(AffinePath):
+    """The quarter circle alpha = sin(pi t / 2), sigma = cos(pi t / 2) (GVP of SiT 2401.08740; 2209.15571).
+
+    sigma is computed as sin(pi (1 - t) / 2), which is exactly 0 at t = 1.
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * t)
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * (1 - t))
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return math.pi / 2 * self.sigma(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        return -math.pi / 2 * self.alpha(t)
+
+    def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        return self.sigma(t) * self.sigma_dot(t)
+
+    def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x1 = alpha x + (2 / pi) sigma v."""
+        return self.alpha(t), 2 / math.pi * self.sigma(t)
+
+    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 = sigma x - (2 / pi) alpha v."""
+        return self.sigma(t), -2 / math.pi * self.alpha(t)
+
+    def score_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """score = -x + (2 / pi) (alpha / sigma) v."""
+        return -torch.ones_like(t), 2 / math.pi * self.alpha(t) / self.sigma(t)
+
+
+@final
+@dataclass(frozen=True)
+class VP(AffinePath):
+    """Variance preserving path of the linear-beta diffusion (2011.13456, App. C), in our time t = 1 - tau.
+
+    log alpha = -tau^2 (beta_max - beta_min) / 4 - tau beta_min / 2 and sigma = sqrt(1 - alpha^2).
+    alpha(0) is small but not 0 (.0066 by default), and sigma' is infinite at t = 1: the *target* is refused
+    there, while the velocity E[target | x_t] = (alpha'/alpha) (x + score) stays finite.
+
+    Args:
+        beta_min, beta_max: ends of the linear noise schedule, 0 < beta_min <= beta_max.
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta_min <= self.beta_max < math.inf:
+            raise UserError(
+                f"VP path: beta_min = {self.beta_min} and beta_max = {self.beta_max}, "
+                "but the noise schedule must be positive and growing: give 0 < beta_min <= beta_max."
+            )
+
+    def _log_alpha(self, t: Tensor) -> Tensor:
+        tau = 1 - t
+        return -tau * (tau * (self.beta_max - self.beta_min) / 4 + self.beta_min / 2)
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.exp(self._log_alpha(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return self.alpha(t) * self._rate(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        sigma = self.sigma(t)
+        _refuse(sigma == 0, t, "the VP path's sigma'(t)", "sigma is a square root with value 0 there")
+        return -self.alpha(t) * self.alpha_dot(t) / sigma
+
+    def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        return -self.alpha(t) * self.alpha_dot(t)
+
+    def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x1 = alpha x + (sigma^2 / alpha') v, as d = -alpha' / sigma."""
+        return self.alpha(t), -torch.expm1(2 * self._log_alpha(t)) / self.alpha_dot(t)
+
+    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 = sigma x - sigma (alpha / alpha') v."""
+        sigma = self.sigma(t)
+        return sigma, -sigma / self._rate(t)
+
+    def score_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """score = (alpha / alpha') v - x, regular also at t = 1."""
+        return -torch.ones_like(t), 1 / self._rate(t)
+
+    def _rate(self, t: Tensor) -> Tensor:
+        """alpha' / alpha = beta(tau) / 2 > 0."""
+        return (1 - t) * (self.beta_max - self.beta_min) / 2 + self.beta_min / 2
+
+
+PATHS: dict[str, type[AffinePath]] = {"linear": Linear, "cosine": Cosine, "vp": VP}
+
+
+def make_path(name: str) -> AffinePath:
+    """Return the path of that name with its default constants; ``UserError`` for an unknown name."""
+    if name not in PATHS:
+        raise unknown("path", name, PATHS)
+    return PATHS[name]()
+
+
+def _combine(coefficients: tuple[Tensor, Tensor], x: Tensor, v: Tensor) -> Tensor:
+    """A x + b v with (B,) coefficients."""
+    _same_shape("the converted quantity", v, "x", x)
+    a, b = coefficients
+    return expand_time(a, x) * x + expand_time(b, x) * v
+
+
+def _solve(
+    coefficients: tuple[Tensor, Tensor], x: Tensor, y: Tensor, t: Tensor, what: str, reason: str
+) -> Tensor:
+    """The v of a x + b v = y; refuses b = 0."""
+    _same_shape("the converted quantity", x, "x", y)
+    a, b = coefficients
+    _refuse(b == 0, t, what, reason)
+    return (y - expand_time(a, x) * x) / expand_time(b, x)
+
+
+def _refuse(singular: Tensor, t: Tensor, what: str, reason: str) -> None:
+    """Raise when any time makes the conversion singular."""
+    if bool(singular.any()):
+        where = float(t[singular][0])
+        raise UserError(f"{what} is singular at t = {where:g}: {reason}. Use a t strictly inside (0, 1).")
+
+
+def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Broadcasting between states hides mistakes: shapes must be equal."""
+    if a.shape != b.shape:
+        raise UserError(
+            f"{name_a} has shape {tuple(a.shape)} but {name_b} has {tuple(b.shape)}: they must be equal."
+        )

@@ -1,0 +1,171 @@
+r"""Time laws: how often each t is trained on.
+
+Every law is given by its quantile function (inverse distribution function), so one uniform draw u in [0, 1]
+makes t = quantile(u), whatever the law: ``law.sample(u)`` is deterministic and increasing in u.
+
+A name with its numbers makes a law: ``make_time_law("logit_normal:0,1")``, ``"ushape:4"``, ``"uniform"``.
+Times are ours, t = 0 noise. A paper's law on tau = 1 - t changes sides: logit-normal(mu, s) on tau is
+logit-normal(-mu, s) here.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError, unknown
+
+
+class TimeLaw(ABC):
+    """A distribution of training times on [0, 1]."""
+
+    @abstractmethod
+    def sample(self, u: Tensor) -> Tensor:
+        """Quantile function: uniform draws u in [0, 1] (any shape) to times."""
+
+    @abstractmethod
+    def density(self, t: Tensor) -> Tensor:
+        """Probability density at t in [0, 1]."""
+
+
+@final
+@dataclass(frozen=True)
+class Uniform(TimeLaw):
+    """p(t) = 1."""
+
+    def sample(self, u: Tensor) -> Tensor:
+        return u
+
+    def density(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+
+@final
+@dataclass(frozen=True)
+class LogitNormal(TimeLaw):
+    """logit t ~ N(mu, s^2): most weight in the middle (2403.03206).
+
+    Args:
+        mu: centre in logits; positive leans to the data.
+        s: spread in logits, positive.
+    """
+
+    mu: float = 0.0
+    s: float = 1.0
+
+    def __post_init__(self) -> None:
+        _finite("logit_normal", self)
+        if self.s <= 0:
+            raise UserError(f"logit_normal: s = {self.s} is a standard deviation and must be positive.")
+
+    def sample(self, u: Tensor) -> Tensor:
+        return torch.sigmoid(self.mu + self.s * torch.special.ndtri(u))
+
+    def density(self, t: Tensor) -> Tensor:
+        """exp(-(logit t - mu)^2 / (2 s^2)) / (s sqrt(2 pi) t (1 - t)), and 0 at the ends."""
+        inside = (t > 0) & (t < 1)
+        safe = torch.where(inside, t, 0.5)
+        z = (torch.logit(safe) - self.mu) / self.s
+        value = torch.exp(-z * z / 2) / (self.s * math.sqrt(2 * math.pi) * safe * (1 - safe))
+        return torch.where(inside, value, 0.0)
+
+
+@final
+@dataclass(frozen=True)
+class UShaped(TimeLaw):
+    """p(t) = a (e^{a t} + e^{a (1 - t)}) / (2 (e^a - 1)): most weight at both ends (2405.20320).
+
+    The sum is 2 e^{a/2} cosh(a (t - 1/2)), so p = a cosh(a (t - 1/2)) / (2 sinh(a/2)), the distribution
+    function is 1/2 + sinh(a (t - 1/2)) / (2 sinh(a/2)), and it inverts in closed form.
+
+    Args:
+        a: 0 < a <= 100; the density at the ends is cosh(a/2) times that in the middle.
+    """
+
+    a: float = 4.0
+
+    def __post_init__(self) -> None:
+        _finite("ushape", self)
+        if not 0 < self.a <= 100:
+            raise UserError(f"ushape: a = {self.a} must be in (0, 100]; a -> 0 is the law 'uniform'.")
+
+    def sample(self, u: Tensor) -> Tensor:
+        """t = 1/2 + asinh((2 u - 1) sinh(a/2)) / a."""
+        return (0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a).clamp(0.0, 1.0)
+
+    def density(self, t: Tensor) -> Tensor:
+        return self.a / (2 * math.sinh(self.a / 2)) * torch.cosh(self.a * (t - 0.5))
+
+
+@final
+@dataclass(frozen=True)
+class Exponential(TimeLaw):
+    """p(t) = rate e^{-rate t} / (1 - e^{-rate}); the default is 10^{1 - t} up to a constant (2410.07815).
+
+    Args:
+        rate: positive leans to the noise, negative to the data; not 0.
+    """
+
+    rate: float = math.log(10.0)
+
+    def __post_init__(self) -> None:
+        _finite("exponential", self)
+        if self.rate == 0 or abs(self.rate) > 80:
+            raise UserError(
+                f"exponential: rate = {self.rate} must be in [-80, 80] and not 0; rate 0 is the law 'uniform'."
+            )
+
+    def sample(self, u: Tensor) -> Tensor:
+        """t = -log(1 - u (1 - e^{-rate})) / rate, written from the heavy end so that no digits are lost."""
+        size = abs(self.rate)
+        near = u if self.rate > 0 else 1 - u
+        t = (-torch.log1p(near * math.expm1(-size)) / size).clamp(0.0, 1.0)
+        return t if self.rate > 0 else 1 - t
+
+    def density(self, t: Tensor) -> Tensor:
+        return -self.rate / math.expm1(-self.rate) * torch.exp(-self.rate * t)
+
+
+TIME_LAWS: dict[str, type[TimeLaw]] = {
+    "uniform": Uniform,
+    "logit_normal": LogitNormal,
+    "ushape": UShaped,
+    "exponential": Exponential,
+}
+
+
+def make_time_law(spec: str) -> TimeLaw:
+    """Build a law from ``"name"`` or ``"name:number,number"``; missing numbers take their defaults.
+
+    >>> make_time_law("logit_normal:0,1")
+    LogitNormal(mu=0.0, s=1.0)
+    """
+    name, _, rest = spec.partition(":")
+    if name not in TIME_LAWS:
+        raise unknown("time law", name, TIME_LAWS)
+    law = TIME_LAWS[name]
+    names = _parameters(law)
+    usage = f"{name}:{','.join(names)}" if names else f"{name} (it has no numbers)"
+    try:
+        numbers = [float(word) for word in rest.split(",")] if rest else []
+    except ValueError:
+        raise UserError(f"time law {spec!r}: {rest!r} is not a list of numbers; write {usage}.") from None
+    if len(numbers) > len(names):
+        raise UserError(f"time law {spec!r} has {len(numbers)} numbers, too many: write {usage}.")
+    return law(*numbers)
+
+
+def _parameters(law: type[TimeLaw]) -> list[str]:
+    return [f.name for f in fields(law)]  # type: ignore[arg-type]
+
+
+def _finite(name: str, law: LogitNormal | UShaped | Exponential) -> None:
+    for key in _parameters(type(law)):
+        value = getattr(law, key)
+        if not math.isfinite(value):
+            raise UserError(f"{name}: {key} = {value} must be a finite number.")

@@ -1,0 +1,238 @@
+"""What a method is.
+
+A method's :class:`Spec` names its options and makes a :class:`Plan` for a stage: the student it trains and a list of
+phases. A :class:`Phase` prepares an :class:`Objective` (modules by role, whose turn it is, the loss) and the batches it
+learns from. The trainer knows roles, turns and samples seen; it knows no paper.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, final
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from fewstep.data.dataset import DataSet
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Facts, Pair, Source
+from fewstep.flow.field import Guided, Velocity
+from fewstep.flow.noise import Draws
+
+
+class Options(BaseModel):
+    """Options every stage has; a method's own options extend them. Unknown keys are refused.
+
+    Progress is measured in samples seen: ``samples`` is the stage's total over all its phases.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    method: str
+    teacher: str | None = Field(None, description="the stage this one learns from")
+    init: str | None = Field(None, description="the stage whose EMA weights the student starts from")
+    network: dict[str, Any] | str | None = Field(None, description="overrides the recipe's network")
+    samples: int = Field(1_000_000, gt=0, description="samples seen in the stage, over all phases")
+    batch_size: int = Field(256, gt=0)
+    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW; warm-up, then cosine to zero")
+    warmup: float = Field(0.05, ge=0, lt=1, description="share of a phase's samples in linear warm-up")
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    ema: float = Field(0.998, ge=0, lt=1, description="largest decay of the weight average, per step")
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+
+class PairOptions(Options):
+    """Options of methods that learn from pairs (noise, teacher's endpoint)."""
+
+    pairs: int = Field(20_000, gt=0, description="generated pairs per round")
+    solver: str = Field("rk4", description="the solver that makes the pairs")
+    nfe: int | None = Field(None, gt=0, description="network calls per pair; chosen by the error gate when absent")
+    tolerance: float = Field(0.02, gt=0, description="largest relative endpoint error of the pairs")
+    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked into the pairs")
+
+    @model_validator(mode="after")
+    def _needs_teacher(self) -> PairOptions:
+        if self.teacher is None:
+            raise ValueError(f"method {self.method!r} learns from a teacher: add 'teacher: STAGE'")
+        return self
+
+
+class Objective(ABC):
+    """The loss of a phase and the modules it trains.
+
+    Attributes:
+        modules: the trained modules by role; ``student`` is the one that is kept.
+    """
+
+    modules: dict[str, nn.Module]
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        """The roles that learn at optimiser step ``step``, in order."""
+        return ("student",)
+
+    @abstractmethod
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        """Named scalar terms; ``"loss"`` is the one that is minimised for ``role``."""
+
+
+class Batches(Protocol):
+    """Where a phase's training pairs come from."""
+
+    facts: Facts
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """The global batch of samples ``start … start + count`` of the phase; a function of its arguments alone."""
+        ...
+
+
+@final
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen model that a stage learns from: EMA weights, eval mode, no gradients.
+
+    Attributes:
+        velocity: ``v(x, t, **cond)``.
+        digest: hash of its weights.
+        guidance: guidance already baked into its weights, or None.
+        name: what to call it in messages.
+    """
+
+    velocity: Velocity
+    digest: str
+    guidance: float | None = None
+    name: str = "teacher"
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    network: Mapping[str, Any] = field(default_factory=dict)
+
+    def guided(self, scale: float) -> Velocity:
+        """The velocity with guidance ``scale``; refuses to guide twice."""
+        if scale == 1.0:
+            return self.velocity
+        if self.guidance not in (None, 1.0):
+            raise UserError(
+                f"guidance {scale} asked of {self.name!r}, which already has guidance {self.guidance} baked in: "
+                "guiding twice is wrong. Leave guidance out of this stage, or learn from the unguided teacher."
+            )
+        return Guided(self.velocity, scale)
+
+
+class World(Protocol):
+    """The processes that work together."""
+
+    @property
+    def rank(self) -> int: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def device(self) -> torch.device: ...
+    def barrier(self) -> None: ...
+    def say(self, message: str) -> None: ...
+    def progress(self, total: int, done: int, label: str) -> Any: ...
+
+
+@final
+@dataclass(frozen=True)
+class Stage:
+    """What a method is given to plan a stage.
+
+    Attributes:
+        name: the stage's name in the recipe.
+        folder: its folder, for pairs and the like.
+        data: the training data.
+        source: the base distribution ``x0 ~ p0``.
+        seed: the recipe's seed.
+        conditional: whether networks see the labels.
+        network: the resolved network configuration of the student.
+        build: makes the student, started from the stage's initial weights.
+        teacher: the teacher, None for a method without one.
+        dequantise: standard deviation of the noise added to discrete data, network units.
+        world: the processes at work.
+    """
+
+    name: str
+    folder: Path
+    data: DataSet
+    source: Source
+    seed: int
+    conditional: bool
+    network: dict[str, Any]
+    build: Callable[[], nn.Module]
+    teacher: Teacher | None
+    dequantise: float
+    world: World
+
+
+@final
+@dataclass(frozen=True)
+class Phase:
+    """A part of a stage with one objective and one set of batches.
+
+    Attributes:
+        name: used in messages and folder names.
+        samples: samples seen in the phase.
+        prepare: called when the phase begins, with the student as the previous phase left it (its EMA as a frozen
+            teacher; None in the first phase); may take minutes, and must be resumable.
+    """
+
+    name: str
+    samples: int
+    prepare: Callable[[Teacher | None], tuple[Objective, Batches]]
+
+
+@final
+@dataclass(frozen=True)
+class SampleRule:
+    """How a finished network is sampled.
+
+    Attributes:
+        kind: ``velocity`` (any solver, any number of steps) or ``map`` (its own sampler).
+        steps: the step counts it was made for; None for any.
+        default_steps: steps when the user names none.
+    """
+
+    kind: Literal["velocity", "map"] = "velocity"
+    steps: tuple[int, ...] | None = None
+    default_steps: int = 50
+
+
+@final
+@dataclass(frozen=True)
+class Plan:
+    """A stage made concrete.
+
+    Attributes:
+        student: the module that is trained and kept.
+        phases: what happens, in order.
+        rule: how the result is sampled.
+        facts: what is true of the coupling the result was trained on.
+    """
+
+    student: nn.Module
+    phases: list[Phase]
+    rule: SampleRule
+    facts: Facts
+
+
+@final
+@dataclass(frozen=True)
+class Spec:
+    """A method's line in the registry.
+
+    Attributes:
+        options: its options.
+        plan: makes the plan of a stage.
+        summary: one line for ``fewstep list methods``.
+        needs: what it learns from, in words.
+        cite: keys into :mod:`fewstep.citations`.
+    """
+
+    options: type[Options]
+    plan: Callable[[Any, Stage], Plan]
+    summary: str
+    needs: str
+    cite: tuple[str, ...]

@@ -1,0 +1,130 @@
+"""Training pairs as functions of (seed, samples seen): data rows through a coupling, stored pairs, and their mixture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.data.dataset import DataSet
+from fewstep.flow.couplings import Coupling, Facts, Pair
+from fewstep.flow.noise import generator_for
+from fewstep.methods.base import Batches
+from fewstep.store.pairs import PairStore
+
+
+@final
+class EpochOrder:
+    """Row numbers in shuffled epochs: every row once per epoch, the order a function of (key, epoch)."""
+
+    def __init__(self, rows: int, key: tuple[int | str, ...]) -> None:
+        self.rows = rows
+        self.key = key
+        self._epoch = -1
+        self._order = torch.empty(0, dtype=torch.long)
+
+    def indices(self, start: int, count: int) -> Tensor:
+        """Rows of samples ``start … start + count``."""
+        parts = []
+        while count > 0:
+            epoch, offset = divmod(start, self.rows)
+            if epoch != self._epoch:
+                self._order = torch.randperm(self.rows, generator=generator_for(*self.key, "epoch", epoch))
+                self._epoch = epoch
+            part = self._order[offset : offset + count]
+            parts.append(part)
+            start, count = start + len(part), count - len(part)
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+@final
+class DataBatches:
+    """Rows of a data set, paired with base noise by a coupling.
+
+    Args:
+        data: the data set; its training split is used.
+        coupling: pairs the rows with x0.
+        conditional: hand the labels on.
+        dequantise: standard deviation of Gaussian noise added to the rows, network units.
+        key: what the order is a function of.
+    """
+
+    CACHE_BYTES = 1 << 30
+
+    def __init__(
+        self, data: DataSet, coupling: Coupling, conditional: bool, dequantise: float, key: tuple[int | str, ...]
+    ) -> None:
+        self.coupling = coupling
+        self.facts = coupling.facts
+        self.dequantise = dequantise
+        self._data = data
+        self._train = torch.as_tensor(data.train)
+        self._order = EpochOrder(len(self._train), key)
+        labels = data.label_rows(data.train) if conditional else None
+        self._labels = labels
+        # small data sets live in memory as the network sees them; large ones are converted batch by batch
+        small = len(self._train) * 4 * int(torch.Size(data.shape).numel()) <= self.CACHE_BYTES
+        self._rows = data.network_rows(data.train) if small else None
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        index = self._order.indices(start, count)
+        x1 = self._rows[index] if self._rows is not None else self._data.network_rows(self._train[index].numpy())
+        if self.dequantise:
+            x1 = x1 + self.dequantise * torch.randn(x1.shape, generator=generator)
+        cond = {} if self._labels is None else {"label": self._labels[index]}
+        return self.coupling.pair(x1, cond, generator)
+
+
+@final
+class StoredBatches:
+    """Pairs from a store's training part, in shuffled epochs.
+
+    Args:
+        store: a complete store.
+        facts: what is true of its pairs.
+        key: what the order is a function of.
+    """
+
+    def __init__(self, store: PairStore, facts: Facts, key: tuple[int | str, ...]) -> None:
+        self.facts = facts
+        self._pairs = store.training_rows()
+        self._order = EpochOrder(len(self._pairs), key)
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        columns = self._pairs.columns(self._order.indices(start, count))
+        return Pair(columns.pop("x0"), columns.pop("x1"), columns)
+
+
+@final
+@dataclass(frozen=True)
+class MixedBatches:
+    """Each sample is synthetic with probability ``p(start)``, else real (the mixed buffer of ReFlow).
+
+    Args:
+        synthetic: pairs the teacher generated.
+        real: pairs whose endpoint is a data row.
+        share: the probability of a synthetic pair, a function of samples seen.
+        facts: of the mixture.
+    """
+
+    synthetic: Batches
+    real: Batches
+    share: Callable[[int], float]
+    facts: Facts
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        keep = torch.rand(count, generator=generator) < self.share(start)
+        # both sides draw for the whole batch, so what one side draws never depends on the other's share
+        synthetic, real = self.synthetic.batch(start, count, generator), self.real.batch(start, count, generator)
+        return Pair(
+            x0=_choose(keep, synthetic.x0, real.x0),
+            x1=_choose(keep, synthetic.x1, real.x1),
+            cond={name: _choose(keep, synthetic.cond[name], real.cond[name]) for name in synthetic.cond},
+        )
+
+
+def _choose(keep: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    return torch.where(keep.view(-1, *(1,) * (yes.ndim - 1)), yes, no)

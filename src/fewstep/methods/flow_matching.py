@@ -1,0 +1,69 @@
+"""Flow matching / rectified flow: the teacher (arXiv:2210.02747, arXiv:2209.03003).
+
+    L(theta) = E_{x0 ~ p0, x1 ~ data, t} |v_theta(x_t, t) - d/dt x_t|^2
+
+with x0 drawn independently of x1, or coupled within the batch by optimal transport (arXiv:2302.00482).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Coupling, Independent, MinibatchOT
+from fewstep.flow.paths import make_path
+from fewstep.flow.time_laws import make_time_law
+from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.batches import DataBatches
+from fewstep.methods.straight_line import VelocityRegression
+
+
+class FlowMatchingOptions(Options):
+    """Options of ``method: flow_matching``."""
+
+    coupling: Literal["independent", "ot"] = "independent"
+    ot_batch_size: int | None = Field(None, gt=1, description="rows per optimal-transport problem")
+    path: str = "linear"
+    time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, ushape:a, exponential:rate")
+    loss: Literal["l2", "l1", "huber"] = "l2"
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of null labels, for guidance")
+
+
+def make_coupling(options: FlowMatchingOptions, stage: Stage) -> Coupling:
+    """The coupling the options name."""
+    if options.coupling == "ot":
+        return MinibatchOT(stage.source, batch_size=options.ot_batch_size)
+    if options.ot_batch_size is not None:
+        raise UserError("ot_batch_size belongs to 'coupling: ot': set that, or leave it out.")
+    return Independent(stage.source)
+
+
+def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
+    """One phase on data rows."""
+    student = stage.build()
+    coupling = make_coupling(options, stage)
+
+    def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
+        objective = VelocityRegression(
+            student,
+            make_path(options.path),
+            make_time_law(options.time),
+            options.loss,
+            label_dropout=options.label_dropout if stage.conditional else 0.0,
+            null=stage.data.classes,
+        )
+        key = (stage.seed, stage.name)
+        return objective, DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key)
+
+    return Plan(student, [Phase("train", options.samples, prepare)], SampleRule(), coupling.facts)
+
+
+SPEC = Spec(
+    options=FlowMatchingOptions,
+    plan=plan,
+    summary="train a velocity field on data (the teacher)",
+    needs="data",
+    cite=("lipman2023flow", "liu2023flow"),
+)

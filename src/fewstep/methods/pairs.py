@@ -1,0 +1,261 @@
+"""Make the pairs a student learns from: noise carried to the teacher's endpoint, or data inverted to its noise.
+
+Every row is a function of (seed, row number), shards are solved in fixed chunks, and each process writes its own
+shards, so that a killed generation, or one with more processes, ends with the same bytes. Before a store is used it
+passes three checks: a re-solve with twice the steps (error and orientation), and for inverted pairs the law of the
+noise, which must be the base's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Facts, GaussianSource
+from fewstep.flow.field import Velocity
+from fewstep.flow.noise import BLOCK, generator_for, integer_rows, mix, noise_rows
+from fewstep.methods.base import PairOptions, Stage, Teacher
+from fewstep.methods.batches import EpochOrder
+from fewstep.solvers.solve import invert, solve
+from fewstep.solvers.tables import find_solver
+from fewstep.store.pairs import SHARD_ROWS, Columns, PairStore
+
+PILOT = 256
+LADDER = (16, 32, 64, 128)  # network calls per pair that the error gate tries
+
+
+@final
+@dataclass(frozen=True)
+class PairRequest:
+    """Which pairs to make.
+
+    Attributes:
+        direction: ``generated`` (noise to the teacher's endpoint) or ``inverted`` (data to its noise).
+        rows: how many.
+        options: solver, calls, tolerance, guidance.
+        teacher: who makes them.
+        tag: distinguishes the noise of rounds.
+    """
+
+    direction: Literal["generated", "inverted"]
+    rows: int
+    options: PairOptions
+    teacher: Teacher
+    tag: str
+
+
+def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
+    """Make (or finish) a pair store below the stage's folder and check it.
+
+    Raises:
+        UserError: the store on disk is another teacher's; the pairs are less accurate than ``tolerance`` at a
+            number of calls the user fixed; inverted noise that is nothing like the base.
+    """
+    maker = _Maker(stage, request)
+    store = PairStore(
+        stage.folder / "pairs" / request.tag / request.direction, maker.description(), request.rows
+    )
+    if stage.world.rank == 0:
+        store.open()
+    stage.world.barrier()
+    if store.complete:
+        return store
+    missing = store.missing()
+    mine = [number for number in missing if number % stage.world.size == stage.world.rank]
+    with stage.world.progress(
+        request.rows, request.rows - len(missing) * SHARD_ROWS, f"{stage.name}: {request.direction} pairs"
+    ) as bar:
+        for number in mine:
+            start, count = store.shard_range(number)
+            store.write_shard(number, maker.rows(start, count, bar))
+    stage.world.barrier()
+    if stage.world.rank == 0:
+        store.finish(maker.check(store))
+    stage.world.barrier()
+    return store
+
+
+@final
+class _Maker:
+    """Computes rows of a store and checks them."""
+
+    def __init__(self, stage: Stage, request: PairRequest) -> None:
+        self.stage, self.request = stage, request
+        self.seed = mix(stage.seed, "pairs", request.tag, request.direction)
+        self.velocity: Velocity = request.teacher.guided(request.options.guidance)
+        self.train = torch.as_tensor(stage.data.train)
+        self.order = EpochOrder(len(self.train), (self.seed, "rows"))
+        self.labels = stage.data.label_rows(stage.data.train) if stage.conditional else None
+        self.steps = self._choose_steps()
+
+    def description(self) -> dict[str, Any]:
+        """What decides the pairs' bytes; kept in the manifest."""
+        options = self.request.options
+        return {
+            "direction": self.request.direction,
+            "teacher": self.request.teacher.digest,
+            "solver": options.solver,
+            "steps": self.steps,
+            "nfe": self.steps * len(find_solver(options.solver).b),
+            "grid": "uniform",
+            "guidance": options.guidance,
+            "seed": self.stage.seed,
+            "tag": self.request.tag,
+            "shape": list(self.stage.data.shape),
+            "conditional": self.stage.conditional,
+            "data": self.stage.data.fingerprint,
+            "dequantise": self.stage.dequantise,
+            "time": "0 is noise, 1 is data",
+            "range": "network units",
+        }
+
+    def starts(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The known end of rows ``start … start + count`` and their conditions."""
+        if self.request.direction == "generated":
+            x = base_rows(self.stage, count, seed=self.seed, start=start)
+            rows = integer_rows(count, len(self.train), seed=self.seed, start=start, draw=1)
+        else:
+            rows = self.order.indices(start, count)
+            x = self.stage.data.network_rows(self.train[rows].numpy())
+            if self.stage.dequantise:
+                x = x + self.stage.dequantise * noise_rows(count, x.shape[1:], seed=self.seed, start=start)
+        return x, {} if self.labels is None else {"label": self.labels[rows]}
+
+    def carry(self, x: Tensor, cond: Mapping[str, Tensor], steps: int) -> Tensor:
+        """Solve from the known end to the other one."""
+        run = solve if self.request.direction == "generated" else invert
+        device = self.stage.world.device
+        cond = {name: value.to(device) for name, value in cond.items()}
+        solver = self.request.options.solver
+        return run(self.velocity, x.to(device), solver=solver, steps=steps, cond=cond).x.cpu()
+
+    def rows(self, start: int, count: int, bar: Any) -> Columns:
+        """Columns of one shard, solved in chunks of 256 rows."""
+        parts: list[Columns] = []
+        for first in range(start, start + count, BLOCK):
+            size = min(BLOCK, start + count - first)
+            x, cond = self.starts(first, size)
+            y = self.carry(x, cond, self.steps)
+            x0, x1 = (x, y) if self.request.direction == "generated" else (y, x)
+            parts.append({"x0": x0, "x1": x1, **cond})
+            bar.update(size)
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _choose_steps(self) -> int:
+        """Steps per pair: the user's, or the first of the ladder whose error is within the tolerance."""
+        options = self.request.options
+        stages = len(find_solver(options.solver).b)
+        if options.nfe is not None:
+            if options.nfe % stages:
+                raise UserError(
+                    f"nfe: {options.nfe} is no multiple of the {stages} calls a step of {options.solver!r} makes."
+                )
+            return options.nfe // stages
+        x, cond = self.starts(0, min(PILOT, self.request.rows))
+        coarse = self.carry(x, cond, LADDER[0] // stages)
+        for nfe in LADDER:
+            fine = self.carry(x, cond, 2 * nfe // stages)
+            if relative_error(coarse, fine) <= options.tolerance:
+                return nfe // stages
+            coarse = fine
+        return LADDER[-1] // stages
+
+    def check(self, store: PairStore) -> dict[str, Any]:
+        """Re-solve some stored rows with twice the steps, and look at the law of inverted noise."""
+        stored = store.training_rows()
+        rows = stored.columns(torch.arange(min(PILOT, len(stored))))
+        cond = {"label": rows["label"]} if "label" in rows else {}
+        known, found = ("x0", "x1") if self.request.direction == "generated" else ("x1", "x0")
+        error = relative_error(rows[found], self.carry(rows[known], cond, 2 * self.steps))
+        checks: dict[str, Any] = {"relative_error": error}
+        self._judge_error(error)
+        if self.request.direction == "inverted" and isinstance(self.stage.source, GaussianSource):
+            law = noise_law(store)
+            checks["noise_law"] = law
+            self._judge_law(law)
+        return checks
+
+    def _judge_error(self, error: float) -> None:
+        options, tolerance = self.request.options, self.request.options.tolerance
+        if error <= tolerance:
+            return
+        what = f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with twice the steps"
+        if options.nfe is not None or error > 0.5:
+            raise UserError(
+                f"stage {self.stage.name!r}: {what}, and the tolerance is {tolerance:g}: raise nfe "
+                f"(now {self.steps} steps of {options.solver!r}) or, if that is good enough, the tolerance."
+            )
+        self.stage.world.say(f"warning: {what}, even at {LADDER[-1]} calls (tolerance {tolerance:g}).")
+
+    def _judge_law(self, law: Mapping[str, float]) -> None:
+        if not 0.5 < law["mean_square"] < 2.0:
+            raise UserError(
+                f"stage {self.stage.name!r}: the data inverted to noise of mean square {law['mean_square']:.3g} "
+                "instead of 1: the teacher was trained on other data, or too little. Train it longer, or use "
+                "'real: independent'."
+            )
+        if law["worst_variance"] > 2.0 or law["worst_variance"] < 0.4:
+            self.stage.world.say(
+                f"note: inverted noise has variance {law['worst_variance']:.2f} in its worst coordinate (1 expected); "
+                "a longer-trained teacher brings it closer."
+            )
+
+
+def base_rows(stage: Stage, count: int, *, seed: int, start: int) -> Tensor:
+    """Rows of the base: N(0, I), or rows of the base data set, as a function of (seed, row number)."""
+    if isinstance(stage.source, GaussianSource):
+        return noise_rows(count, stage.data.shape, seed=seed, start=start)
+    first, last = start // BLOCK, (start + count - 1) // BLOCK
+    blocks = [stage.source.sample(BLOCK, generator_for(seed, block, 0)) for block in range(first, last + 1)]
+    offset = start - first * BLOCK
+    return torch.cat(blocks)[offset : offset + count]
+
+
+def relative_error(x: Tensor, y: Tensor) -> float:
+    """RMS of ``x - y`` over the 95 % of rows that agree best, over the RMS spread of ``y``.
+
+    The few rows beside a boundary between modes, where the flow map is nearly discontinuous, would otherwise decide.
+    """
+    error = (x - y).double().flatten(1).square().mean(1).sort().values
+    kept = error[: max(1, math.ceil(0.95 * len(error)))].mean()
+    spread = y.double().flatten(1).var(0, correction=0).mean() if len(y) > 1 else y.double().square().mean()
+    return float((kept / spread.clamp_min(1e-12)).sqrt())
+
+
+def noise_law(store: PairStore) -> dict[str, float]:
+    """How far inverted noise is from N(0, I).
+
+    Returns:
+        ``mean_square`` (1 for N(0, I)), ``worst_mean`` (largest coordinate mean in absolute value), ``worst_variance``
+        (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation`` (between adjacent entries).
+    """
+    stored = store.training_rows()
+    flat = stored.columns(torch.arange(min(8192, len(stored))))["x0"].double().flatten(1)
+    variance = flat.var(0)
+    worst = variance[(variance.clamp_min(1e-12).log().abs()).argmax()]
+    standard = (flat - flat.mean(0)) / flat.std(0).clamp_min(1e-12)
+    neighbours = (standard[:, 1:] * standard[:, :-1]).mean() if flat.shape[1] > 1 else torch.zeros(())
+    return {
+        "mean_square": float(flat.square().mean()),
+        "worst_mean": float(flat.mean(0).abs().max()),
+        "worst_variance": float(worst),
+        "neighbour_correlation": float(neighbours),
+    }
+
+
+def pair_facts(request: PairRequest) -> Facts:
+    """What is true of pairs that one teacher made."""
+    return Facts(
+        independent=False,
+        deterministic=True,
+        teacher=request.teacher.digest,
+        guidance=None if request.options.guidance == 1.0 else request.options.guidance,
+    )
+
+

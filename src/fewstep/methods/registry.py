@@ -1,0 +1,20 @@
+"""The methods by name. A new method is a new file and one line here."""
+
+from __future__ import annotations
+
+from fewstep.errors import unknown
+from fewstep.methods import distill, flow_matching, reflow
+from fewstep.methods.base import Spec
+
+METHODS: dict[str, Spec] = {
+    "flow_matching": flow_matching.SPEC,
+    "reflow": reflow.SPEC,
+    "distill": distill.SPEC,
+}
+
+
+def find_method(name: object) -> Spec:
+    """Look a method up by name."""
+    if not isinstance(name, str) or name not in METHODS:
+        raise unknown("method", name, METHODS)
+    return METHODS[name]

@@ -1,0 +1,118 @@
+"""The straight-line family: regress the velocity of the line between paired points.
+
+    L(theta) = E_{(x0, x1) ~ pi, t} w(t) d(v_theta(x_t, t), x1 - x0),     x_t = (1 - t) x0 + t x1
+
+(Liu et al., arXiv:2209.03003, eq. 1; Lipman et al., arXiv:2210.02747, eq. 14). Its minimiser under the squared
+distance is ``v*(x, t) = E[x1 - x0 | x_t = x]``. Flow matching, ReFlow and one-step distillation differ only in the
+coupling ``pi``, the law of ``t`` and the distance.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import unknown
+from fewstep.flow.couplings import Pair
+from fewstep.flow.noise import Draws
+from fewstep.flow.paths import AffinePath
+from fewstep.flow.time_laws import TimeLaw
+from fewstep.methods.base import Objective
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+def l2(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error over all entries."""
+    return (x - y).square().mean()
+
+
+def l1(x: Tensor, y: Tensor) -> Tensor:
+    """Mean absolute error over all entries."""
+    return (x - y).abs().mean()
+
+
+def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
+    """``(sqrt(|e|^2 + c^2) - c) / D`` per sample with ``c = 0.03 sqrt(D)`` (Song & Dhariwal, arXiv:2310.14189, sec. 3.3)."""
+    e = (x - y).flatten(1)
+    c = 0.03 * math.sqrt(e.shape[1])
+    return ((e.square().sum(1) + c * c).sqrt() - c).mean() / e.shape[1]
+
+
+DISTANCES: dict[str, Distance] = {"l2": l2, "l1": l1, "huber": pseudo_huber}
+
+
+def find_distance(name: str) -> Distance:
+    """Look a distance up by name."""
+    if name not in DISTANCES:
+        raise unknown("distance", name, DISTANCES)
+    return DISTANCES[name]
+
+
+def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> dict[str, Any]:
+    """Replace a share of the labels by the null label, for classifier-free guidance (arXiv:2207.12598, alg. 1)."""
+    if share == 0.0 or "label" not in cond:
+        return cond
+    label = cond["label"]
+    dropped = draws.uniform().to(label.device) < share
+    return {**cond, "label": torch.where(dropped, null, label)}
+
+
+@final
+class VelocityRegression(Objective):
+    """The family's loss on a network ``v(x, t)``.
+
+    Args:
+        student: the network.
+        path: the affine path; the target is its time derivative.
+        law: the law of t.
+        distance: a name in :data:`DISTANCES`.
+        label_dropout: share of labels replaced by the null label.
+        null: index of the null label.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        path: AffinePath,
+        law: TimeLaw,
+        distance: str = "l2",
+        label_dropout: float = 0.0,
+        null: int = 0,
+    ) -> None:
+        self.modules = {"student": student}
+        self.path = path
+        self.law = law
+        self.distance = find_distance(distance)
+        self.label_dropout = label_dropout
+        self.null = null
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        t = self.law.sample(draws.uniform()).to(batch.x1)
+        cond = drop_labels(batch.cond, self.null, self.label_dropout, draws)
+        x_t = self.path.interpolate(batch.x0, batch.x1, t)
+        v = self.modules["student"](x_t, t, **cond)
+        return {"loss": self.distance(v, self.path.target(batch.x0, batch.x1, t))}
+
+
+@final
+class EndpointRegression(Objective):
+    """Time fixed at 0: the one-step map ``G(x0) = x0 + v_theta(x0, 0)`` against the paired endpoint.
+
+    (Liu et al., arXiv:2209.03003, sec. 2.2 "Distillation".) The deterministic pairs make the exact map the optimum.
+    """
+
+    def __init__(self, student: nn.Module, distance: str = "l2") -> None:
+        self.modules = {"student": student}
+        self.distance = find_distance(distance)
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        start = torch.zeros(len(batch.x0), dtype=batch.x0.dtype, device=batch.x0.device)
+        endpoint = batch.x0 + self.modules["student"](batch.x0, start, **batch.cond)
+        return {"loss": self.distance(endpoint, batch.x1)}
+
+

@@ -1,0 +1,31 @@
+"""Distances and quality scores of generated samples, each with its protocol named."""
+
+from __future__ import annotations
+
+from fewstep.metrics.controls import data_rows, moment_matched_gaussian
+from fewstep.metrics.distances import Estimate, energy, energy_floor, mmd, sliced_w2, sliced_w2_floor
+from fewstep.metrics.evaluate import Scores, evaluate, sample_count
+from fewstep.metrics.frechet import Frechet, frechet_distance
+from fewstep.metrics.memorisation import Memorisation, nearest_neighbour_check
+from fewstep.metrics.neighbours import PRDC, expected_coverage, prdc
+
+__all__ = [
+    "PRDC",
+    "Estimate",
+    "Frechet",
+    "Memorisation",
+    "Scores",
+    "data_rows",
+    "energy",
+    "energy_floor",
+    "evaluate",
+    "expected_coverage",
+    "frechet_distance",
+    "mmd",
+    "moment_matched_gaussian",
+    "nearest_neighbour_check",
+    "prdc",
+    "sample_count",
+    "sliced_w2",
+    "sliced_w2_floor",
+]

@@ -1,0 +1,135 @@
+"""The networks that a configuration can name, and the two steps from a configuration to a module.
+
+``resolve`` turns what the user wrote (``{"name": "mlp", "preset": "small"}``) into a complete, plain
+dictionary that can be stored as JSON; ``build`` turns that dictionary into a module. A stored dictionary
+means the same network whatever later versions make of the presets.
+
+A module is called ``v(x, t, label=None, context=None)`` with x (B, *shape), t (B,) in [0, 1] (0 noise, 1
+data), label (B,) and returns (B, *shape). Label ``classes`` is the null label; ``label=None`` means it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from torch import nn
+
+from fewstep.errors import UserError, unknown
+from fewstep.networks import mlp, options, unet
+
+FRAME = ("shape", "classes", "context")  # what the data fixes; everything else is an option
+
+
+@final
+@dataclass(frozen=True)
+class Architecture:
+    """One kind of network.
+
+    Args:
+        module: Called as ``module(shape, classes, context, **options)``.
+        presets: Preset name to a complete set of options.
+        checkers: Option name to the check of its value.
+        fill: ``fill(shape, preset, given)`` completes checked options for one shape.
+    """
+
+    module: Callable[..., nn.Module]
+    presets: Mapping[str, dict[str, Any]]
+    checkers: Mapping[str, options.Checker]
+    fill: Callable[[list[int], dict[str, Any], dict[str, Any]], dict[str, Any]]
+
+
+NETWORKS: dict[str, Architecture] = {
+    "mlp": Architecture(mlp.MLP, mlp.PRESETS, mlp.CHECKERS, mlp.fill),
+    "unet": Architecture(unet.UNet, unet.PRESETS, unet.CHECKERS, unet.fill),
+}
+
+
+def default_network(shape: Sequence[int]) -> dict[str, str]:
+    """Name and preset for samples of this shape, meant for training on a CPU.
+
+    Up to 8 values: ``mlp`` ``compact``; up to 256 values: ``mlp`` ``small``; larger images (C, H, W):
+    ``unet`` ``small``; other larger samples: ``mlp`` ``medium``.
+    """
+    sizes = options.data_shape(list(shape))
+    size = options.features(sizes)
+    if size <= 8:
+        return {"name": "mlp", "preset": "compact"}
+    if size <= 256:
+        return {"name": "mlp", "preset": "small"}
+    if len(sizes) == 3:
+        return {"name": "unet", "preset": "small"}
+    return {"name": "mlp", "preset": "medium"}
+
+
+def _choose(given: dict[str, Any], shape: list[int]) -> tuple[str, dict[str, Any]]:
+    """Take ``name`` and ``preset`` out of the configuration: the name and the preset's options."""
+    default = default_network(shape)
+    name = given.pop("name", default["name"])
+    if not isinstance(name, str) or name not in NETWORKS:
+        raise unknown("network", name, NETWORKS)
+    presets = NETWORKS[name].presets
+    preset = given.pop("preset", default["preset"] if name == default["name"] else "small")
+    if not isinstance(preset, str) or preset not in presets:
+        raise unknown(f"preset of network {name!r}:", preset, presets)
+    return name, presets[preset]
+
+
+def resolve(
+    config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, context: int = 0
+) -> dict[str, Any]:
+    """Complete and check a network configuration.
+
+    Args:
+        config: ``name``, ``preset`` and options of the network, all optional; options override the preset. An
+            already resolved configuration is accepted and returned equal.
+        shape: Shape of one sample.
+        classes: Number of labels, 0 for none.
+        context: Number of context values (mlp) or channels (unet), 0 for none.
+
+    Returns:
+        A plain dictionary ``{"name", "shape", "classes", "context", ...options}`` for :func:`build`.
+
+    Raises:
+        UserError: an unknown name, preset or key, a wrong value, or a configuration resolved for other data.
+    """
+    if not isinstance(config, Mapping):
+        raise UserError(f"network is {config!r}, but it must be keys and values such as {{name: mlp}}.")
+    frame = {
+        "shape": options.data_shape(list(shape)),
+        "classes": options.count("network.classes", classes),
+        "context": options.count("network.context", context),
+    }
+    given = dict(config)
+    for key in FRAME:
+        stored = given.pop(key, frame[key])
+        stored = list(stored) if isinstance(stored, tuple) else stored
+        if stored != frame[key]:
+            raise UserError(f"network.{key} is {stored!r}, but the data has {frame[key]!r}: drop the key.")
+    name, preset = _choose(given, options.data_shape(frame["shape"]))
+    kind = NETWORKS[name]
+    checked = options.checked(name, given, kind.checkers)
+    return {"name": name, **frame, **kind.fill(options.data_shape(frame["shape"]), preset, checked)}
+
+
+def build(config: Mapping[str, Any]) -> nn.Module:
+    """Build the module of a resolved configuration, its output layer zero.
+
+    The initial weights are drawn from torch's global generator: seed it, or fork it, around the call.
+
+    Raises:
+        UserError: as :func:`resolve`, or the configuration was not resolved (it has no ``shape``).
+    """
+    missing = [key for key in ("name", *FRAME) if key not in config]
+    if missing:
+        raise UserError(f"network configuration lacks {', '.join(missing)}: pass it through resolve() first.")
+    full = resolve(config, config["shape"], config["classes"], config["context"])
+    kind = NETWORKS[full["name"]]
+    chosen = {key: full[key] for key in kind.checkers}
+    return kind.module(tuple(full["shape"]), full["classes"], full["context"], **chosen)
+
+
+def parameter_count(module: nn.Module) -> int:
+    """Number of values in the parameters of a module (a shared parameter counts once)."""
+    return sum(parameter.numel() for parameter in module.parameters())

@@ -1,0 +1,190 @@
+"""Compare models side by side: quality, NFE and time at equal seeds, with the controls beside them."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fewstep.data.dataset import DataSet
+from fewstep.diagnostics.diagnose import diagnose
+from fewstep.errors import UserError
+from fewstep.generator import Draw, Generator
+from fewstep.metrics import evaluate, moment_matched_gaussian, sample_count
+from fewstep.networks import parameter_count
+
+GAUSSIAN, TRAINING = "moment-matched Gaussian", "training data"
+TIMED_ROWS = 64
+TIMED_REPEATS = 5
+DIAGNOSED = 256  # noises for straightness
+
+Say = Callable[[str], None]
+
+
+def compare(
+    models: Sequence[Generator],
+    data: DataSet,
+    *,
+    steps: Sequence[int] = (1, 2, 4, 8, 50),
+    samples: int | None = None,
+    seed: int = 0,
+    say: Say = print,
+) -> dict[str, Any]:
+    """Measure every model at every step count it can be sampled with.
+
+    Args:
+        models: generators of the data's shape; their names must differ.
+        data: the reference: its training split, with the held-out split beside it.
+        steps: step counts for velocity models; a map is sampled with its own.
+        samples: generated samples; default ``min(4000, training rows)``.
+        seed: of the samples; the same noise for every model and step count.
+        say: called with a line of progress.
+
+    Returns:
+        A JSON-able mapping: ``protocol``, ``rows`` (models first, then the two controls), ``diagnosis``.
+    """
+    check_models(models, data)
+    train, held_out = data.train_rows(), data.held_out_rows()
+    count = samples or sample_count(len(train))
+    # k-nearest-neighbour metrics need more held-out rows than neighbours
+    beside = held_out if len(held_out) > 5 else None
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        for number in steps_of(model, steps):
+            draw = model.draw(count, steps=number, seed=seed)
+            scores = evaluate(draw.x, train, beside).as_dict()
+            rows.append(row(model, number, draw, scores))
+            say(f"  {model.name} at {number} step(s): energy {scores['energy']:.4f}")
+    add_times(rows, models, seed)
+    for name, x in ((GAUSSIAN, moment_matched_gaussian(train, count, seed)), (TRAINING, train[:count])):
+        scores = evaluate(x, train, beside).as_dict()
+        rows.append({"model": name, "control": True, "scores": scores})
+    return {
+        "protocol": {
+            "seed": seed,
+            "samples": count,
+            "reference": f"{data.name}, training split of {len(train)} rows",
+            "held_out": len(held_out),
+            "units": "network units",
+        },
+        "data": {"name": data.name, "fingerprint": data.fingerprint, "shape": list(data.shape)},
+        "rows": rows,
+        "diagnosis": {
+            model.name: diagnose_model(model, seed).as_dict() for model in models if model.config.kind == "velocity"
+        },
+    }
+
+
+def check_models(models: Sequence[Generator], data: DataSet) -> None:
+    """Refuse no models, models of another shape, and names that occur twice."""
+    if not models:
+        raise UserError("no model to compare: give at least one model's folder.")
+    for model in models:
+        if model.config.shape != data.shape:
+            raise UserError(
+                f"{model.name!r} makes samples of shape {model.config.shape}, the data {data.name!r} has {data.shape}."
+            )
+        trained = model.config.data.get("fingerprint")
+        if trained is not None and trained == data.fingerprint and model.config.scaling != data.scaling.as_dict():
+            raise UserError(f"{model.name!r} was trained with another scaling of {data.name!r}: give the same 'scale'.")
+    names = [model.name for model in models]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise UserError(f"two models are called {twice[0]!r}: compare folders of different names.")
+
+
+def steps_of(model: Generator, steps: Sequence[int]) -> list[int]:
+    """The step counts a model is measured at."""
+    if model.config.kind == "map":
+        return list(model.config.steps or (model.config.default_steps,))
+    return sorted(set(steps))
+
+
+def row(model: Generator, steps: int, draw: Draw, scores: dict[str, Any]) -> dict[str, Any]:
+    """One line of the table."""
+    return {
+        "model": model.name,
+        "method": model.config.method,
+        "steps": steps,
+        "nfe": draw.nfe,
+        "solver": model.config.solver if model.config.kind == "velocity" else "own",
+        "parameters": parameter_count(model.module),
+        "scores": scores,
+    }
+
+
+def add_times(rows: list[dict[str, Any]], models: Sequence[Generator], seed: int) -> None:
+    """Median wall time of a batch for every row, in shuffled order, as a ratio to the slowest row.
+
+    Absolute times on a shared machine mean little; ratios from one interleaved run do.
+    """
+    by_name = {model.name: model for model in models}
+    times: list[list[float]] = [[] for _ in rows]
+    order = [k for k in range(len(rows)) for _ in range(TIMED_REPEATS)]
+    random.Random(seed).shuffle(order)
+    for k in order:
+        model = by_name[rows[k]["model"]]
+        start = time.perf_counter()
+        model.draw(TIMED_ROWS, steps=rows[k]["steps"], seed=seed)
+        times[k].append(time.perf_counter() - start)
+    medians = [statistics.median(values) for values in times]
+    for line, median in zip(rows, medians, strict=True):
+        line["relative_time"] = median / max(medians)
+
+
+def diagnose_model(model: Generator, seed: int) -> Any:
+    """Straightness and its kin of a velocity model, on the seed's noises."""
+    draw = model.draw(DIAGNOSED, steps=1, seed=seed)
+    cond = {} if draw.label is None else {"label": draw.label.to(model.device)}
+    return diagnose(model.module, draw.x0.to(model.device), cond=cond)
+
+
+COLUMNS = (
+    ("steps", "steps"),
+    ("NFE", "nfe"),
+    ("energy", "energy"),
+    ("held-out", "energy_held_out"),
+    ("sliced W2", "sliced_w2"),
+    ("FD-pixels %", "FD-pixels_percent"),
+    ("precision", "precision"),
+    ("recall", "recall"),
+    ("coverage", "coverage"),
+    ("memorised", "memorised"),
+    ("time", "relative_time"),
+)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The comparison as an aligned Markdown table."""
+    head = ["model", *(title for title, _ in COLUMNS)]
+    lines = [[line["model"], *(_cell(line, key) for _, key in COLUMNS)] for line in result["rows"]]
+    widths = [max(len(line[k]) for line in [head, *lines]) for k in range(len(head))]
+
+    def show(cells: Sequence[str]) -> str:
+        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = "|" + "|".join([":" + "-" * (widths[0] + 1), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
+    first = result["rows"][0]["scores"]
+    notes = (
+        f"energy: V-statistic against the training split, {result['protocol']['samples']} samples, seed "
+        f"{result['protocol']['seed']}; data-data floor {first['energy_floor']:.4f} "
+        f"(held-out {first['energy_held_out_floor'] or float('nan'):.4f}). time: relative to the slowest row."
+    )
+    return "\n".join([show(head), rule, *map(show, lines), "", notes])
+
+
+def _cell(line: dict[str, Any], key: str) -> str:
+    value = line.get(key, line["scores"].get(key))
+    if value is None:
+        return "–"
+    if isinstance(value, int):
+        return str(value)
+    if key in ("precision", "recall", "coverage", "memorised"):
+        return f"{value:.3f}"
+    if key == "relative_time":
+        return f"{value:.3f}"
+    return f"{value:.2f}" if key == "FD-pixels_percent" else f"{value:.4f}"
+

@@ -1,0 +1,55 @@
+"""What follows the stages: the comparison, its files, and the report."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fewstep.data.dataset import DataSet
+from fewstep.data.load import load_data
+from fewstep.generator import Generator, load
+from fewstep.pipeline.compare import compare, table
+from fewstep.pipeline.recipe import Recipe
+from fewstep.pipeline.run import environment
+from fewstep.store.files import write_json, write_text
+
+
+def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
+    """Compare a run's stages and write ``compare.json``, ``compare.md`` and ``report.html``."""
+    header = recipe.header
+    data = load_data(header.data, seed=header.seed)
+    models = [load(folder) for folder in folders]
+    print("compare")
+    result = compare(
+        models,
+        data,
+        steps=header.compare.steps,
+        samples=header.compare.samples,
+        seed=header.compare.seed,
+    )
+    print("\n" + table(result))
+    return write_comparison(out, result, models, data, recipe)
+
+
+def write_comparison(
+    out: Path, result: dict[str, Any], models: Sequence[Generator], data: DataSet, recipe: Recipe | None = None
+) -> Path:
+    """Write the comparison's files; return the report's path."""
+    from fewstep.report import write_report
+
+    write_json(out / "compare.json", result)
+    write_text(out / "compare.md", table(result) + "\n")
+    recipe_file = out / "recipe.yaml"
+    return write_report(
+        out / "report.html",
+        result=result,
+        models=models,
+        data=data,
+        title=out.name,
+        recipe_text=recipe_file.read_text(encoding="utf-8") if recipe and recipe_file.exists() else None,
+        environment=environment(recipe.header.seed if recipe else result["protocol"]["seed"]),
+        command=" ".join(["fewstep", *sys.argv[1:]]),
+        stats=out / "stats.jsonl" if recipe else None,
+    )

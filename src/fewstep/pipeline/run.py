@@ -1,0 +1,355 @@
+"""Run a recipe: its stages in order, resuming whatever was begun, then the comparison and the report."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+
+import fewstep
+from fewstep.data.dataset import DataSet
+from fewstep.data.load import load_data
+from fewstep.errors import UserError
+from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
+from fewstep.flow.noise import mix
+from fewstep.generator import Config, Generator, load, save_model, weights_digest
+from fewstep.methods.base import Options, Plan, Stage, Teacher
+from fewstep.methods.registry import find_method
+from fewstep.networks import build, default_network, resolve
+from fewstep.pipeline.recipe import Recipe
+from fewstep.store.files import clean_temporaries, make_folder, read_json, write_json, write_text
+from fewstep.training.checkpoint import Checkpoints
+from fewstep.training.trainer import Trainer
+from fewstep.training.world import LocalWorld
+
+DEQUANTISE = 0.025  # default noise on discrete data, network units
+
+
+@final
+@dataclass(frozen=True)
+class Run:
+    """What the stages of one run share."""
+
+    recipe: Recipe
+    out: Path
+    data: DataSet
+    source: Source
+    base_rows: Tensor | None
+    world: LocalWorld
+
+    @property
+    def dequantise(self) -> float:
+        """Noise added to discrete data so that its law has a density, and inverted data the base's law."""
+        if self.recipe.header.dequantise is not None:
+            return self.recipe.header.dequantise
+        return 0.0 if self.data.quantum is None else DEQUANTISE
+
+
+def open_run(recipe: Recipe, out: Path, world: LocalWorld) -> Run:
+    """Load the data and prepare the run folder.
+
+    Raises:
+        UserError: unreadable data, an output path that cannot be written, labels asked for that are not there.
+    """
+    header = recipe.header
+    data = load_data(header.data, seed=header.seed)
+    if recipe.conditional and data.labels is None:
+        raise UserError(
+            f"conditional: true, but the data {data.name!r} has no labels: name them, data: {{path: …, labels: …}}."
+        )
+    source, rows = make_source(header.base, data)
+    return Run(recipe, out, data, source, rows, world)
+
+
+def make_source(base: str | Mapping[str, Any], data: DataSet) -> tuple[Source, Tensor | None]:
+    """The base distribution: N(0, I), or the training rows of another data set of the same shape."""
+    if base == "gaussian":
+        return GaussianSource(data.shape), None
+    other = load_data(base)
+    if other.shape != data.shape:
+        raise UserError(f"base {other.name!r} has rows of shape {other.shape}, the data {data.shape}: they must agree.")
+    rows = other.train_rows()
+    return EmpiricalSource(rows), rows
+
+
+def run_recipe(recipe: Recipe, out: Path, world: LocalWorld | None = None) -> list[Path]:
+    """Run every stage that is not finished; return the stages' folders.
+
+    The same call again resumes: finished stages are left alone, an unfinished one goes on from its last checkpoint.
+    """
+    world = world or LocalWorld()
+    run = open_run(recipe, Path(out), world)
+    check_networks(run)
+    if world.rank == 0:
+        make_folder(run.out)
+        write_text(run.out / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+        write_json(run.out / "run.json", environment(recipe.header.seed))
+    world.barrier()
+    for name, options in recipe.stages.items():
+        run_stage(run, name, options)
+    return [run.out / name for name in recipe.stages]
+
+
+def check_networks(run: Run) -> None:
+    """Resolve every stage's network before the first one trains."""
+    for name, options in run.recipe.stages.items():
+        try:
+            network_of(run, options)
+        except UserError as error:
+            raise UserError(f"stage {name!r}: {error}") from error
+
+
+def network_of(run: Run, options: Options) -> dict[str, Any]:
+    """The resolved network configuration of a stage."""
+    chosen = options.network if options.network is not None else run.recipe.header.network
+    config = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
+    if not config:
+        config = dict(default_network(run.data.shape))
+    classes = run.data.classes if run.recipe.conditional else 0
+    return resolve(config, run.data.shape, classes=classes)
+
+
+def environment(seed: int) -> dict[str, Any]:
+    """Versions, command and seed: what is needed to repeat the run."""
+    return {
+        "command": " ".join(["fewstep", *sys.argv[1:]]),
+        "seed": seed,
+        "versions": {
+            "fewstep": fewstep.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+        },
+        "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
+    }
+
+
+def run_stage(run: Run, name: str, options: Options) -> None:
+    """Run one stage to its end, or leave it alone when it is finished."""
+    folder = run.out / name
+    teacher = load_teacher(run, options.teacher) if options.teacher else None
+    initial = load_teacher(run, options.init) if options.init else teacher
+    network = network_of(run, options)
+    inputs = stage_inputs(run, options, network, teacher, initial)
+    if run.world.rank == 0:
+        make_folder(folder)
+        clean_temporaries(folder)
+        check_inputs(folder, inputs)
+    run.world.barrier()
+    if stage_done(folder):
+        run.world.say(f"{name}: finished before, in {folder}")
+        return
+    run.world.say(f"{name}: {options.method}")
+    stage = Stage(
+        name=name,
+        folder=folder,
+        data=run.data,
+        source=run.source,
+        seed=run.recipe.header.seed,
+        conditional=run.recipe.conditional,
+        network=network,
+        build=lambda: build_student(run, name, network, initial),
+        teacher=teacher,
+        dequantise=run.dequantise,
+        world=run.world,
+    )
+    plan = find_method(options.method).plan(options, stage)
+    config = stage_config(run, name, options, network, plan, teacher)
+    train_stage(run, stage, options, plan, config)
+    if run.world.rank == 0:
+        write_json(folder / "stage.json", {"inputs": inputs, "done": True})
+    run.world.barrier()
+
+
+def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Config) -> None:
+    """Train the plan's phases and write the model folder."""
+    checkpoints = Checkpoints(stage.folder / "checkpoints")
+    statistics = Statistics(run.out / "stats.jsonl", stage.name, run.world.rank == 0)
+    trainer = Trainer(
+        plan.student,
+        options,
+        (run.recipe.header.seed, stage.name),
+        run.world,
+        checkpoints,
+        statistics.write,
+    )
+    if trainer.resume():
+        run.world.say(f"  resumed at {trainer.position.total_samples:,} samples")
+    statistics.keep_until(trainer.position.total_samples)
+    previous: Teacher | None = None
+    for number, phase in enumerate(plan.phases):
+        last = number == len(plan.phases) - 1
+        kept = stage.folder / "rounds" / phase.name
+        if number < trainer.position.phase:
+            previous = frozen(load(kept), f"{stage.name}, {phase.name}")
+            continue
+        objective, batches = phase.prepare(previous)
+        label = stage.name if len(plan.phases) == 1 else f"{stage.name}, {phase.name}"
+        trainer.train(number, phase.samples, objective, batches, label)
+        if run.world.rank == 0:
+            trainer.save(keep=1 if last else 2)
+            save_model(stage.folder if last else kept, trainer.ema.state, config, run.base_rows)
+        run.world.barrier()
+        if not last:
+            previous = frozen(load(kept), f"{stage.name}, {phase.name}")
+
+
+def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher | None) -> nn.Module:
+    """The student: its own seed's weights, or the initial model's EMA when the networks are the same."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(mix(run.recipe.header.seed, name, "init"))
+        student = build(network)
+    if initial is not None and dict(initial.network) == network:
+        student.load_state_dict(initial.state)
+    elif initial is not None:
+        run.world.say(f"  {name} starts from scratch: its network differs from {initial.name}'s")
+    return student
+
+
+def load_teacher(run: Run, chosen: str) -> Teacher:
+    """A stage of this run, or a model's folder."""
+    folder = run.out / chosen if chosen in run.recipe.stages else Path(chosen)
+    generator = load(folder, device=run.world.device)
+    if generator.config.shape != run.data.shape:
+        raise UserError(
+            f"the model {folder} has samples of shape {generator.config.shape}, and the data {run.data.shape}."
+        )
+    return frozen(generator, chosen)
+
+
+def frozen(generator: Generator, name: str) -> Teacher:
+    """A generator as a teacher."""
+    if generator.config.kind != "velocity":
+        raise UserError(f"{name!r} is a one-step map, not a velocity field: learn from the flow it was distilled from.")
+    state = generator.module.state_dict()
+    return Teacher(
+        velocity=generator.module,
+        digest=weights_digest(state),
+        guidance=generator.config.guidance,
+        name=name,
+        state=state,
+        network=generator.config.network or {},
+    )
+
+
+def stage_config(
+    run: Run, name: str, options: Options, network: dict[str, Any], plan: Plan, teacher: Teacher | None
+) -> Config:
+    """What ``config.json`` of the stage says."""
+    weights: tuple[float, ...] = ()
+    if run.recipe.conditional:
+        labels = run.data.label_rows(run.data.train)
+        assert labels is not None
+        counts = torch.bincount(labels, minlength=run.data.classes)
+        weights = tuple((counts.double() / counts.sum()).tolist())
+    guidance = plan.facts.guidance or (teacher.guidance if teacher else None)
+    return Config(
+        shape=run.data.shape,
+        kind=plan.rule.kind,
+        steps=plan.rule.steps,
+        default_steps=plan.rule.default_steps,
+        network=network,
+        scaling=run.data.scaling.as_dict(),
+        class_weights=weights,
+        label_names=run.data.label_names if run.recipe.conditional else None,
+        guidance=guidance,
+        base="gaussian" if run.base_rows is None else "empirical",
+        coupling={**vars(plan.facts)},
+        method=options.method,
+        stage=name,
+        data={"name": run.data.name, "fingerprint": run.data.fingerprint},
+    )
+
+
+def stage_inputs(
+    run: Run, options: Options, network: dict[str, Any], teacher: Teacher | None, initial: Teacher | None
+) -> dict[str, Any]:
+    """Everything that decides a stage's weights; a folder begun with other inputs is refused."""
+    header = run.recipe.header
+    return {
+        "options": options.model_dump(mode="json"),
+        "network": network,
+        "data": run.data.fingerprint,
+        "scaling": run.data.scaling.as_dict(),
+        "base": header.base,
+        "seed": header.seed,
+        "conditional": run.recipe.conditional,
+        "dequantise": run.dequantise,
+        "teacher_weights": teacher.digest if teacher else None,
+        "initial_weights": initial.digest if initial else None,
+    }
+
+
+def stage_done(folder: Path) -> bool:
+    """Whether the stage's model is finished."""
+    return (folder / "stage.json").exists() and bool(read_json(folder / "stage.json").get("done"))
+
+
+def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Begin a stage, or check that the one begun here is the same."""
+    path = folder / "stage.json"
+    if not path.exists():
+        write_json(path, {"inputs": inputs, "done": False})
+        return
+    found = _flat(read_json(path).get("inputs", {}))
+    wanted = _flat(_plain(inputs))
+    differs = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+    if differs:
+        key = differs[0]
+        raise UserError(
+            f"{folder} was begun with {key} = {found.get(key)!r}, and the recipe now says {wanted.get(key)!r}: "
+            "use another --out, or delete that folder to begin the stage again."
+        )
+
+
+def _plain(value: Any) -> Any:
+    return json.loads(json.dumps(value))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix.rstrip("."): value}
+    out: dict[str, Any] = {}
+    for key, item in value.items():
+        out |= _flat(item, f"{prefix}{key}.")
+    return out
+
+
+@final
+class Statistics:
+    """``stats.jsonl``: one line per log point and stage, never the same step twice."""
+
+    def __init__(self, path: Path, stage: str, writes: bool) -> None:
+        self.path, self.stage, self.writes = path, stage, writes
+
+    def keep_until(self, samples: int) -> None:
+        """Drop this stage's lines beyond ``samples``: they are about to be written again."""
+        if not self.writes or not self.path.exists():
+            return
+        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = []
+        for line in lines:
+            try:
+                fields = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a killed run may be cut off
+            if fields["stage"] != self.stage or fields["samples"] <= samples:
+                kept.append(line)
+        if len(kept) != len(lines):
+            write_text(self.path, "".join(kept))
+
+    def write(self, fields: dict[str, Any]) -> None:
+        """Append one line."""
+        if self.writes:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": self.stage, **fields}, sort_keys=True) + "\n")
+

@@ -1,0 +1,131 @@
+"""Solve ``dx/dt = v(x, t)`` with a named solver on a grid: ``fs.solve`` and ``fs.invert``."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.field import Velocity, as_field
+from fewstep.flow.grids import Grid, GridSpec, explicit_times, make_grid
+from fewstep.solvers.loop import Plan, run
+from fewstep.solvers.tables import table
+
+DEFAULT_STEPS = 50
+
+
+@final
+@dataclass(frozen=True)
+class Solution:
+    """What :func:`solve` returns.
+
+    Attributes:
+        x: end point, like ``x0``.
+        nfe: network evaluations per sample, counted.
+        times: the grid, from first to last.
+        trajectory: ``(len(times), B, ...)`` states at ``times`` when asked for, else None; its last one is ``x``.
+    """
+
+    x: Tensor
+    nfe: int
+    times: Grid
+    trajectory: Tensor | None = None
+
+
+def solve(
+    v: Velocity,
+    x0: Tensor,
+    *,
+    solver: str = "euler",
+    steps: int | None = None,
+    grid: GridSpec = "uniform",
+    cond: Mapping[str, Any] | None = None,
+    trajectory: bool = False,
+    grad: bool = False,
+) -> Solution:
+    """Carry ``x0`` along the flow ``dx/dt = v(x, t, **cond)``, by default from noise (t = 0) to data (t = 1).
+
+    Args:
+        v: any callable ``v(x, t, **cond)``; ``x`` (B, ...), ``t`` (B,) in x's dtype. It is called exactly NFE times.
+        x0: start, (B, ...), floating point; its dtype is kept.
+        solver: ``euler``, ``midpoint``, ``heun`` or ``rk4``.
+        steps: solver steps (default 50 on a named grid). An explicit grid fixes them.
+        grid: a grid's name, ``name:value``, or explicit times; decreasing times run towards noise.
+        cond: keyword arguments handed to every call of ``v``.
+        trajectory: keep the states at the grid's times.
+        grad: build the autograd graph through the solve.
+
+    Returns:
+        A :class:`Solution`.
+
+    Raises:
+        UserError: unknown solver or grid, steps and grid in conflict, non-finite or integer ``x0``, a velocity of
+            another shape than its input.
+    """
+    return _solve(v, x0, _plan(solver, _hashable(grid), steps, False), cond, trajectory, grad)
+
+
+def invert(
+    v: Velocity,
+    x1: Tensor,
+    *,
+    solver: str = "euler",
+    steps: int | None = None,
+    grid: GridSpec = "uniform",
+    cond: Mapping[str, Any] | None = None,
+    trajectory: bool = False,
+    grad: bool = False,
+) -> Solution:
+    """Carry data ``x1`` back to its noise: :func:`solve` on the same grid, run from its last time to its first."""
+    return _solve(v, x1, _plan(solver, _hashable(grid), steps, True), cond, trajectory, grad)
+
+
+@lru_cache(maxsize=256)
+def _plan(solver: str, grid: str | Grid, steps: int | None, backward: bool) -> Plan:
+    """The plan of a solver on a grid; cached, as it costs more than a small network's call."""
+    if steps is None and explicit_times(grid) is None:
+        steps = DEFAULT_STEPS
+    times = make_grid(grid, steps)
+    if backward and times[0] < times[-1]:
+        times = times[::-1]
+    return Plan(table(solver, times))
+
+
+def _hashable(grid: GridSpec) -> str | Grid:
+    return grid if isinstance(grid, str) else tuple(grid)
+
+
+def _solve(
+    v: Velocity,
+    x: Tensor,
+    plan: Plan,
+    cond: Mapping[str, Any] | None,
+    trajectory: bool,
+    grad: bool,
+) -> Solution:
+    check_start(x)
+    field = as_field(v)
+    before = field.calls
+    with contextlib.nullcontext() if grad else torch.no_grad():
+        end, states = run(plan, field, x, cond or {}, trajectory=trajectory)
+        return Solution(end, field.calls - before, plan.table.grid, torch.stack(states) if trajectory else None)
+
+
+def check_start(x: Tensor) -> None:
+    """Refuse a start that is no floating-point batch, is empty, or holds NaN or infinities."""
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise UserError(f"the start must be a floating-point tensor of shape (B, ...), got {what}.")
+    if x.ndim < 2 or len(x) == 0:
+        raise UserError(f"the start must have shape (B, ...) with B >= 1, got {tuple(x.shape)}.")
+    # One cheap reduction settles the usual case; an overflowing sum is looked at again row by row.
+    if not math.isfinite(x.detach().sum().item()) and not torch.isfinite(x).all():
+        rows = int((~torch.isfinite(x)).flatten(1).any(1).sum())
+        raise UserError(f"the start holds NaN or infinite values in {rows} of {len(x)} rows.")

@@ -1,0 +1,172 @@
+"""The pair store: pairs (x0, x1) on disk, in shards, resumable, memory-mapped, with a manifest.
+
+A store is a folder with ``manifest.json`` and shards ``00000.safetensors`` … of :data:`SHARD_ROWS` rows each, holding
+``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a killed generation goes on with
+the shards that are missing. The manifest says how the pairs were made; a store made otherwise is refused.
+Rows are split into a training and a held-out part (1 in 32) by a hash of the row number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.store.files import atomic_file, make_folder, read_json, write_json
+
+SHARD_ROWS = 2048
+HELD_OUT = 32  # one row in so many is held out
+MEMORY_BYTES = 1 << 30  # stores below this are read into memory, larger ones stay memory-mapped
+
+Columns = dict[str, Tensor]
+
+
+def held_out_mask(rows: int) -> np.ndarray:
+    """True for the held-out rows: a fixed multiplicative hash of the row number."""
+    index = np.arange(rows, dtype=np.uint64)
+    mask = ((index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) % np.uint64(HELD_OUT) == 0
+    mask[0] = False  # even a store of one row has something to learn from
+    return mask
+
+
+@final
+class PairRows:
+    """Rows of a store by number, from memory or memory-mapped shards."""
+
+    def __init__(self, shards: list[Columns], index: Tensor) -> None:
+        self.index = index
+        size = sum(column.nbytes for shard in shards for column in shard.values())
+        self._whole: Columns | None = None
+        self._shards = shards
+        if size <= MEMORY_BYTES:
+            self._whole = {name: torch.cat([s[name] for s in shards])[index] for name in shards[0]}
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def columns(self, rows: Tensor) -> Columns:
+        """The columns ``x0``, ``x1`` (and ``label``) of the given rows of this part."""
+        if self._whole is not None:
+            return {name: column[rows] for name, column in self._whole.items()}
+        return self._gather(self.index[rows])
+
+    def _gather(self, rows: Tensor) -> Columns:
+        shard_of, offset = rows // SHARD_ROWS, rows % SHARD_ROWS
+        out = {
+            name: torch.empty(len(rows), *column.shape[1:], dtype=column.dtype)
+            for name, column in self._shards[0].items()
+        }
+        for number in shard_of.unique().tolist():
+            here = shard_of == number
+            for name, column in out.items():
+                column[here] = self._shards[number][name][offset[here]]
+        return out
+
+
+@final
+class PairStore:
+    """A folder of pairs.
+
+    Args:
+        folder: where it lies.
+        request: what the pairs are and how they are made; equal requests give equal bytes.
+        rows: how many pairs.
+    """
+
+    def __init__(self, folder: Path, request: Mapping[str, Any], rows: int) -> None:
+        self.folder = folder
+        self.request = dict(request)
+        self.rows = rows
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.rows // SHARD_ROWS)
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """The manifest on disk; empty when there is none."""
+        path = self.folder / "manifest.json"
+        return read_json(path) if path.exists() else {}
+
+    @property
+    def complete(self) -> bool:
+        """Whether every shard is there and the checks were passed."""
+        return bool(self.manifest.get("complete"))
+
+    def open(self) -> None:
+        """Make the folder, or check that the one on disk holds the same pairs.
+
+        Raises:
+            UserError: the pairs there were made otherwise (another teacher, solver, guidance …).
+        """
+        found = self.manifest
+        wanted = {**self.request, "rows": self.rows}
+        if found:
+            differs = sorted(k for k in wanted if found.get("request", {}).get(k) != wanted[k])
+            if differs:
+                key = differs[0]
+                raise UserError(
+                    f"the pairs in {self.folder} were made with {key} = {found.get('request', {}).get(key)!r}, and "
+                    f"{wanted[key]!r} is wanted now: delete that folder or use another --out."
+                )
+            return
+        make_folder(self.folder)
+        write_json(self.folder / "manifest.json", {"request": wanted, "complete": False})
+
+    def shard_path(self, number: int) -> Path:
+        """File of a shard."""
+        return self.folder / f"{number:05d}.safetensors"
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there yet."""
+        return [n for n in range(self.shards) if not self.shard_path(n).exists()]
+
+    def shard_range(self, number: int) -> tuple[int, int]:
+        """First row and number of rows of a shard."""
+        start = number * SHARD_ROWS
+        return start, min(SHARD_ROWS, self.rows - start)
+
+    def write_shard(self, number: int, columns: Columns) -> None:
+        """Write one shard atomically."""
+        from safetensors.torch import save_file
+
+        with atomic_file(self.shard_path(number)) as path:
+            save_file({name: column.contiguous() for name, column in columns.items()}, path)
+
+    def finish(self, checks: Mapping[str, Any]) -> None:
+        """Mark the store complete, with the results of the checks on its pairs."""
+        write_json(
+            self.folder / "manifest.json",
+            {"request": {**self.request, "rows": self.rows}, "complete": True, "checks": dict(checks)},
+        )
+
+    def read(self, choose: Callable[[np.ndarray], np.ndarray]) -> PairRows:
+        """Rows of the store chosen by a function of the held-out mask."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        shards = []
+        for number in range(self.shards):
+            path = self.shard_path(number)
+            try:
+                shards.append(load_file(path))
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"the pair file {path} cannot be read ({error}): delete it, and the same command makes it again."
+                ) from error
+        index = np.flatnonzero(choose(held_out_mask(self.rows)))
+        return PairRows(shards, torch.from_numpy(index))
+
+    def training_rows(self) -> PairRows:
+        """The rows to learn from."""
+        return self.read(lambda held_out: ~held_out)
+
+    def held_out_rows(self) -> PairRows:
+        """The rows kept for judging."""
+        return self.read(lambda held_out: held_out)

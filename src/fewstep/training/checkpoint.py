@@ -1,0 +1,76 @@
+"""Training state on disk: one safetensors file per checkpoint, written atomically, newest two kept.
+
+A checkpoint holds the weights of every role, the EMA, the optimisers' tensors and, as JSON in the file's metadata, the
+samples seen and the running sums. Training draws are functions of samples seen, so a resumed run goes on bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, final
+
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.store.files import atomic_file, make_folder
+
+KEEP = 2
+
+
+@final
+class Checkpoints:
+    """The checkpoints of a stage.
+
+    Args:
+        folder: where they lie.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def files(self) -> list[Path]:
+        """Checkpoint files, oldest first."""
+        return sorted(self.folder.glob("samples-*.safetensors"))
+
+    def save(self, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int = KEEP) -> Path:
+        """Write a checkpoint and delete all but the newest ``keep``."""
+        from safetensors.torch import save_file
+
+        make_folder(self.folder)
+        path = self.folder / f"samples-{state['total_samples']:015d}.safetensors"
+        with atomic_file(path) as temporary:
+            save_file(
+                {name: value.detach().contiguous() for name, value in tensors.items()},
+                temporary,
+                metadata={"state": json.dumps(state, sort_keys=True)},
+            )
+        for old in self.files()[:-keep]:
+            old.unlink()
+        return path
+
+    def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Read the newest checkpoint; None when there is none.
+
+        Raises:
+            UserError: the file is truncated or not a checkpoint.
+        """
+        files = self.files()
+        if not files:
+            return None
+        return read_checkpoint(files[-1])
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of one checkpoint file."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = json.loads((file.metadata() or {})["state"])
+            return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"the checkpoint {path} is truncated or no checkpoint ({error}): delete that file; the same command then "
+            "goes on from the one before it, or starts the stage again."
+        ) from error

@@ -1,0 +1,110 @@
+"""The processes at work, and how they speak: progress bars on a terminal, plain lines otherwise."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from typing import Any, final
+
+import torch
+
+PLAIN_SECONDS = 10.0  # between two plain progress lines
+
+
+@final
+class LocalWorld:
+    """One process, or one of several started by ``torchrun`` / ``accelerate launch``.
+
+    Wraps :class:`accelerate.Accelerator`, which finds the device and the process group.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        from accelerate import PartialState
+
+        self._state = PartialState()
+        self.quiet = quiet
+
+    @property
+    def rank(self) -> int:
+        """This process's number."""
+        return int(self._state.process_index)
+
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+        return int(self._state.num_processes)
+
+    @property
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        return self._state.device
+
+    def barrier(self) -> None:
+        """Wait for the other processes."""
+        if self.size > 1:
+            self._state.wait_for_everyone()
+
+    def say(self, message: str) -> None:
+        """Print a line, once for all processes."""
+        if self.rank == 0 and not self.quiet:
+            print(message, flush=True)
+
+    def progress(self, total: int, done: int, label: str) -> Progress:
+        """A progress display over ``total`` units of which ``done`` are done."""
+        return Progress(total, max(0, done), label, shown=self.rank == 0 and not self.quiet)
+
+
+@final
+class Progress:
+    """A tqdm bar on a terminal, a plain line now and then otherwise."""
+
+    def __init__(self, total: int, done: int, label: str, *, shown: bool) -> None:
+        self.total, self.done, self.label = total, done, label
+        self.note = ""
+        self._shown = shown
+        self._bar: Any = None
+        self._said = self._began = time.monotonic()
+        self._first = done
+
+    def __enter__(self) -> Progress:
+        if self._shown and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(
+                total=self.total, initial=self.done, desc=self.label, unit="sample", unit_scale=True, leave=False
+            )
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        if self._shown:
+            seconds = time.monotonic() - self._began
+            print(f"  {self.label}: {self.done:,} samples, {seconds:.1f} s {self.note}".rstrip(), flush=True)
+
+    def update(self, count: int, note: str = "") -> None:
+        """Advance by ``count`` units."""
+        self.done = min(self.total, self.done + count)
+        self.note = note or self.note
+        if self._bar is not None:
+            self._bar.update(count)
+            if note:
+                self._bar.set_postfix_str(note, refresh=False)
+        elif self._shown and time.monotonic() - self._said > PLAIN_SECONDS:
+            self._said = time.monotonic()
+            rate = (self.done - self._first) / (self._said - self._began)
+            left = (self.total - self.done) / max(rate, 1e-9)
+            share = self.done / max(self.total, 1)
+            print(f"  {self.label}: {share:4.0%}, {left:.0f} s left {self.note}".rstrip(), flush=True)
+
+
+def set_threads() -> int:
+    """Choose the number of threads: OMP_NUM_THREADS or FEWSTEP_THREADS if set, else half the cores.
+
+    Spinning OpenMP threads that fight over a shared core are slower than one thread, so half is the safe default.
+    """
+    wish = os.environ.get("FEWSTEP_THREADS") or os.environ.get("OMP_NUM_THREADS")
+    threads = int(wish) if wish and wish.isdigit() and int(wish) > 0 else max(1, (os.cpu_count() or 2) // 2)
+    torch.set_num_threads(threads)
+    return threads
