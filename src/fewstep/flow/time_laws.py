@@ -117,7 +117,7 @@ class Exponential(TimeLaw):
         _finite("exponential", self)
         if self.rate == 0 or abs(self.rate) > 80:
             raise UserError(
-                f"exponential: rate = {self.rate} must be in [-80, 80] and not 0; rate 0 is the law 'uniform'."
+                f"exponential: rate = {self.rate} must be in [-80, 80], not 0; rate 0 is the law 'uniform'."
             )
 
     def sample(self, u: Tensor) -> Tensor:

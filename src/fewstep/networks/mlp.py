@@ -7,7 +7,7 @@ r"""A residual multilayer perceptron on flattened samples.
 
 with the scale and shift :math:`(s_l, b_l)` linear in the conditioning c (FiLM, arXiv 1709.07871), and
 :math:`W_{out} = g = 0` at the start, so that training begins at v = 0. There is no normalisation: with
-these few blocks it gained nothing on digits and cost accuracy in the plane.
+these few blocks it gained little on digits and cost accuracy on two-dimensional data.
 
 The gain g(c), linear in c, is the part of the velocity that is linear in x. For independent Gaussian
 coordinates it is all of it, and where the data hardly vary it is -1/(1 - t), which a network that adds up

@@ -48,7 +48,7 @@ def _preset(widths: list[int], blocks: int, middle: int, patch: int, embedding: 
 PRESETS: dict[str, dict[str, Any]] = {
     "nano": _preset([16, 16], blocks=1, middle=1, patch=2, embedding=32),
     "tiny": _preset([24, 32, 32], blocks=1, middle=2, patch=2, embedding=64),
-    "small": _preset([48, 64, 64], blocks=1, middle=4, patch=2, embedding=64),
+    "small": _preset([48, 64, 64], blocks=1, middle=3, patch=2, embedding=64),
     "base": _preset([64, 128, 192], blocks=2, middle=3, patch=1, embedding=256),
     "large": _preset([128, 256, 512], blocks=3, middle=4, patch=1, embedding=512),
 }

@@ -1,0 +1,95 @@
+"""What a run would do: its stages, their network calls, and the minutes they will take, from a few timed steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from fewstep.methods.base import Options, PairOptions
+from fewstep.methods.pairs import LADDER
+from fewstep.methods.reflow import ReflowOptions
+from fewstep.networks import build, parameter_count
+from fewstep.pipeline.recipe import Recipe
+from fewstep.pipeline.run import Run, network_of, open_run, stage_done
+from fewstep.training.world import LocalWorld
+
+TIMED_STEPS = 4
+
+
+def show_plan(recipe: Recipe, out: Path) -> str:
+    """The plan in words. Nothing is written; every network is built once and timed for a few steps."""
+    run = open_run(recipe, out, LocalWorld(quiet=True))
+    data = run.data
+    kind = f"{data.classes} classes" if recipe.conditional else "unconditional"
+    lines = [
+        f"data     {data.name}: {len(data.train)} training and {len(data.held_out)} held-out rows of shape "
+        f"{data.shape}, {kind}",
+        f"out      {out}",
+        "",
+        f"{'stage':12} {'method':14} {'parameters':>11} {'samples':>10} {'pair calls':>12} {'minutes':>8}",
+    ]
+    total = 0.0
+    for name, options in recipe.stages.items():
+        module = build(network_of(run, options))
+        minutes = estimate(run, options, module)
+        done = stage_done(out / name)
+        total += 0.0 if done else minutes
+        lines.append(
+            f"{name:12} {options.method:14} {parameter_count(module):11,} {options.samples:10,} "
+            f"{pair_calls(run, options):>12} {'done' if done else f'{minutes:.1f}':>8}"
+        )
+    lines += ["", f"about {total:.1f} minutes on this machine with {torch.get_num_threads()} thread(s), then the comparison"]
+    return "\n".join(lines)
+
+
+def pair_count(run: Run, options: Options) -> int:
+    """Pairs a stage makes, generated and inverted."""
+    if isinstance(options, ReflowOptions):
+        real = options.real_pairs or min(len(run.data.train), options.pairs)
+        inverted = [real if p < 1.0 and options.real == "inverted" else 0 for p in options.shares()]
+        return options.rounds * options.pairs + sum(inverted)
+    return options.pairs if isinstance(options, PairOptions) else 0
+
+
+def pair_calls(run: Run, options: Options) -> str:
+    """Network calls that making the pairs costs; a range when the error gate chooses."""
+    if not isinstance(options, PairOptions):
+        return "–"
+    pairs, guided = pair_count(run, options), 1 if options.guidance in (0.0, 1.0) else 2
+    if options.nfe is not None:
+        return f"{pairs * options.nfe * guided:,}"
+    return f"{pairs * LADDER[0] * guided / 1e6:.1f}–{pairs * LADDER[-1] * guided / 1e6:.1f} M"
+
+
+def estimate(run: Run, options: Options, module: nn.Module) -> float:
+    """Minutes of a stage: training steps and pair calls, at the speed of a few timed ones."""
+    x = run.data.network_rows(run.data.train[: options.batch_size])
+    t = torch.linspace(0, 1, len(x))
+    bf16 = options.precision == "bf16"
+
+    def forward() -> torch.Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+            out: torch.Tensor = module(x, t).square().mean()
+        return out
+
+    trained = _seconds(lambda: forward().backward()) / len(x)
+    with torch.no_grad():
+        called = _seconds(lambda: module(x, t)) / len(x)
+    calls = 0
+    if isinstance(options, PairOptions):
+        calls = pair_count(run, options) * (options.nfe or 2 * LADDER[0])
+        calls *= 1 if options.guidance in (0.0, 1.0) else 2
+    return (options.samples * trained * 1.2 + calls * called) / 60
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    times = []
+    for _ in range(TIMED_STEPS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return min(times)

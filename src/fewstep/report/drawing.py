@@ -1,0 +1,181 @@
+"""What all figures share: colours, axes, and the way from a figure to bytes.
+
+Figures are ``matplotlib.figure.Figure`` objects drawn by the Agg canvas; pyplot and its global state are not used.
+One inch is 96 CSS pixels, and a figure has two image pixels to each of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, final
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+CSS_DPI = 96
+SHARPNESS = 2
+COLOURS = ("#2b6cb0", "#d2602a", "#14866d", "#8153a6", "#b8860b", "#b83280", "#4a5568", "#0e7490")
+INK, SOFT, FAINT, DATA = "#1f2933", "#5f6b7a", "#d5dae1", "#9aa5b1"
+
+Array = NDArray[Any]
+
+
+@final
+@dataclass(frozen=True)
+class Picture:
+    """An image of the page.
+
+    Attributes:
+        png: the file.
+        width: in CSS pixels; it shrinks on a narrow screen.
+        alt: what it shows, for those who cannot see it.
+        caption: what one sees and what it means.
+        pixelated: enlarge by nearest neighbour.
+    """
+
+    png: bytes
+    width: int
+    alt: str
+    caption: str = ""
+    pixelated: bool = False
+
+    @property
+    def address(self) -> str:
+        """The image as a ``data:`` address."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+def model_colours(names: Sequence[str]) -> dict[str, str]:
+    """One colour per model, the same in every figure."""
+    return {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
+
+
+def panels(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Figure, Array]:
+    """A figure of ``width`` by ``height`` inches and its axes ``(rows, columns)``."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False, **shared)
+    return figure, axes
+
+
+def tidy(ax: Axes, *, title: str = "", x: str = "", y: str = "", grid: bool = True) -> None:
+    """Light axes: two spines, small ticks, a faint grid, words in one size."""
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        ax.spines[side].set_color(DATA)
+        ax.spines[side].set_linewidth(0.8)
+    ax.tick_params(which="both", labelsize=8.5, colors=SOFT, length=3, width=0.8)
+    ax.tick_params(which="minor", length=0, labelsize=0)
+    if grid:
+        ax.grid(True, color="#edf0f3", linewidth=0.8)
+        ax.set_axisbelow(True)
+    if title:
+        ax.set_title(plain(title), fontsize=9.5, color=INK, loc="left")
+    ax.set_xlabel(x, fontsize=9, color=SOFT)
+    ax.set_ylabel(y, fontsize=9, color=SOFT)
+
+
+def bare(ax: Axes, *, title: str = "", colour: str = INK, second: str = "") -> None:
+    """Axes without numbers, for pictures of points: a thin frame, a coloured title and a line below it."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    for spine in ax.spines.values():
+        spine.set_color(FAINT)
+        spine.set_linewidth(0.8)
+    if title:
+        ax.set_title(plain(title), fontsize=9, color=colour, loc="left", pad=4)
+    if second:
+        ax.set_title(plain(second), fontsize=8.5, color=SOFT, loc="right", pad=4)
+
+
+def plain(text: str) -> str:
+    """Text without a meaning to matplotlib's formula parser."""
+    return text.replace("$", r"\$")
+
+
+def call_axis(ax: Axes, calls: Sequence[int]) -> None:
+    """A logarithmic axis of network calls, with a tick at every count measured."""
+    from matplotlib.ticker import NullLocator
+
+    ax.set_xscale("log")
+    ticks = sorted(set(calls))
+    ax.xaxis.set_minor_locator(NullLocator())
+    ax.set_xticks(_apart(ticks), [str(tick) for tick in _apart(ticks)])
+    ax.set_xlim(ticks[0] / 1.35, ticks[-1] * 1.35)
+
+
+def _apart(ticks: Sequence[int]) -> list[int]:
+    """Leave out counts whose numbers would touch their neighbour's."""
+    kept: list[int] = []
+    for tick in ticks:
+        if not kept or tick / kept[-1] > max(1.25, (ticks[-1] / ticks[0]) ** 0.06):
+            kept.append(tick)
+    return kept
+
+
+def halo() -> list[Any]:
+    """A white rim that keeps text readable on lines."""
+    from matplotlib.patheffects import withStroke
+
+    return [withStroke(linewidth=3, foreground="white")]
+
+
+def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.075) -> None:
+    """Write labels ``(y, text, colour)`` beside the right end of the axes, moved apart where they would touch.
+
+    Call it when the axes' limits are final.
+    """
+    low, high = ax.transAxes.inverted().transform(ax.transData.transform([(1, ax.get_ylim()[0]), (1, ax.get_ylim()[1])]))[:, 1]
+    assert high > low
+    places = [
+        (float(ax.transAxes.inverted().transform(ax.transData.transform((1.0, y)))[1]), text, colour)
+        for y, text, colour in labels
+    ]
+    places.sort(key=lambda place: place[0])
+    heights = spread([min(max(place[0], 0.0), 1.0) for place in places], gap)
+    for (_, text, colour), height in zip(places, heights, strict=True):
+        ax.text(1.015, height, plain(text), transform=ax.transAxes, va="center", fontsize=8.5, color=colour)
+
+
+def spread(heights: Sequence[float], gap: float) -> list[float]:
+    """Move ascending heights so that neighbours are at least ``gap`` apart, each group about its own middle."""
+    groups: list[tuple[float, list[float]]] = []
+    for height in heights:
+        members = [height]
+        while groups and _bottom(members, gap) - groups[-1][0] < gap:
+            members = [*groups.pop()[1], *members]
+        groups.append((_bottom(members, gap) + gap * (len(members) - 1), members))
+    return [_bottom(members, gap) + gap * k for _, members in groups for k in range(len(members))]
+
+
+def _bottom(members: Sequence[float], gap: float) -> float:
+    return sum(members) / len(members) - gap * (len(members) - 1) / 2
+
+
+def picture(figure: Figure, alt: str, caption: str = "") -> Picture:
+    """Render a figure to a PNG of few colours."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    figure.set_dpi(CSS_DPI * SHARPNESS)
+    canvas.draw()
+    image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    few = image.quantize(256, dither=Image.Dither.NONE)
+    return Picture(png_bytes(few), image.width // SHARPNESS, alt, caption)
+
+
+def png_bytes(image: Any) -> bytes:
+    """A Pillow image as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
