@@ -89,9 +89,7 @@ def test_one_dimension_is_the_sorted_pairing(n: int) -> None:
     assert torch.equal(matched[order], x0.sort(0).values)
 
 
-@pytest.mark.parametrize(
-    ("n", "expected"), [(1, 2.0), (4, 0.85), (16, 0.28), (64, 0.081), (256, 0.025)]
-)
+@pytest.mark.parametrize(("n", "expected"), [(1, 2.0), (4, 0.85), (16, 0.28), (64, 0.081), (256, 0.025)])
 def test_cost_between_two_normal_samples_falls_with_the_batch(n: int, expected: float) -> None:
     """E|x1 - x0|^2 of the n-point optimal pairing of two N(0, 1) samples."""
     generator = torch.Generator().manual_seed(4)

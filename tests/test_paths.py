@@ -34,7 +34,7 @@ def state(path: AffinePath, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("path", ALL, ids=repr)
 @pytest.mark.parametrize("shape", [(1,), (3,), (5,), (2, 5, 5)])  # five rows: (5,) and (2, 5, 5) have B == D
-@pytest.mark.parametrize(("source", "target"), itertools.permutations(KINDS, 2))
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(KINDS, 2)))
 def test_every_conversion_returns_the_truth(
     path: AffinePath, shape: tuple[int, ...], source: str, target: str
 ) -> None:
@@ -91,7 +91,7 @@ def test_linear_target_is_the_remaining_way_over_the_remaining_time() -> None:
 def test_velocity_to_data_and_noise_are_regular_at_both_ends(path: AffinePath, end: float) -> None:
     generator = torch.Generator().manual_seed(1)
     x, v = torch.randn((2, 4, 3), generator=generator, dtype=torch.float64)
-    at, near = (torch.full((4,), e, dtype=torch.float64) for e in (end, abs(end - 1e-9)))
+    at, near = (torch.full((4,), e, dtype=torch.float64) for e in (end, abs(end - 1e-12)))
     for convert in (path.velocity_to_data, path.velocity_to_noise):
         torch.testing.assert_close(convert(v, x, at), convert(v, x, near), rtol=0, atol=1e-4)
 

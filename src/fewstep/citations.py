@@ -28,12 +28,12 @@ CITATIONS: dict[str, Entry] = {
         2023,
         "2209.15571",
     ),
-    "boffi2024flow": (
-        "misc",
+    "boffi2025flow": (
+        "article",
         "Boffi, Nicholas M. and Albergo, Michael S. and Vanden-Eijnden, Eric",
         "Flow map matching with stochastic interpolants: A mathematical framework for consistency models",
-        "",
-        2024,
+        "Transactions on Machine Learning Research",
+        2025,
         "2406.07507",
     ),
     "bonneel2015sliced": (
@@ -54,7 +54,7 @@ CITATIONS: dict[str, Entry] = {
     ),
     "esser2024scaling": (
         "inproceedings",
-        "Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\\"u}ller, Jonas and "
+        'Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\"u}ller, Jonas and '
         "Saini, Harry and Levi, Yam and Lorenz, Dominik and Sauer, Axel and Boesel, Frederic and Podell, Dustin and "
         "Dockhorn, Tim and English, Zion and Lacey, Kyle and Goodwin, Alex and Marek, Yannik and Rombach, Robin",
         "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
@@ -113,7 +113,7 @@ CITATIONS: dict[str, Entry] = {
     ),
     "kynkaanniemi2019improved": (
         "inproceedings",
-        "Kynk{\\\"a}{\\\"a}nniemi, Tuomas and Karras, Tero and Laine, Samuli and Lehtinen, Jaakko and Aila, Timo",
+        'Kynk{\\"a}{\\"a}nniemi, Tuomas and Karras, Tero and Laine, Samuli and Lehtinen, Jaakko and Aila, Timo',
         "Improved Precision and Recall Metric for Assessing Generative Models",
         _NEURIPS,
         2019,

@@ -65,11 +65,9 @@ def require_independent(facts: Facts, what: str) -> None:
     """
     if facts.independent and facts.gaussian:
         return
-    reason = (
-        "was trained on dependent pairs (reflow, optimal transport, in-painting ...)"
-        if not facts.independent
-        else "starts from a base that is not standard normal"
-    )
+    reason = "starts from a base that is not standard normal"
+    if not facts.independent:
+        reason = "was trained on dependent pairs (reflow, optimal transport, in-painting ...)"
     raise UserError(
         f"{what} needs the score, and the score is -x0/sigma only for Gaussian noise independent of the "
         f"data, but this model {reason}. Use an ODE solver, or a model trained with the independent coupling."
@@ -295,13 +293,7 @@ class Paired(Coupling):
 
     @property
     def facts(self) -> Facts:
-        return Facts(
-            independent=False,
-            deterministic=True,
-            teacher=self.teacher,
-            guidance=self.guidance,
-            gaussian=self.gaussian,
-        )
+        return Facts(False, True, self.teacher, self.guidance, self.gaussian)
 
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
         kept = _checked(x1, cond)
@@ -376,8 +368,7 @@ def _rectangle_mask(n: int, height: int, width: int, generator: torch.Generator)
 def _interval(u: Tensor, w: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Random pixels [start, stop) covering at least one and about a quarter to three quarters of the side."""
     length = ((0.25 + 0.5 * u) * side).round().long().clamp(1, side)
-    start = (w * (side - length + 1)).long().clamp(max=side - 1)
-    start = torch.minimum(start, side - length)
+    start = torch.minimum((w * (side - length + 1)).long(), side - length)
     return start, start + length
 
 
@@ -393,7 +384,7 @@ def _draw(source: Source, x1: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _checked(x1: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A copy of the conditions, after checking that each has one row per row of x1."""
+    """A copy of the conditions, each checked to have one row per row of x1."""
     for name, value in cond.items():
         if value.ndim == 0 or len(value) != len(x1):
             raise UserError(
@@ -405,5 +396,5 @@ def _checked(x1: Tensor, cond: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _without_context(cond: dict[str, Tensor], what: str) -> dict[str, Tensor]:
     if "context" in cond:
-        raise UserError(f"{what} makes the condition 'context' itself: remove it from the data's conditions.")
+        raise UserError(f"{what} makes the condition 'context' itself: remove it from the data.")
     return cond

@@ -134,7 +134,9 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 
 
     Call it when the axes' limits are final.
     """
-    low, high = ax.transAxes.inverted().transform(ax.transData.transform([(1, ax.get_ylim()[0]), (1, ax.get_ylim()[1])]))[:, 1]
+    low, high = ax.transAxes.inverted().transform(
+        ax.transData.transform([(1, ax.get_ylim()[0]), (1, ax.get_ylim()[1])])
+    )[:, 1]
     assert high > low
     places = [
         (float(ax.transAxes.inverted().transform(ax.transData.transform((1.0, y)))[1]), text, colour)

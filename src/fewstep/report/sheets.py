@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.report.drawing import COLOURS, Array, Picture, bare, panels, picture, png_bytes, tidy
+from fewstep.report.drawing import COLOURS, Array, bare, panels, picture, png_bytes, tidy
 from fewstep.store.files import write_bytes
 
 CELL = 48  # an image's side in a sheet, about
@@ -47,11 +47,15 @@ def write_sheet(
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise UserError(f"a sheet is a PNG file, and {str(path)!r} ends otherwise: give a name such as samples.png.")
+        raise UserError(
+            f"a sheet is a PNG file, and {str(path)!r} ends otherwise: give a name such as samples.png."
+        )
     array = finite(x)
     if array.ndim == 2:
         if limits is not None or columns is not None:
-            raise UserError("limits and columns are for images, and these samples are vectors: leave them out.")
+            raise UserError(
+                "limits and columns are for images, and these samples are vectors: leave them out."
+            )
         return scatter_sheet(array, path)
     return sheet(array, path, limits=limits, columns=columns)
 
@@ -154,7 +158,11 @@ def resize(tiles: Array, cell: int, largest: int) -> Array:
         return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = (max(1, round(length * largest / side)) for length in tiles.shape[1:3])
     reduced = [
-        np.asarray(Image.fromarray(t[..., 0] if t.shape[-1] == 1 else t).resize((width, height), Image.Resampling.BOX))
+        np.asarray(
+            Image.fromarray(t[..., 0] if t.shape[-1] == 1 else t).resize(
+                (width, height), Image.Resampling.BOX
+            )
+        )
         for t in tiles
     ]
     return np.stack(reduced).reshape(len(tiles), height, width, tiles.shape[-1])
@@ -167,7 +175,11 @@ def principal_directions(points: Array, count: int = 2) -> Array:
     basis = torch.linalg.svd(centred, full_matrices=False).Vh[:count].numpy()
     signs = np.sign(basis[np.arange(len(basis)), np.abs(basis).argmax(1)])
     directions = (basis * signs[:, None]).T
-    return directions if directions.shape[1] == count else np.pad(directions, ((0, 0), (0, count - directions.shape[1])))
+    return (
+        directions
+        if directions.shape[1] == count
+        else np.pad(directions, ((0, 0), (0, count - directions.shape[1])))
+    )
 
 
 def bins_of(values: Array | Sequence[float], count: int = 60) -> Array:

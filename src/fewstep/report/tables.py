@@ -1,0 +1,139 @@
+"""The tables of a report as plain cells: text, and whether it is the best of its column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, final
+
+from fewstep.report.words import Row, control_rows, model_rows, number
+
+# title, key, which end is best ("low", "high" or ""), key of the floor, what it says
+COLUMNS: tuple[tuple[str, str, str, str | None, str], ...] = (
+    ("steps", "steps", "", None, "solver steps"),
+    ("NFE", "nfe", "", None, "network calls per sample, counted"),
+    ("energy", "energy", "low", "energy_floor", "energy distance to the training split ± standard error"),
+    ("held-out", "energy_held_out", "low", "energy_held_out_floor", "energy distance to the held-out split"),
+    ("sliced W₂", "sliced_w2", "low", "sliced_w2_floor", "sliced 2-Wasserstein distance, 256 directions"),
+    ("FD", "_percent", "low", None, "squared Fréchet distance, in percent of the data's trace"),
+    ("precision", "precision", "high", None, "share of samples that look like data (5 nearest neighbours)"),
+    ("recall", "recall", "high", None, "share of the data that the samples cover"),
+    ("coverage", "coverage", "high", "coverage_floor", "share of data points with a sample near"),
+    ("memorised", "memorised", "", None, "share nearer to training data than 5 % of held-out data are"),
+    ("time", "relative_time", "", None, "wall time of a batch, relative to the slowest row"),
+)
+
+
+@final
+@dataclass(frozen=True)
+class Cell:
+    """One cell: its text, a smaller addition, and marks."""
+
+    text: str
+    small: str = ""
+    best: bool = False
+    alarm: bool = False
+
+
+@final
+@dataclass(frozen=True)
+class Line:
+    """One line of the comparison: a model's row, a control, or the floors."""
+
+    name: str
+    kind: str
+    cells: list[Cell]
+    first: bool = False
+
+
+def value_of(row: Row, key: str) -> float | int | None:
+    """A row's number, from the row or its scores; ``_percent`` is that of whichever features were used."""
+    if key == "_percent":
+        found = [value for name, value in row["scores"].items() if name.endswith("_percent")]
+        return found[0] if found else None
+    value = row.get(key, row["scores"].get(key))
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def comparison(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Line]]:
+    """Heads ``(title, explanation)`` and lines: models, controls, floors."""
+    rows, controls = model_rows(result), control_rows(result)
+    columns = [column for column in COLUMNS if any(value_of(row, column[1]) is not None for row in rows)]
+    best = {key: _best([value_of(row, key) for row in rows], end) for _, key, end, _, _ in columns}
+    lines = []
+    for k, row in enumerate(rows):
+        cells = [_cell(row, key, best[key]) for _, key, _, _, _ in columns]
+        lines.append(Line(row["model"], "model", cells, k == 0 or rows[k - 1]["model"] != row["model"]))
+    for k, row in enumerate(controls):
+        lines.append(Line(row["model"], "control", [_cell(row, c[1], None) for c in columns], k == 0))
+    floors = [Cell(number(rows[0]["scores"].get(floor)) if floor else "") for _, _, _, floor, _ in columns]
+    lines.append(Line("data against data (floor)", "floor", floors, True))
+    heads = [(_fd_title(rows[0]) if key == "_percent" else title, says) for title, key, _, _, says in columns]
+    return heads, lines
+
+
+def _fd_title(row: Row) -> str:
+    names = [name.removesuffix("_percent") for name in row["scores"] if name.endswith("_percent")]
+    return f"{names[0]} %"
+
+
+def _best(values: Sequence[float | int | None], end: str) -> str | None:
+    """The best value as it is printed, so that equal prints are marked alike; None for a single row."""
+    known = [float(value) for value in values if value is not None]
+    if not end or len(known) < 2:
+        return None
+    return number(min(known) if end == "low" else max(known))
+
+
+def _cell(row: Row, key: str, best: str | None) -> Cell:
+    value = value_of(row, key)
+    text = number(value)
+    small = f"±{number(row['scores'].get('energy_se'))}" if key == "energy" else ""
+    alarm = key == "memorised" and bool(row["scores"].get("memorised_flag")) and not row.get("control")
+    return Cell(text, small if value is not None else "", best == text, alarm)
+
+
+def straightness(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Model and ``S ± error, S / E|Δ|², one-step gap, relative gap, path length``."""
+    return [
+        (
+            name,
+            [
+                f"{number(d['straightness'])} ± {number(d['straightness_error'])}",
+                number(d["relative_straightness"]),
+                number(d["one_step_gap"]),
+                number(d["relative_gap"]),
+                number(d["path_length_ratio"]),
+            ],
+        )
+        for name, d in (result.get("diagnosis") or {}).items()
+    ]
+
+
+def timing(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Rows with a relative time, slowest = 1."""
+    rows = [row for row in model_rows(result) if row.get("relative_time") is not None]
+    return [
+        {
+            "model": row["model"],
+            "steps": row["steps"],
+            "nfe": row["nfe"],
+            "time": row["relative_time"],
+            "text": number(float(row["relative_time"])),
+            "faster": f"{1 / row['relative_time']:.3g}×" if row["relative_time"] > 0 else "–",
+            "parameters": number(row.get("parameters")),
+        }
+        for row in rows
+    ]
+
+
+def facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """A nested mapping as ``(dotted key, text)`` pairs."""
+    out: list[tuple[str, str]] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            out += facts(value, f"{prefix}{key}.")
+        else:
+            out.append((f"{prefix}{key}", str(value)))
+    return out

@@ -1,0 +1,187 @@
+"""The straight-line family against closed forms: stationarity, exact pairs, and what mixed ReFlow converges to."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fewstep as fs
+from fewstep.errors import UserError
+from fewstep.flow.couplings import GaussianSource, Independent, Pair
+from fewstep.flow.noise import Draws, generator_for
+from fewstep.flow.paths import make_path
+from fewstep.flow.time_laws import make_time_law
+from fewstep.generator import load
+from fewstep.methods.reflow import ReflowOptions, share_law
+from fewstep.methods.straight_line import (
+    EndpointRegression,
+    VelocityRegression,
+    drop_labels,
+    l1,
+    l2,
+    pseudo_huber,
+)
+from fewstep.pipeline.recipe import make_recipe
+from fewstep.pipeline.run import run_recipe
+from fewstep.training.world import LocalWorld
+
+
+class Perturbed(nn.Module):
+    """``v + epsilon psi`` around an exact velocity, with ``epsilon`` the only parameter."""
+
+    def __init__(self, velocity: Any, psi: Any) -> None:
+        super().__init__()
+        self.velocity, self.psi = velocity, psi
+        self.epsilon = nn.Parameter(torch.zeros((), dtype=torch.float64))
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.velocity(x, t) + self.epsilon * self.psi(x, t)
+
+
+TARGETS = {
+    "gaussian": lambda path: fs.closed_form.gaussian(torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0]), path),
+    "mixture": lambda path: fs.closed_form.mixture(
+        torch.tensor([0.3, 0.7]), torch.tensor([[1.0, 0.0], [-1.0, 2.0]]), torch.tensor([0.2, 0.5]), path
+    ),
+}
+DIRECTIONS = {
+    "one": lambda x, t: torch.ones_like(x),
+    "x": lambda x, t: x,
+    "x squared": lambda x, t: x**2,
+    "wave": lambda x, t: torch.sin(3 * x + 5 * t[:, None]),
+}
+
+
+def gradient_score(target: Any, path: str, psi: Any, sign: float = 1.0) -> float:
+    """z-score of the loss's derivative in the direction ``psi`` at the (possibly wrong) velocity."""
+    student = Perturbed(lambda x, t: sign * target.velocity(x, t), psi)
+    objective = VelocityRegression(student, make_path(path), make_time_law("uniform"))
+    gradients = []
+    for block in range(40):
+        generator = generator_for("stationary", block)
+        x1 = target.sample(2000, generator, dtype=torch.float64)
+        batch = Independent(GaussianSource((2,))).pair(x1, {}, generator)
+        loss = objective.loss("student", batch, Draws(generator, 2000))["loss"]
+        gradients.append(torch.autograd.grad(loss, student.epsilon)[0].item())
+    return float(np.mean(gradients) / (np.std(gradients, ddof=1) / math.sqrt(len(gradients))))
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_exact_velocity_is_a_stationary_point_of_the_loss(target: str, path: str) -> None:
+    exact = TARGETS[target](make_path(path))
+    scores = {name: gradient_score(exact, path, psi) for name, psi in DIRECTIONS.items()}
+    assert max(map(abs, scores.values())) < 4, scores
+
+
+def test_a_velocity_of_the_wrong_sign_is_not_stationary() -> None:
+    exact = TARGETS["gaussian"](make_path("linear"))
+    assert abs(gradient_score(exact, "linear", DIRECTIONS["x"], sign=-1.0)) > 20
+
+
+def test_loss_at_the_exact_velocity_is_the_closed_form_floor() -> None:
+    target = fs.closed_form.gaussian(torch.zeros(3), torch.tensor([0.5, 1.0, 2.0]))
+    objective = VelocityRegression(
+        Perturbed(target.velocity, DIRECTIONS["one"]), make_path("linear"), make_time_law("uniform")
+    )
+    generator = generator_for("floor")
+    x1 = target.sample(200_000, generator, dtype=torch.float64)
+    batch = Independent(GaussianSource((3,))).pair(x1, {}, generator)
+    loss = objective.loss("student", batch, Draws(generator, 200_000))["loss"].item()
+    # (pi / 2) sum of s over dimensions; the loss is a mean over the three dimensions
+    assert loss == pytest.approx(math.pi / 2 * 3.5 / 3, rel=0.01)
+
+
+def test_exact_pairs_of_a_line_give_no_loss_and_no_straightness() -> None:
+    pairs = fs.closed_form.coupled_gaussian(1.5, 0.4, 1.0)
+    x0, x1 = pairs.sample_pairs(512, generator_for("pairs"))
+    velocity = Perturbed(pairs.velocity, DIRECTIONS["one"])
+    objective = VelocityRegression(velocity, make_path("linear"), make_time_law("uniform"))
+    batch = Pair(x0.double().reshape(-1, 1), x1.double().reshape(-1, 1))
+    assert objective.loss("student", batch, Draws(generator_for(0), 512))["loss"].item() < 1e-12
+    endpoint = EndpointRegression(velocity)
+    assert endpoint.loss("student", batch, Draws(generator_for(0), 512))["loss"].item() < 1e-12
+    d = fs.diagnose(pairs.velocity, batch.x0)
+    assert d.straightness < 1e-12
+    assert d.one_step_gap < 1e-6
+
+
+def test_distances_have_their_closed_forms() -> None:
+    x, y = torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2)
+    c = 0.03 * math.sqrt(2)
+    assert l2(x, y).item() == pytest.approx(12.5)
+    assert l1(x, y).item() == pytest.approx(3.5)
+    assert pseudo_huber(x, y).item() == pytest.approx((math.sqrt(25 + c * c) - c) / 2)
+
+
+def test_labels_are_dropped_at_the_stated_rate_and_only_labels() -> None:
+    label = torch.arange(10).repeat(2000)
+    cond = {"label": label, "context": torch.ones(20000)}
+    kept = drop_labels(cond, null=10, share=0.1, draws=Draws(generator_for("drop"), 20000))
+    dropped = kept["label"] == 10
+    assert dropped.double().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 20000))
+    assert torch.equal(kept["label"][~dropped], label[~dropped])
+    assert kept["context"] is cond["context"]
+
+
+def test_mix_rises_over_rounds_and_one_round_uses_the_last() -> None:
+    options = {"method": "reflow", "teacher": "t"}
+    assert ReflowOptions(**options, rounds=3, mix=(0.4, 0.9)).shares() == pytest.approx([0.4, 0.65, 0.9])
+    assert ReflowOptions(**options, rounds=1, mix=(0.4, 0.9)).shares() == [0.9]
+    assert ReflowOptions(**options, rounds=2, mix=1.0).shares() == [1.0, 1.0]
+    law = share_law(0.9, 1000, anneal=True)
+    assert [law(0), law(600)] == [0.9, 0.9]
+    assert law(700) == pytest.approx(0.95)
+    assert [law(800), law(999)] == [1.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def gaussian_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 1-D Gaussian of mean 3 and standard deviation 2, its teacher, and ReFlow with either kind of real pair."""
+    out = tmp_path_factory.mktemp("gaussian")
+    x = 3.0 + 2.0 * torch.randn(20_000, 1, generator=generator_for("gaussian data"))
+    np.save(out / "x.npy", x.numpy())
+    reflow = {"method": "reflow", "teacher": "teacher", "rounds": 2, "mix": [0.4, 0.8], "samples": 400_000}
+    recipe = make_recipe(
+        {
+            "data": str(out / "x.npy"),
+            "network": {"name": "mlp", "preset": "tiny"},
+            "stages": {
+                "teacher": {"method": "flow_matching", "samples": 300_000},
+                "independent": {**reflow, "real": "independent"},
+                "inverted": {**reflow, "real": "inverted"},
+            },
+        },
+        "test",
+    )
+    run_recipe(recipe, out / "run", LocalWorld(quiet=True))
+    return out / "run"
+
+
+@pytest.mark.parametrize(("stage", "share"), [("independent", 0.8), ("inverted", 1.0)])
+def test_mixed_reflow_has_the_predicted_one_step_spread(gaussian_run: Path, stage: str, share: float) -> None:
+    x = load(gaussian_run / stage).sample(20_000, steps=1, seed=5)
+    # one Euler step returns (1 - p) E[x1] + p T(x0) when the real half is independent
+    assert x.std().item() == pytest.approx(2.0 * share, rel=0.05)
+    assert x.mean().item() == pytest.approx(3.0, abs=0.1)
+
+
+@pytest.mark.parametrize("stage", ["independent", "inverted"])
+def test_reflow_keeps_the_many_step_law(gaussian_run: Path, stage: str) -> None:
+    x = load(gaussian_run / stage).sample(20_000, steps=100, seed=5)
+    assert x.std().item() == pytest.approx(2.0, rel=0.03)
+
+
+def test_guidance_is_not_baked_in_twice() -> None:
+    from fewstep.methods.base import Teacher
+
+    teacher = Teacher(velocity=lambda x, t: x, digest="d", guidance=2.0, name="straight")
+    with pytest.raises(UserError, match=r"already has guidance 2.0 baked in.*Leave guidance out"):
+        teacher.guided(1.5)
+    assert teacher.guided(1.0) is teacher.velocity
