@@ -18,9 +18,9 @@ from fewstep.flow.closed_form import (
     Mixture,
     coupled_gaussian,
     gaussian,
-    joint_gaussian_velocity,
     mixture,
 )
+from fewstep.flow.coupled_gaussian import joint_gaussian_velocity
 from fewstep.flow.paths import VP, AffinePath, Cosine, Linear
 
 D = torch.float64

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.flow.closed_form import joint_gaussian_velocity
+from fewstep.flow.coupled_gaussian import joint_gaussian_velocity
 from fewstep.flow.couplings import (
     Coupling,
     EmpiricalSource,

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    import fewstep.flow.closed_form as closed_form
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose
     from fewstep.errors import UserError
-    from fewstep.flow import closed_form
     from fewstep.flow.field import Guided
     from fewstep.generator import Generator, load
     from fewstep.solvers.solve import Solution, invert, solve

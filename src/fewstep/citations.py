@@ -55,8 +55,9 @@ CITATIONS: dict[str, Entry] = {
     "esser2024scaling": (
         "inproceedings",
         'Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\"u}ller, Jonas and '
-        "Saini, Harry and Levi, Yam and Lorenz, Dominik and Sauer, Axel and Boesel, Frederic and Podell, Dustin and "
-        "Dockhorn, Tim and English, Zion and Lacey, Kyle and Goodwin, Alex and Marek, Yannik and Rombach, Robin",
+        "Saini, Harry and Levi, Yam and Lorenz, Dominik and Sauer, Axel and Boesel, Frederic and Podell, "
+        "Dustin and Dockhorn, Tim and English, Zion and Lacey, Kyle and Goodwin, Alex and Marek, Yannik "
+        "and Rombach, Robin",
         "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis",
         _ICML,
         2024,
@@ -80,7 +81,8 @@ CITATIONS: dict[str, Entry] = {
     ),
     "heusel2017gans": (
         "inproceedings",
-        "Heusel, Martin and Ramsauer, Hubert and Unterthiner, Thomas and Nessler, Bernhard and Hochreiter, Sepp",
+        "Heusel, Martin and Ramsauer, Hubert and Unterthiner, Thomas and Nessler, Bernhard and "
+        "Hochreiter, Sepp",
         "{GAN}s Trained by a Two Time-Scale Update Rule Converge to a Local {N}ash Equilibrium",
         _NEURIPS,
         2017,
@@ -104,8 +106,8 @@ CITATIONS: dict[str, Entry] = {
     ),
     "kim2025simple": (
         "inproceedings",
-        "Kim, Beomsu and Hsieh, Yu-Guan and Klein, Michal and Cuturi, Marco and Ye, Jong Chul and Kawar, Bahjat and "
-        "Thornton, James",
+        "Kim, Beomsu and Hsieh, Yu-Guan and Klein, Michal and Cuturi, Marco and Ye, Jong Chul and Kawar, "
+        "Bahjat and Thornton, James",
         "Simple {R}e{F}low: Improved Techniques for Fast Flow Models",
         _ICLR,
         2025,
@@ -227,8 +229,8 @@ CITATIONS: dict[str, Entry] = {
     ),
     "yang2024consistency": (
         "misc",
-        "Yang, Ling and Zhang, Zixiang and Zhang, Zhilong and Liu, Xingchao and Xu, Minkai and Zhang, Wentao and "
-        "Meng, Chenlin and Ermon, Stefano and Cui, Bin",
+        "Yang, Ling and Zhang, Zixiang and Zhang, Zhilong and Liu, Xingchao and Xu, Minkai and Zhang, "
+        "Wentao and Meng, Chenlin and Ermon, Stefano and Cui, Bin",
         "Consistency Flow Matching: Defining Straight Flows with Velocity Consistency",
         "",
         2024,
@@ -236,8 +238,8 @@ CITATIONS: dict[str, Entry] = {
     ),
     "yin2024one": (
         "inproceedings",
-        "Yin, Tianwei and Gharbi, Micha{\\\"e}l and Zhang, Richard and Shechtman, Eli and Durand, Fr{\\'e}do and "
-        "Freeman, William T. and Park, Taesung",
+        'Yin, Tianwei and Gharbi, Micha{\\"e}l and Zhang, Richard and Shechtman, Eli and Durand, '
+        "Fr{\\'e}do and Freeman, William T. and Park, Taesung",
         "One-step Diffusion with Distribution Matching Distillation",
         "IEEE/CVF Conference on Computer Vision and Pattern Recognition",
         2024,
@@ -262,8 +264,8 @@ CITATIONS: dict[str, Entry] = {
     "zhou2024score": (
         "inproceedings",
         "Zhou, Mingyuan and Zheng, Huangjie and Wang, Zhendong and Yin, Mingzhang and Huang, Hai",
-        "Score identity {D}istillation: Exponentially Fast Distillation of Pretrained Diffusion Models for One-Step "
-        "Generation",
+        "Score identity {D}istillation: Exponentially Fast Distillation of Pretrained Diffusion Models "
+        "for One-Step Generation",
         _ICML,
         2024,
         "2404.04057",

@@ -24,11 +24,12 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.flow.field import Field, Velocity, as_field
-from fewstep.flow.grids import Grid, check_times
+from fewstep.flow.grids import Grid, check_steps, check_times
 from fewstep.solvers.solve import check_start, solve
 
 NODES = 64
-CHUNK = 256
+CHUNK = 256  # samples measured at a time, fewer where they are large
+CHUNK_NUMBERS = 1 << 24  # at most so many velocity components at a time
 FLOOR = 0.02  # smallest local error a grid is built for, as a share of the largest
 
 
@@ -75,8 +76,7 @@ class Diagnosis:
         The step density is proportional to ``local_error^(1/2)`` (floored at 2 % of its largest value), which
         minimises the sum of the local errors for a given number of steps.
         """
-        if steps < 1:
-            raise UserError(f"steps must be at least 1, got {steps}.")
+        steps = check_steps(steps)
         profile = np.maximum(self.local_error, FLOOR * max(self.local_error.max(), 1e-12))
         density = np.sqrt(profile)
         mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(self.times))])
@@ -88,7 +88,8 @@ class Diagnosis:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {
-            name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()
+            name: value.tolist() if isinstance(value, np.ndarray) else value
+            for name, value in vars(self).items()
         }
 
 
@@ -100,49 +101,75 @@ def diagnose(
     Args:
         v: ``v(x, t, **cond)``.
         x0: base samples, (M, ...); a few hundred give S to a few per cent.
-        cond: conditions, one row per sample.
+        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
         nodes: RK4 steps and quadrature nodes, even.
 
     Returns:
         A :class:`Diagnosis`.
+
+    Raises:
+        UserError: a start that :func:`fewstep.solve` refuses, conditions of another length, an odd number of nodes, a
+            velocity that is not finite.
     """
     check_start(x0)
-    if nodes < 4 or nodes % 2:
+    if check_steps(nodes) < 4 or nodes % 2:
         raise UserError(f"nodes must be an even number of at least 4, got {nodes}.")
+    cond = cond or {}
+    for name, value in cond.items():
+        if isinstance(value, Tensor) and value.shape[:1] != x0.shape[:1]:
+            raise UserError(
+                f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per sample."
+            )
     field = as_field(v)
     before = field.calls
-    cond = cond or {}
-    chunks = range(0, len(x0), CHUNK)
-    parts = [
-        _measure(field, x0[i : i + CHUNK], {n: c[i : i + CHUNK] for n, c in cond.items()}, nodes) for i in chunks
-    ]
+    size = max(1, min(CHUNK, CHUNK_NUMBERS // ((nodes + 1) * x0[0].numel())))
+    chunks = [slice(i, i + size) for i in range(0, len(x0), size)]
+    parts = [_measure(field, x0[rows], _rows(cond, rows), nodes) for rows in chunks]
     nfe = (field.calls - before) // len(chunks)
     return _summary({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, nodes, nfe)
+
+
+def _rows(cond: Mapping[str, Any], rows: slice) -> dict[str, Any]:
+    """The conditions of some samples; what is no tensor belongs to all of them."""
+    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in cond.items()}
 
 
 @torch.no_grad()
 def _measure(field: Field, x0: Tensor, cond: Mapping[str, Any], nodes: int) -> dict[str, np.ndarray]:
     """Per-sample quantities, (B,) or (B, nodes + 1)."""
+    flat, chord = _trajectory(field, x0, cond, nodes)
+    acceleration = torch.einsum("mn,bnd->bmd", torch.from_numpy(difference_matrix(nodes)), flat)
+    speed = flat.square().sum(-1)
+    along = (acceleration * flat).sum(-1).square() / speed.clamp_min(1e-30)
+    total = acceleration.square().sum(-1)
+    rows = {
+        "deviation": (chord[:, None] - flat).square().sum(-1),
+        "total": total,
+        "normal": (total - along).clamp_min(0),
+        "speed": speed.sqrt(),
+        "displacement": chord.square().sum(-1),
+        "gap": (flat[:, 0] - chord).square().sum(-1),
+    }
+    return {name: value.numpy() for name, value in rows.items()}
+
+
+def _trajectory(field: Field, x0: Tensor, cond: Mapping[str, Any], nodes: int) -> tuple[Tensor, Tensor]:
+    """Velocities along the trajectories, (B, nodes + 1, D), and chords ``Z_1 - Z_0``, (B, D); float64 on the CPU."""
     solution = solve(field, x0, solver="rk4", steps=nodes, cond=cond, trajectory=True)
     assert solution.trajectory is not None
     states = solution.trajectory
     velocity = torch.stack(
         [field(x, x.new_full((len(x),), t), **cond) for x, t in zip(states, solution.times, strict=True)]
     )
-    flat = velocity.flatten(2).transpose(0, 1).double()  # (B, nodes + 1, D)
-    chord = (states[-1] - states[0]).flatten(1).double()
-    acceleration = torch.gradient(flat, spacing=1.0 / nodes, dim=1, edge_order=2)[0]
-    speed = flat.square().sum(-1)
-    along = (acceleration * flat).sum(-1).square() / speed.clamp_min(1e-30)
-    total = acceleration.square().sum(-1)
-    return {
-        "deviation": (chord[:, None] - flat).square().sum(-1).cpu().numpy(),
-        "total": total.cpu().numpy(),
-        "normal": (total - along).clamp_min(0).cpu().numpy(),
-        "speed": speed.sqrt().cpu().numpy(),
-        "displacement": chord.square().sum(-1).cpu().numpy(),
-        "gap": (flat[:, 0] - chord).square().sum(-1).cpu().numpy(),
-    }
+    bad = ~torch.isfinite(velocity).flatten(1).all(1)
+    if bad.any():
+        time = solution.times[int(bad.nonzero()[0, 0])]
+        raise UserError(
+            f"the network's velocity is NaN or infinite at t = {time:g} on its own trajectories: nothing can be "
+            "measured there. Check the network's weights, its conditions and the scale of the start."
+        )
+    flat = velocity.flatten(2).transpose(0, 1).cpu().double()
+    return flat, (states[-1] - states[0]).flatten(1).cpu().double()
 
 
 def _summary(rows: dict[str, np.ndarray], nodes: int, nfe: int) -> Diagnosis:
@@ -154,7 +181,9 @@ def _summary(rows: dict[str, np.ndarray], nodes: int, nfe: int) -> Diagnosis:
     lengths = rows["speed"] @ weights
     return Diagnosis(
         straightness=float(samples.mean()),
-        straightness_error=float(samples.std(ddof=1) / np.sqrt(len(samples))) if len(samples) > 1 else float("nan"),
+        straightness_error=float(samples.std(ddof=1) / np.sqrt(len(samples)))
+        if len(samples) > 1
+        else float("nan"),
         relative_straightness=float(samples.mean()) / max(displacement, 1e-30),
         displacement=displacement,
         one_step_gap=gap,
@@ -168,6 +197,21 @@ def _summary(rows: dict[str, np.ndarray], nodes: int, nfe: int) -> Diagnosis:
         nfe=nfe,
         solver=f"rk4, {nodes} steps, Simpson quadrature",
     )
+
+
+def difference_matrix(nodes: int) -> np.ndarray:
+    """Fourth-order first derivatives on ``nodes`` equal intervals of [0, 1]: (N + 1, N + 1), one-sided near the ends.
+
+    Row i differentiates the quartic through five neighbouring values (Fornberg, 1988): the weights ``w`` solve
+    ``sum_j w_j x_j^k = [k = 1]``, ``k = 0 … 4``, over the offsets ``x_j`` from node i.
+    """
+    matrix = np.zeros((nodes + 1, nodes + 1))
+    for i in range(nodes + 1):
+        first = min(max(i - 2, 0), nodes - 4)
+        offsets = np.arange(first, first + 5) - i
+        moments = np.vander(offsets, 5, increasing=True).T.astype(float)
+        matrix[i, first : first + 5] = np.linalg.solve(moments, np.eye(5)[1]) * nodes
+    return matrix
 
 
 def simpson_weights(nodes: int) -> np.ndarray:

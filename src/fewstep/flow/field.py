@@ -6,6 +6,7 @@ is called, never computed from the number of steps, so a guided step counts two.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, final
@@ -53,7 +54,8 @@ class Guided(Field):
     Args:
         velocity: ``v(x, t, **cond)``.
         scale: guidance weight ``w``; 1 is the conditional field.
-        null: what replaces the condition in the unconditional call, e.g. ``{"label": None}``.
+        null: what replaces the condition in the unconditional call, ``{"label": None}`` by default. Conditions it does
+            not name are given to both calls.
     """
 
     def __init__(self, velocity: Velocity, scale: float, null: Mapping[str, Any] | None = None) -> None:
@@ -61,12 +63,15 @@ class Guided(Field):
         self.scale = float(scale)
         self.null = {"label": None} if null is None else dict(null)
         self.calls = 0
+        if not math.isfinite(self.scale):
+            raise UserError(f"the guidance scale must be a finite number, got {scale}.")
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        if not cond:
+        if all(cond.get(name) is None for name in self.null):
             raise UserError(
-                f"guidance {self.scale} needs a condition, and none was given: pass one (for example a label) "
-                "or leave guidance out."
+                f"guidance {self.scale} needs a condition to leave out ({', '.join(self.null) or 'null names none'}), and "
+                f"none was given (the call has {', '.join(cond) or 'no conditions'}): pass one, say in `null` what "
+                "replaces another one, or leave guidance out."
             )
         if self.scale == 1.0:
             return self._call(x, t, cond)

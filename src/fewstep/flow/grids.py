@@ -6,8 +6,10 @@ Explicit times fix the number of steps and may run in either direction; named gr
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -32,8 +34,8 @@ def shift(steps: int, value: float | None = None) -> np.ndarray:
     s = 3.0 if value is None else value
     if not s > 0:
         raise UserError(f"grid 'shift' needs a positive value, got {s}: write for example 'shift:3'.")
-    sigma = 1.0 - uniform(steps)
-    return 1.0 - s * sigma / (1.0 + (s - 1.0) * sigma)
+    t = uniform(steps)
+    return t / (t + s * (1.0 - t))  # 1 - sigma', written so that both ends are exact
 
 
 def quadratic(steps: int, value: float | None = None) -> np.ndarray:
@@ -58,11 +60,15 @@ def explicit_times(spec: GridSpec) -> Grid | None:
         if not any(c.isdigit() for c in spec.split(",")[0]) or ":" in spec:
             return None
         words: Sequence[str | float] = [w for w in spec.split(",") if w.strip()]
-    else:
+    elif isinstance(spec, Iterable):
         words = list(spec)
+    else:
+        raise UserError(
+            f"grid {spec!r} is neither a name ('uniform', 'shift:3') nor a list of times ('0,0.2,1')."
+        )
     try:
         times = tuple(float(w) for w in words)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise UserError(
             f"grid {spec!r} is not a list of times: {error}. Write for example '0,0.2,1'."
         ) from error
@@ -85,6 +91,17 @@ def check_times(times: Grid) -> None:
         )
 
 
+def check_steps(steps: int) -> int:
+    """Refuse a number of steps that is not a whole number of at least 1."""
+    try:
+        number = operator.index(steps)
+    except TypeError:
+        number = int(steps) if isinstance(steps, float) and steps.is_integer() else 0
+    if isinstance(steps, bool) or number < 1:
+        raise UserError(f"steps must be a whole number of at least 1, got {steps!r}.")
+    return number
+
+
 def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
     """Turn a grid specification into times.
 
@@ -98,8 +115,8 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
     Raises:
         UserError: unknown name, steps below 1, steps and explicit times in conflict, times that turn round.
     """
-    if steps is not None and (isinstance(steps, bool) or int(steps) != steps or steps < 1):
-        raise UserError(f"steps must be a whole number of at least 1, got {steps!r}.")
+    if steps is not None:
+        steps = check_steps(steps)
     times = explicit_times(spec)
     if times is not None:
         if steps is not None and steps != len(times) - 1:
@@ -114,7 +131,13 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
         raise unknown("grid", name, GRIDS)
     if steps is None:
         raise UserError(f"grid {name!r} needs the number of steps: pass steps=N.")
-    return tuple(float(t) for t in GRIDS[name](int(steps), _number(spec, value)))
+    times = tuple(GRIDS[name](steps, _number(spec, value)).tolist())
+    if not all(t < s for t, s in itertools.pairwise(times)):
+        raise UserError(
+            f"grid {spec!r} with {steps} steps squeezes times together until they coincide: take a milder value, or "
+            "fewer steps."
+        )
+    return times
 
 
 def _number(spec: str, value: str) -> float | None:

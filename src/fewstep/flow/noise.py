@@ -8,11 +8,14 @@ of (seed, stage, samples seen). Both go through :func:`mix`, a splitmix64 hash o
 from __future__ import annotations
 
 import hashlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
 from torch import Tensor
+
+from fewstep.errors import UserError
 
 BLOCK = 256
 _MASK = (1 << 64) - 1
@@ -21,13 +24,14 @@ _MASK = (1 << 64) - 1
 def mix(*parts: int | str) -> int:
     """Hash integers and words into 63 bits (splitmix64 finaliser, chained over the parts).
 
-    Words are reduced by SHA-256, so the result does not depend on Python's per-process string hash.
+    Words are reduced by SHA-256, so the result does not depend on Python's per-process string hash. (torch's CPU
+    generator is seeded by the lower 32 bits of what it is given.)
     """
     state = 0x9E3779B97F4A7C15
     for part in parts:
         if isinstance(part, str):
             part = int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
-        state = (state + (part & _MASK) + 0x9E3779B97F4A7C15) & _MASK
+        state = (state + (operator.index(part) & _MASK) + 0x9E3779B97F4A7C15) & _MASK
         state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
         state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
         state ^= state >> 31
@@ -81,6 +85,8 @@ def integer_rows(num: int, high: int, *, seed: int, start: int = 0, draw: int = 
 
 def block_rows(num: int, start: int, draw_block: Callable[[int], Tensor], empty: Tensor) -> Tensor:
     """Cut rows ``start … start+num`` out of the sequence of blocks ``draw_block(0), draw_block(1), …``."""
+    if num < 0 or start < 0:
+        raise UserError(f"rows are counted from 0: num={num} and start={start} must not be negative.")
     if num == 0:
         return empty
     first, last = start // BLOCK, (start + num - 1) // BLOCK

@@ -33,10 +33,10 @@ from fewstep.errors import UserError
 
 EXACT_ROWS = 128
 _KEPT_ROWS = 1024  # work matrices up to this size are kept between calls (at most 4 x 8 MiB)
-_TEMPERATURE = 0.1  # eps of the Sinkhorn kernel, in standard deviations of the inner products
+_TEMPERATURE = 0.05  # eps of the Sinkhorn kernel, in standard deviations of the inner products
 _SCALINGS = (10, 5)  # Sinkhorn iterations on the whole matrix, and on the leftovers
 _LEFTOVER = 64  # so few rows go straight to the exact solver
-_STALL = 1 / 16  # and so do the leftovers of a round that settled no larger share (many equal points)
+_STALL = 1 / 40  # and so do the leftovers of a round that settled no larger share (many equal points)
 _FLOOR = np.float32(1e-12)  # keeps every Sinkhorn sum away from 0
 _SWEEPS = 8
 _GAIN = 5e-3  # a sweep that lowers the cost by less than this share is the last
@@ -152,7 +152,7 @@ def _round(inner: Array, work: Array) -> Index:
         rows, columns = rows[loser], columns[~sold]
         if np.count_nonzero(sold) < _STALL * len(sold):
             break
-        kernel = _kernel(left, np.empty_like(left))
+        kernel = _kernel(left, work.reshape(-1)[: left.size].reshape(left.shape))
         _scale(kernel, _SCALINGS[1])
     if len(rows):
         perm[columns] = rows[_exact(left)]

@@ -55,7 +55,12 @@ class DataBatches:
     CACHE_BYTES = 1 << 30
 
     def __init__(
-        self, data: DataSet, coupling: Coupling, conditional: bool, dequantise: float, key: tuple[int | str, ...]
+        self,
+        data: DataSet,
+        coupling: Coupling,
+        conditional: bool,
+        dequantise: float,
+        key: tuple[int | str, ...],
     ) -> None:
         self.coupling = coupling
         self.facts = coupling.facts
@@ -71,7 +76,11 @@ class DataBatches:
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
         index = self._order.indices(start, count)
-        x1 = self._rows[index] if self._rows is not None else self._data.network_rows(self._train[index].numpy())
+        x1 = (
+            self._rows.index_select(0, index)
+            if self._rows is not None
+            else self._data.network_rows(self._train[index].numpy())
+        )
         if self.dequantise:
             x1 = x1 + self.dequantise * torch.randn(x1.shape, generator=generator)
         cond = {} if self._labels is None else {"label": self._labels[index]}
@@ -118,7 +127,10 @@ class MixedBatches:
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
         keep = torch.rand(count, generator=generator) < self.share(start)
         # both sides draw for the whole batch, so what one side draws never depends on the other's share
-        synthetic, real = self.synthetic.batch(start, count, generator), self.real.batch(start, count, generator)
+        synthetic, real = (
+            self.synthetic.batch(start, count, generator),
+            self.real.batch(start, count, generator),
+        )
         return Pair(
             x0=_choose(keep, synthetic.x0, real.x0),
             x1=_choose(keep, synthetic.x1, real.x1),

@@ -1,9 +1,10 @@
 """Make the pairs a student learns from: noise carried to the teacher's endpoint, or data inverted to its noise.
 
 Every row is a function of (seed, row number), shards are solved in fixed chunks, and each process writes its own
-shards, so that a killed generation, or one with more processes, ends with the same bytes. Before a store is used it
-passes three checks: a re-solve with twice the steps (error and orientation), and for inverted pairs the law of the
-noise, which must be the base's.
+shards, so that a killed generation, or one with more processes, ends with the same bytes. The number of solver steps is
+settled once, when a store is begun, and kept in its manifest. Before a store is used, rows from all over it pass three
+checks: solving them again gives what is stored (so the pairs are this teacher's, and the right way round), twice the
+steps give nearly the same (the error), and inverted noise has the law of the base.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ from fewstep.methods.base import PairOptions, Stage, Teacher
 from fewstep.methods.batches import EpochOrder
 from fewstep.solvers.solve import invert, solve
 from fewstep.solvers.tables import find_solver
-from fewstep.store.pairs import SHARD_ROWS, Columns, PairStore
+from fewstep.store.pairs import Columns, PairRows, PairStore
 
 PILOT = 256
 LADDER = (16, 32, 64, 128)  # network calls per pair that the error gate tries
+SAME = 0.01  # relative difference of two equal solves, on whatever machines
 
 
 @final
@@ -58,26 +60,27 @@ def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
             number of calls the user fixed; inverted noise that is nothing like the base.
     """
     maker = _Maker(stage, request)
+    world = stage.world
     store = PairStore(
         stage.folder / "pairs" / request.tag / request.direction, maker.description(), request.rows
     )
-    if stage.world.rank == 0:
-        store.open()
-    stage.world.barrier()
+    if world.rank == 0:
+        store.open(maker.settle)
+    world.barrier()
     if store.complete:
         return store
+    maker.steps = int(store.manifest["request"]["steps"])
     missing = store.missing()
-    mine = [number for number in missing if number % stage.world.size == stage.world.rank]
-    with stage.world.progress(
-        request.rows, request.rows - len(missing) * SHARD_ROWS, f"{stage.name}: {request.direction} pairs"
-    ) as bar:
-        for number in mine:
+    world.barrier()  # every process has seen the same shards missing before the first one writes
+    done = request.rows - sum(store.shard_range(number)[1] for number in missing)
+    with world.progress(request.rows, done, f"{stage.name}: {request.direction} pairs") as bar:
+        for number in missing[world.rank :: world.size]:
             start, count = store.shard_range(number)
             store.write_shard(number, maker.rows(start, count, bar))
-    stage.world.barrier()
-    if stage.world.rank == 0:
+    world.barrier()
+    if world.rank == 0:
         store.finish(maker.check(store))
-    stage.world.barrier()
+    world.barrier()
     return store
 
 
@@ -92,17 +95,18 @@ class _Maker:
         self.train = torch.as_tensor(stage.data.train)
         self.order = EpochOrder(len(self.train), (self.seed, "rows"))
         self.labels = stage.data.label_rows(stage.data.train) if stage.conditional else None
-        self.steps = self._choose_steps()
+        self.stages = len(find_solver(request.options.solver).b)
+        self.steps = 0
 
     def description(self) -> dict[str, Any]:
-        """What decides the pairs' bytes; kept in the manifest."""
+        """What is asked for; kept in the manifest, and a store that holds something else is refused."""
         options = self.request.options
+        accuracy = {"tolerance": options.tolerance} if options.nfe is None else {"nfe": options.nfe}
         return {
             "direction": self.request.direction,
             "teacher": self.request.teacher.digest,
             "solver": options.solver,
-            "steps": self.steps,
-            "nfe": self.steps * len(find_solver(options.solver).b),
+            **accuracy,
             "grid": "uniform",
             "guidance": options.guidance,
             "seed": self.stage.seed,
@@ -114,6 +118,11 @@ class _Maker:
             "time": "0 is noise, 1 is data",
             "range": "network units",
         }
+
+    def settle(self) -> dict[str, Any]:
+        """The solver steps of a new store."""
+        steps = self._choose_steps()
+        return {"steps": steps, "nfe": steps * self.stages}
 
     def starts(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The known end of rows ``start … start + count`` and their conditions."""
@@ -142,6 +151,11 @@ class _Maker:
             size = min(BLOCK, start + count - first)
             x, cond = self.starts(first, size)
             y = self.carry(x, cond, self.steps)
+            if not torch.isfinite(y).all():
+                raise UserError(
+                    f"stage {self.stage.name!r}: {self.request.teacher.name!r} gives NaN or infinite values when its "
+                    f"flow is solved for {self.request.direction} pairs: train it longer or with a lower lr."
+                )
             x0, x1 = (x, y) if self.request.direction == "generated" else (y, x)
             parts.append({"x0": x0, "x1": x1, **cond})
             bar.update(size)
@@ -150,46 +164,62 @@ class _Maker:
     def _choose_steps(self) -> int:
         """Steps per pair: the user's, or the first of the ladder whose error is within the tolerance."""
         options = self.request.options
-        stages = len(find_solver(options.solver).b)
         if options.nfe is not None:
-            if options.nfe % stages:
+            if options.nfe % self.stages:
                 raise UserError(
-                    f"nfe: {options.nfe} is no multiple of the {stages} calls a step of {options.solver!r} makes."
+                    f"stage {self.stage.name!r}: nfe = {options.nfe} is no multiple of the {self.stages} calls that a "
+                    f"step of {options.solver!r} makes."
                 )
-            return options.nfe // stages
+            return options.nfe // self.stages
         x, cond = self.starts(0, min(PILOT, self.request.rows))
-        coarse = self.carry(x, cond, LADDER[0] // stages)
+        coarse = self.carry(x, cond, LADDER[0] // self.stages)
         for nfe in LADDER:
-            fine = self.carry(x, cond, 2 * nfe // stages)
+            fine = self.carry(x, cond, 2 * nfe // self.stages)
             if relative_error(coarse, fine) <= options.tolerance:
-                return nfe // stages
+                return nfe // self.stages
             coarse = fine
-        return LADDER[-1] // stages
+        return LADDER[-1] // self.stages
 
     def check(self, store: PairStore) -> dict[str, Any]:
-        """Re-solve some stored rows with twice the steps, and look at the law of inverted noise."""
+        """Solve some stored rows again, with as many and with twice the steps, and look at the law of inverted noise."""
         stored = store.training_rows()
-        rows = stored.columns(torch.arange(min(PILOT, len(stored))))
+        chosen = torch.linspace(0, len(stored) - 1, min(PILOT, len(stored))).round().long()
+        rows = stored.columns(chosen)
         cond = {"label": rows["label"]} if "label" in rows else {}
         known, found = ("x0", "x1") if self.request.direction == "generated" else ("x1", "x0")
+        self._judge_origin(store, rows[known], rows[found], cond)
         error = relative_error(rows[found], self.carry(rows[known], cond, 2 * self.steps))
         checks: dict[str, Any] = {"relative_error": error}
         self._judge_error(error)
         if self.request.direction == "inverted" and isinstance(self.stage.source, GaussianSource):
-            law = noise_law(store)
+            law = noise_law(stored)
             checks["noise_law"] = law
             self._judge_law(law)
         return checks
+
+    def _judge_origin(
+        self, store: PairStore, known: Tensor, found: Tensor, cond: Mapping[str, Tensor]
+    ) -> None:
+        """Refuse pairs that this teacher, solved as the manifest says, does not make."""
+        if relative_error(self.carry(known, cond, self.steps), found) <= SAME:
+            return
+        swapped = relative_error(self.carry(found, cond, self.steps), known) <= SAME
+        what = (
+            "have x0 and x1 swapped" if swapped else "are not what the teacher makes of their starting points"
+        )
+        raise UserError(
+            f"the pairs in {store.folder} {what}: delete that folder, and the same command makes them again."
+        )
 
     def _judge_error(self, error: float) -> None:
         options, tolerance = self.request.options, self.request.options.tolerance
         if error <= tolerance:
             return
         what = f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with twice the steps"
-        if options.nfe is not None or error > 0.5:
+        if options.nfe is not None or not error <= 0.5:
             raise UserError(
-                f"stage {self.stage.name!r}: {what}, and the tolerance is {tolerance:g}: raise nfe "
-                f"(now {self.steps} steps of {options.solver!r}) or, if that is good enough, the tolerance."
+                f"stage {self.stage.name!r}: {what}, and the tolerance is {tolerance:g}: raise nfe (now "
+                f"{self.steps * self.stages} calls of {options.solver!r}) or, if that is good enough, the tolerance."
             )
         self.stage.world.say(f"warning: {what}, even at {LADDER[-1]} calls (tolerance {tolerance:g}).")
 
@@ -228,14 +258,13 @@ def relative_error(x: Tensor, y: Tensor) -> float:
     return float((kept / spread.clamp_min(1e-12)).sqrt())
 
 
-def noise_law(store: PairStore) -> dict[str, float]:
+def noise_law(stored: PairRows) -> dict[str, float]:
     """How far inverted noise is from N(0, I).
 
     Returns:
         ``mean_square`` (1 for N(0, I)), ``worst_mean`` (largest coordinate mean in absolute value), ``worst_variance``
         (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation`` (between adjacent entries).
     """
-    stored = store.training_rows()
     flat = stored.columns(torch.arange(min(8192, len(stored))))["x0"].double().flatten(1)
     variance = flat.var(0)
     worst = variance[(variance.clamp_min(1e-12).log().abs()).argmax()]
@@ -257,5 +286,3 @@ def pair_facts(request: PairRequest) -> Facts:
         teacher=request.teacher.digest,
         guidance=None if request.options.guidance == 1.0 else request.options.guidance,
     )
-
-

@@ -142,7 +142,8 @@ def run_stage(run: Run, name: str, options: Options) -> None:
     inputs = stage_inputs(run, options, network, teacher, initial)
     if run.world.rank == 0:
         make_folder(folder)
-        clean_temporaries(folder)
+        for below in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            clean_temporaries(below)  # a killed run's, in checkpoints, pairs and rounds
         check_inputs(folder, inputs)
     run.world.barrier()
     if stage_done(folder):
@@ -343,8 +344,8 @@ class Statistics:
             except json.JSONDecodeError:
                 continue  # the last line of a killed run may be cut off
             if fields["stage"] != self.stage or fields["samples"] <= samples:
-                kept.append(line)
-        if len(kept) != len(lines):
+                kept.append(line.rstrip("\n") + "\n")
+        if kept != lines:
             write_text(self.path, "".join(kept))
 
     def write(self, fields: dict[str, Any]) -> None:

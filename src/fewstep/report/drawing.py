@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, final
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 CSS_DPI = 96
 SHARPNESS = 2
+WIDE, HALF = 11.3, 5.4  # inches of a figure over the whole page, and of one of two
 COLOURS = ("#2b6cb0", "#d2602a", "#14866d", "#8153a6", "#b8860b", "#b83280", "#4a5568", "#0e7490")
 INK, SOFT, FAINT, DATA = "#1f2933", "#5f6b7a", "#d5dae1", "#9aa5b1"
 
@@ -57,12 +59,15 @@ def model_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
 
 
-def panels(rows: int, columns: int, width: float, height: float, **shared: bool) -> tuple[Figure, Array]:
+def panels(
+    rows: int, columns: int, width: float, height: float, *, sharex: bool = False
+) -> tuple[Figure, Array]:
     """A figure of ``width`` by ``height`` inches and its axes ``(rows, columns)``."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
-    axes = figure.subplots(rows, columns, squeeze=False, **shared)
+    figure = Figure(figsize=(width, height), layout=ConstrainedLayoutEngine(wspace=0.03), facecolor="white")
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=sharex)
     return figure, axes
 
 
@@ -74,7 +79,7 @@ def tidy(ax: Axes, *, title: str = "", x: str = "", y: str = "", grid: bool = Tr
         ax.spines[side].set_color(DATA)
         ax.spines[side].set_linewidth(0.8)
     ax.tick_params(which="both", labelsize=8.5, colors=SOFT, length=3, width=0.8)
-    ax.tick_params(which="minor", length=0, labelsize=0)
+    ax.tick_params(which="minor", length=0)
     if grid:
         ax.grid(True, color="#edf0f3", linewidth=0.8)
         ax.set_axisbelow(True)
@@ -84,10 +89,11 @@ def tidy(ax: Axes, *, title: str = "", x: str = "", y: str = "", grid: bool = Tr
     ax.set_ylabel(y, fontsize=9, color=SOFT)
 
 
-def bare(ax: Axes, *, title: str = "", colour: str = INK, second: str = "") -> None:
-    """Axes without numbers, for pictures of points: a thin frame, a coloured title and a line below it."""
+def bare(ax: Axes, *, title: str = "", colour: str = INK, second: str = "", side: str = "") -> None:
+    """Axes without numbers, for pictures of points: a thin frame, words above (left, right) and beside it."""
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.set_ylabel(plain(side), fontsize=10, color=colour)
     for spine in ax.spines.values():
         spine.set_color(FAINT)
         spine.set_linewidth(0.8)
@@ -113,6 +119,28 @@ def call_axis(ax: Axes, calls: Sequence[int]) -> None:
     ax.set_xlim(ticks[0] / 1.35, ticks[-1] * 1.35)
 
 
+def log_height(ax: Axes, low: float, high: float) -> None:
+    """A logarithmic axis upwards that holds ``low … high``, with ticks at 1, 2, 5 where a decade is wide."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    ax.set_yscale("log")
+    low, high = low / (high / low) ** 0.06 / 1.05, high * (high / low) ** 0.06 * 1.05
+    ax.set_ylim(low, high)
+    ax.yaxis.set_minor_locator(NullLocator())
+    if high / low < 60:
+        ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 12 else (1.0, 3.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(_power_or_number))
+
+
+def _power_or_number(value: float, _: int) -> str:
+    """``0.02``, ``5``, ``200``; powers of ten beyond."""
+    if 0.001 <= value < 10_000:
+        return f"{value:g}"
+    exponent = math.floor(math.log10(value) + 1e-9)
+    factor = value / 10**exponent
+    return f"$10^{{{exponent}}}$" if abs(factor - 1) < 0.01 else f"${factor:.0f}\\cdot10^{{{exponent}}}$"
+
+
 def _apart(ticks: Sequence[int]) -> list[int]:
     """Leave out counts whose numbers would touch their neighbour's."""
     kept: list[int] = []
@@ -134,10 +162,6 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 
 
     Call it when the axes' limits are final.
     """
-    low, high = ax.transAxes.inverted().transform(
-        ax.transData.transform([(1, ax.get_ylim()[0]), (1, ax.get_ylim()[1])])
-    )[:, 1]
-    assert high > low
     places = [
         (float(ax.transAxes.inverted().transform(ax.transData.transform((1.0, y)))[1]), text, colour)
         for y, text, colour in labels
@@ -170,6 +194,7 @@ def picture(figure: Figure, alt: str, caption: str = "") -> Picture:
 
     canvas = FigureCanvasAgg(figure)
     figure.set_dpi(CSS_DPI * SHARPNESS)
+    figure.draw_without_rendering()  # the layout settles in two passes
     canvas.draw()
     image = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
     few = image.quantize(256, dither=Image.Dither.NONE)

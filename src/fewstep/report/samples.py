@@ -1,12 +1,12 @@
 """Samples of every model at every step count, from the same seeds: strips of images, or panels of points.
 
-Images share their columns: a column is one base sample (and one class, where models take labels). Vectors of more than
-two entries are shown in the plane of the first two principal components of the training data.
+Images share their columns: a column is one base sample (and one class, where models take labels). Vectors of more
+than two entries are shown in the plane of the first two principal components of the training data.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -21,6 +21,7 @@ from fewstep.report.drawing import (
     DATA,
     FAINT,
     SOFT,
+    WIDE,
     Array,
     Picture,
     bare,
@@ -40,7 +41,7 @@ REAL = "training data"
 @final
 @dataclass(frozen=True)
 class Strip:
-    """A row of images of one model and step count; ``model`` is empty for real data."""
+    """A row of images of one model and step count, or of real data."""
 
     name: str
     detail: str
@@ -59,7 +60,7 @@ class Samples:
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Grey or colour images with more than one pixel."""
+    """Grey or colour images with more than one pixel each way."""
     return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
 
 
@@ -83,7 +84,7 @@ def class_columns(models: Mapping[str, Generator], count: int) -> Tensor | None:
 
 
 def label_argument(model: Generator, classes: Tensor | None) -> list[int] | None:
-    """Class numbers in the words that ``Generator.sample`` takes: the data's own numbers where it has them."""
+    """Class numbers as ``Generator.sample`` takes them: in the data's own numbers where it has them."""
     if classes is None or not model.conditional:
         return None
     names = model.config.label_names
@@ -105,9 +106,22 @@ def data_units(x: Tensor, data: DataSet) -> Array:
 
 
 def pick_rows(data: DataSet, count: int, seed: int) -> Array:
-    """Indices of ``count`` training rows (fewer when there are fewer), drawn without replacement."""
+    """Numbers of ``count`` training rows (fewer when there are fewer), drawn without replacement."""
     order = torch.randperm(len(data.train), generator=generator_for(seed, "report", "rows")).numpy()
     return np.asarray(data.train[order[:count]])
+
+
+def real_columns(data: DataSet, classes: Tensor | None, seed: int) -> Array:
+    """Numbers of a training row for every column, of the column's class where there are classes."""
+    rows = pick_rows(data, len(data.train), seed)
+    if classes is None or data.labels is None:
+        return rows[:COLUMNS]
+    labels, chosen, seen = data.labels[rows], [], [0] * (int(classes.max()) + 1)
+    for k in classes.tolist():
+        found = rows[labels == k]
+        chosen.append(found[seen[k] % len(found)] if len(found) else rows[0])
+        seen[k] += 1
+    return np.array(chosen)
 
 
 def image_strips(
@@ -115,15 +129,8 @@ def image_strips(
 ) -> Samples:
     """One strip per model and step count, and one of training images (of the same classes)."""
     classes = class_columns(models, COLUMNS)
-    rows = pick_rows(data, len(data.train), seed)
-    if classes is not None and data.labels is not None:
-        found = [np.flatnonzero(data.labels[rows] == int(k)) for k in classes]
-        turns = [k // len(set(classes.tolist())) for k in range(COLUMNS)]
-        chosen = [rows[f[turn % len(f)] if len(f) else 0] for f, turn in zip(found, turns, strict=True)]
-    else:
-        chosen = list(rows[:COLUMNS])
     limits = grey_limits(data)
-    real = data_units(data.network_rows(chosen), data)
+    real = data_units(data.network_rows(real_columns(data, classes, seed)), data)
     strips = [Strip(REAL, "", _strip(real, limits, "images of the training data"))]
     for row in model_rows(result):
         model = models[row["model"]]
@@ -135,8 +142,8 @@ def image_strips(
         "Every column starts from the same noise"
         + (" and has the same class" if classes is not None else "")
         + f" (seed {seed}, samples 0 to {COLUMNS - 1}, not chosen). Down a column one sees what fewer calls change: "
-        "a curved flow blurs towards the mean of the data when it is cut short, a straight one keeps its picture. The "
-        "first row is real data, for comparison."
+        "a curved flow blurs towards the mean of the data when it is cut short, a straight one keeps its "
+        "picture. The first row is real data, for comparison."
     )
     return Samples(strips, label_words(data, classes), None, caption)
 
@@ -154,29 +161,40 @@ def _strip(images: Array, limits: tuple[float, float], alt: str) -> Picture:
     return Picture(png_bytes(image), image.width, alt, pixelated=True)
 
 
-Projection = Callable[[Tensor], Array]
-
-
-def projection(data: DataSet) -> tuple[Projection, tuple[str, str]]:
-    """The plane in which points are shown, and the names of its axes; takes rows in network units.
-
-    One or two entries are shown in the data's own units.
+@final
+class Plane:
+    """The plane in which rows are shown: their own coordinates, in data units, when there are one or two; else
+    the first two principal components of the training data, in network units.
     """
-    size = int(np.prod(data.shape))
-    if size <= 2:
-        names = ("x₁", "x₂") if size == 2 else ("x", "")
-        return (lambda x: data_units(x, data).reshape(len(x), size)), names
-    train = data.network_rows(pick_rows(data, 4000, 0)).flatten(1).double().numpy()
-    mean, basis = train.mean(0), principal_directions(train)
-    names = ("1st principal component of the data", "2nd principal component")
-    return (lambda x: (x.flatten(1).double().numpy() - mean) @ basis), names
+
+    def __init__(self, data: DataSet) -> None:
+        self.data = data
+        self.size = int(np.prod(data.shape))
+        if self.size > 2:
+            train = data.network_rows(pick_rows(data, 4000, 0)).flatten(1).double().numpy()
+            self.mean, self.basis = train.mean(0), principal_directions(train)
+
+    @property
+    def principal(self) -> bool:
+        """Whether it is a plane of principal components."""
+        return self.size > 2
+
+    def __call__(self, x: Tensor) -> Array:
+        """Rows in network units ``(N, *shape)`` to points ``(N, 2)``, or ``(N, 1)``."""
+        if self.principal:
+            return (x.flatten(1).double().numpy() - self.mean) @ self.basis
+        return data_units(x, self.data).reshape(len(x), self.size)
 
 
-def frame(points: Array) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Limits that hold the bulk of the points ``(N, 2)`` with a margin, equal in scale on both axes."""
-    low, high = np.quantile(points, [0.005, 0.995], axis=0)
-    centre, half = (low + high) / 2, 0.62 * max(float((high - low).max()), 1e-6)
-    return (centre[0] - half, centre[0] + half), (centre[1] - half, centre[1] + half)
+Frame = tuple[tuple[float, float], tuple[float, float]]
+
+
+def frame(points: Array, share: float = 0.99) -> Frame:
+    """Limits that hold a share of the points ``(N, 2)`` along each axis, with a margin; a square."""
+    low, high = np.quantile(points, [(1 - share) / 2, (1 + share) / 2], axis=0)
+    (x, y), half = (low + high) / 2, 0.5 * max(float((high - low).max()), 1e-6)
+    half *= 1.2 if share < 1 else 1.06
+    return (x - half, x + half), (y - half, y + half)
 
 
 def point_panels(
@@ -187,63 +205,65 @@ def point_panels(
     seed: int,
 ) -> Picture:
     """One panel per model and step count, models below each other, step counts side by side."""
-    rows, (project, names) = model_rows(result), projection(data)
-    real = project(data.network_rows(pick_rows(data, POINTS, seed)))
-    order = list(dict.fromkeys(row["model"] for row in rows))
-    across = {name: [row for row in rows if row["model"] == name] for name in order}
-    width = max(3, *(len(found) for found in across.values()))
-    width = width if any(len(found) < width for found in across.values()) else width + 1
-    side = min(2.3, 10.6 / width)
-    flat = real.shape[1] == 1
-    figure, axes = panels(len(order), width, side * width, (side * 0.8 if flat else side + 0.22) * len(order))
-    show = _histogram if flat else _scatter
-    limits = bins_of(real[:, 0]) if flat else frame(real)
-    spare = [(i, j) for i, name in enumerate(order) for j in range(len(across[name]), width)]
-    for i, name in enumerate(order):
-        for j, row in enumerate(across[name]):
-            points = project(models[name].draw(POINTS, steps=row["steps"], seed=seed).x)
-            show(axes[i, j], real, points, colours[name], limits)
-            bare(axes[i, j], title=name if j == 0 else "", colour=colours[name], second=_panel_detail(row, j))
-    for i, j in spare[:-1]:
-        axes[i, j].set_axis_off()
-    last = axes[spare[-1]]
-    show(last, real, None, SOFT, limits)
-    bare(last, title=REAL, colour=SOFT)
-    what = (
-        "Histograms of the samples over those of the data"
-        if flat
-        else "Samples over a faint scatter of the data"
+    plane = Plane(data)
+    real = plane(data.network_rows(pick_rows(data, POINTS, seed)))
+    across: dict[str, list[Row]] = {}
+    for row in model_rows(result):
+        across.setdefault(row["model"], []).append(row)
+    longest = max(map(len, across.values()))
+    width = max(3, longest if len(across) > 1 and len(list(across.values())[-1]) < longest else longest + 1)
+    side = min(2.8, WIDE / width)
+    figure, axes = panels(len(across), width, side * width, (side * 0.75 + 0.2) * len(across))
+    limits = bins_of(real[:, 0]) if plane.size == 1 else _flat_frame(real, side)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for i, (name, rows) in enumerate(across.items()):
+        for ax, row in zip(axes[i], rows, strict=False):
+            points = plane(models[name].draw(POINTS, steps=row["steps"], seed=seed).x)
+            _show(ax, real, points, colours[name], limits)
+            first = row is rows[0]
+            energy = f"E {number(energy_of(row))}"
+            bare(ax, title=calls(row["nfe"]), second=energy, side=name if first else "", colour=colours[name])
+    _show(axes[-1, -1], real, None, SOFT, limits)
+    bare(axes[-1, -1], title=REAL, colour=SOFT)
+    return picture(figure, "samples of every model at every number of calls", _points_caption(plane))
+
+
+def _points_caption(plane: Plane) -> str:
+    what = "Histograms of the samples over those" if plane.size == 1 else "Samples over a faint scatter"
+    where = ", in the plane of the data's first two principal components" if plane.principal else ""
+    return (
+        f"{what} of the data (grey){where}; {POINTS} samples from the same seed in every panel, so equal "
+        "noise. One panel per model and number of network calls; E is the energy distance. A curved flow "
+        "cut short leaves mass between the modes; a straight one puts it where the data are from the "
+        "first call on."
     )
-    where = (
-        ""
-        if len(names) < 2 or "principal" not in names[0]
-        else (", in the plane of the data's first two principal components (chosen from the data alone)")
-    )
-    caption = (
-        f"{what} (grey){where}; {POINTS} samples from the same seed in every panel, so equal noise. One panel per "
-        "model and number of network calls; E is the energy distance. A curved flow cut short leaves mass between the "
-        "modes; a straight one puts it where the data are from the first call on."
-    )
-    return picture(figure, "samples of every model at every number of calls", caption)
 
 
-def _panel_detail(row: Row, column: int) -> str:
-    return f"{calls(row['nfe'])}, E {number(energy_of(row))}" if column else calls(row["nfe"])
+def _flat_frame(points: Array, side: float) -> Frame:
+    """A frame a quarter wider than high, as the panels are; it grows sideways where the points need it."""
+    (left, right), (bottom, top) = frame(points)
+    low, high = np.quantile(points[:, 1], [0.005, 0.995])
+    need = 1.2 * float(high - low) / 0.75  # the width at which the height just holds the points
+    half = max(right - left, need) / 2
+    x, y = (left + right) / 2, (bottom + top) / 2
+    return (x - half, x + half), (y - 0.75 * half, y + 0.75 * half)
 
 
-def _scatter(ax: Any, real: Array, points: Array | None, colour: str, limits: Any) -> None:
-    ax.scatter(real[:, 0], real[:, 1], s=2.5, color=FAINT if points is not None else DATA, linewidths=0)
+def _show(ax: Any, real: Array, points: Array | None, colour: str, limits: Any) -> None:
+    """Samples over the data: a scatter, or histograms where ``limits`` are the edges of bins."""
+    ax.set_axis_on()
+    ground = DATA if points is None else FAINT
+    if real.shape[1] == 1:
+        ax.hist(real[:, 0], bins=limits, density=True, color=ground)
+        if points is not None:
+            ax.hist(points[:, 0], bins=limits, density=True, histtype="step", color=colour, linewidth=1.4)
+        ax.set_xlim(limits[0], limits[-1])
+        return
+    ax.scatter(real[:, 0], real[:, 1], s=2.5, color=ground, linewidths=0)
     if points is not None:
-        ax.scatter(
-            points[:, 0], points[:, 1], s=dot_size(len(points)) * 0.6, color=colour, alpha=0.55, linewidths=0
-        )
+        size = 0.6 * dot_size(len(points))
+        ax.scatter(points[:, 0], points[:, 1], s=size, color=colour, alpha=0.55, linewidths=0)
     ax.set_xlim(limits[0])
     ax.set_ylim(limits[1])
     ax.set_aspect("equal")
-
-
-def _histogram(ax: Any, real: Array, points: Array | None, colour: str, limits: Array) -> None:
-    ax.hist(real[:, 0], bins=limits, density=True, color=FAINT)
-    if points is not None:
-        ax.hist(points[:, 0], bins=limits, density=True, histtype="step", color=colour, linewidth=1.3)
-    ax.set_xlim(limits[0], limits[-1])

@@ -101,8 +101,8 @@ def finite(x: Tensor | ArrayLike) -> Array:
     array = np.asarray(x.detach().cpu().float() if isinstance(x, Tensor) else x, dtype=np.float64)
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise UserError(
-            f"samples of shape {array.shape} cannot be drawn: images (N, H, W) or (N, C, H, W), or vectors (N, D), "
-            "at least one."
+            f"samples of shape {array.shape} cannot be drawn: images (N, H, W) or (N, C, H, W), or "
+            "vectors (N, D), at least one."
         )
     if not np.isfinite(array).all():
         raise UserError("these samples hold NaN or infinite values and cannot be drawn.")
@@ -118,8 +118,8 @@ def channels_last(array: Array) -> Array:
     if array.ndim == 4 and array.shape[-1] in (1, 3):
         return array
     raise UserError(
-        f"samples of shape {array.shape} are no grey or colour images: (N, H, W), (N, C, H, W) or (N, H, W, C) with "
-        "C = 1 or 3 is needed. Write them as .npy instead."
+        f"samples of shape {array.shape} are no grey or colour images: (N, H, W), (N, C, H, W) or (N, H, "
+        "W, C) with C = 1 or 3 is needed. Write them as .npy instead."
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
-from fewstep.report.words import Row, control_rows, model_rows, number
+from fewstep.report.words import Row, control_rows, diagnoses, model_rows, number
 
 # title, key, which end is best ("low", "high" or ""), key of the floor, what it says
 COLUMNS: tuple[tuple[str, str, str, str | None, str], ...] = (
@@ -104,10 +104,10 @@ def straightness(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                 number(d["relative_straightness"]),
                 number(d["one_step_gap"]),
                 number(d["relative_gap"]),
-                number(d["path_length_ratio"]),
+                f"{d['path_length_ratio']:.3f}",
             ],
         )
-        for name, d in (result.get("diagnosis") or {}).items()
+        for name, d in diagnoses(result).items()
     ]
 
 

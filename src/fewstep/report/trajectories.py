@@ -1,15 +1,16 @@
 """Trajectories of the velocity models, beside the straight lines between their ends.
 
-ReFlow's picture (arXiv:2209.03003, fig. 2): independent pairs of noise and data are joined by lines that cross; the flow
-learned from them cannot cross, so it turns; lines between the ends of *its* trajectories hardly cross, and the flow
-learned from those is straight.
+ReFlow's picture (arXiv:2209.03003, fig. 2): independent pairs of noise and data are joined by lines that cross; the
+flow learned from them cannot cross, so it turns; lines between the ends of *its* trajectories hardly cross, and the
+flow learned from those is straight.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import torch
@@ -18,23 +19,36 @@ from torch import Tensor
 from fewstep.data.dataset import DataSet
 from fewstep.flow.noise import integer_rows
 from fewstep.generator import Generator
-from fewstep.report.drawing import FAINT, SOFT, Array, Picture, bare, panels, picture
-from fewstep.report.samples import Projection, frame, pick_rows, projection
+from fewstep.report.drawing import FAINT, SOFT, WIDE, Array, Picture, bare, panels, picture
+from fewstep.report.samples import Frame, Plane, frame, pick_rows
+from fewstep.report.words import diagnoses
 from fewstep.solvers.solve import solve
 from fewstep.store.files import read_json
 from fewstep.store.pairs import PairStore
 
-LINES = 48
+LINES = 40
 STEPS = 48
 REAL_POINTS = 1200
-PAIR_LINE = "#b6bfca"
+CHORD = "#aab4c0"
+
+
+@final
+@dataclass(frozen=True)
+class Paths:
+    """What a panel shows, in the plane: ``chord`` (2, N, 2) and ``curve`` (T, N, 2)."""
+
+    name: str
+    colour: str
+    chord: Array
+    curve: Array
+    note: str = ""
 
 
 def open_pairs(folder: Path) -> PairStore:
     """A pair store as it lies on disk."""
-    request = dict(read_json(folder / "manifest.json")["request"])
+    request = dict(read_json(Path(folder) / "manifest.json")["request"])
     rows = int(request.pop("rows"))
-    return PairStore(folder, request, rows)
+    return PairStore(Path(folder), request, rows)
 
 
 def trajectories(
@@ -49,33 +63,38 @@ def trajectories(
     flows = {name: model for name, model in models.items() if model.config.kind == "velocity"}
     if not flows:
         return None
-    project, names = projection(data)
+    plane = Plane(data)
     real = data.network_rows(pick_rows(data, REAL_POINTS, seed))
-    across = len(flows) + 1
-    side = min(3.5, 10.6 / across)
-    figure, axes = panels(1, across, side * across, side + 0.3)
-    background = project(real)
-    first = next(iter(flows.values()))
-    noise = _starts(first, seed)[0]
-    _panel(axes[0, 0], torch.stack([noise, real[integer_rows(len(noise), len(real), seed=seed)]]), None, SOFT, project,
-           background)  # fmt: skip
-    bare(axes[0, 0], title="independent pairs", colour=SOFT)
-    for ax, (name, model) in zip(axes[0, 1:], flows.items(), strict=True):
+    shown = [_independent(next(iter(flows.values())), real, plane, seed)]
+    for name, model in flows.items():
         states, chord = follow(model, seed, pairs.get(name))
-        _panel(ax, chord, states, colours[name], project, background)
-        ratio = (result.get("diagnosis") or {}).get(name, {}).get("path_length_ratio")
-        bare(ax, title=name, colour=colours[name], second=f"length / chord {ratio:.3f}" if ratio else "")
-    where = f" Shown in the plane of the {names[0]} and the second." if "principal" in names[0] else ""
-    if not names[1]:
-        where = " Time runs to the right, the value upwards."
-    caption = (
-        f"{LINES} paths from noise (open dots) to their ends (full dots); data in grey. Left: pairs of noise and data "
-        "as a first flow sees them. Each is a straight line by construction, and they cross. A flow cannot cross "
-        "itself, so the field that averages over the lines bends (coloured curves); its own ends, joined by straight "
-        "lines (grey), are the pairs that ReFlow learns from. After ReFlow curves and lines agree, and one step is "
-        "enough." + where
-    )
+        ratio = diagnoses(result).get(name, {}).get("path_length_ratio")
+        note = f"length / chord {ratio:.3f}" if ratio else ""
+        shown.append(Paths(name, colours[name], _lay(chord, plane), _lay(states, plane), note))
+    background = plane(real)
+    if plane.size == 1:
+        background = np.column_stack([np.full(len(background), 1.03), background[:, 0]])
+    columns = min(len(shown), 4)
+    rows = -(-len(shown) // columns)
+    side = min(3.75, WIDE / columns)
+    figure, axes = panels(rows, columns, side * columns, (side + 0.25) * rows)
+    limits = _limits(shown, background, plane)
+    for ax in axes.flat:
+        ax.set_axis_off()
+    for ax, paths in zip(axes.flat, shown, strict=False):
+        _panel(ax, paths, background, limits)
+        if plane.size > 1:
+            ax.set_aspect("equal")
+    caption = _caption(plane, [name for name in flows if name in pairs], len(flows) > 1)
     return picture(figure, "trajectories of the velocity models beside their chords", caption)
+
+
+def _independent(model: Generator, real: Tensor, plane: Plane, seed: int) -> Paths:
+    """Noise joined to data drawn independently of it."""
+    noise = _starts(model, seed)[0]
+    ends = torch.stack([noise, real[integer_rows(len(noise), len(real), seed=seed)]])
+    line = _lay(ends, plane)
+    return Paths("independent pairs", SOFT, line, line)
 
 
 def _starts(model: Generator, seed: int) -> tuple[Tensor, Tensor | None]:
@@ -84,7 +103,7 @@ def _starts(model: Generator, seed: int) -> tuple[Tensor, Tensor | None]:
 
 
 def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Tensor]:
-    """States ``(STEPS + 1, LINES, *shape)`` of a model's trajectories, and the chords' ends ``(2, LINES, *shape)``.
+    """States ``(STEPS + 1, N, *shape)`` of a model's trajectories, and the ends of chords ``(2, N, *shape)``.
 
     With the model's training pairs, trajectories start at the pairs' noise and the chords are the pairs.
     """
@@ -101,44 +120,58 @@ def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Ten
     return states, torch.stack([states[0], states[-1] if ends is None else ends])
 
 
-def _panel(
-    ax: Any, chord: Tensor, states: Tensor | None, colour: str, project: Projection, background: Array
-) -> None:
+def _lay(states: Tensor, plane: Plane) -> Array:
+    """States ``(T, N, *shape)`` to points ``(T, N, 2)``; with one entry, time is the first coordinate."""
+    points = np.stack([plane(state) for state in states])
+    if plane.size > 1:
+        return points
+    times = np.linspace(0.0, 1.0, len(points))[:, None, None]
+    return np.concatenate([np.broadcast_to(times, points.shape), points], axis=-1)
+
+
+def _limits(shown: list[Paths], background: Array, plane: Plane) -> Frame:
+    """One frame for all panels, which holds every path."""
+    points = np.concatenate([background, *(p.chord.reshape(-1, 2) for p in shown)])
+    points = np.concatenate([points, *(p.curve.reshape(-1, 2) for p in shown)])
+    if plane.size == 1:
+        low, high = points[:, 1].min(), points[:, 1].max()
+        return (-0.05, 1.07), (low - 0.05 * (high - low), high + 0.05 * (high - low))
+    return frame(points, share=1.0)
+
+
+def _panel(ax: Any, paths: Paths, background: Array, limits: Frame) -> None:
     """Chords in grey, trajectories in colour, dots at both ends."""
     from matplotlib.collections import LineCollection
 
-    line = _project_all(chord, project)
-    curve = line if states is None else _project_all(states, project)
-    flat = line.shape[-1] == 1
-    if flat:
-        line, curve = _with_time(line), _with_time(curve)
-        ax.scatter(np.full(len(background), 1.03), background[:, 0], s=2, color=FAINT, linewidths=0)
-    else:
-        ax.scatter(background[:, 0], background[:, 1], s=2.5, color=FAINT, linewidths=0, zorder=0)
-    ax.add_collection(LineCollection(list(line.swapaxes(0, 1)), colors=PAIR_LINE, linewidths=0.9, zorder=1))
-    if states is not None:
-        ax.add_collection(
-            LineCollection(list(curve.swapaxes(0, 1)), colors=colour, linewidths=1.1, alpha=0.85, zorder=2)
-        )
-    ax.scatter(*curve[0].T, s=9, facecolors="white", edgecolors=SOFT, linewidths=0.7, zorder=3)
-    ax.scatter(*curve[-1].T, s=9, color=colour, linewidths=0, zorder=4)
-    if flat:
-        low, high = np.quantile(np.concatenate([background[:, 0], curve[..., 1].ravel()]), [0.0, 1.0])
-        ax.set_xlim(-0.05, 1.07)
-        ax.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        return
-    (left, right), (bottom, top) = frame(np.concatenate([background, line.reshape(-1, 2)]))
-    ax.set_xlim(left, right)
-    ax.set_ylim(bottom, top)
-    ax.set_aspect("equal")
+    ax.set_axis_on()
+    ax.scatter(*background.T, s=2.5, color=FAINT, linewidths=0, zorder=0)
+    ax.add_collection(
+        LineCollection(list(paths.chord.swapaxes(0, 1)), colors=CHORD, linewidths=0.9, zorder=1)
+    )
+    if paths.curve is not paths.chord:
+        lines = list(paths.curve.swapaxes(0, 1))
+        ax.add_collection(LineCollection(lines, colors=paths.colour, linewidths=1.2, alpha=0.85, zorder=2))
+    ax.scatter(*paths.curve[0].T, s=10, facecolors="white", edgecolors=SOFT, linewidths=0.7, zorder=3)
+    ax.scatter(*paths.curve[-1].T, s=10, color=paths.colour, linewidths=0, zorder=4)
+    ax.set_xlim(limits[0])
+    ax.set_ylim(limits[1])
+    bare(ax, title=paths.name, colour=paths.colour, second=paths.note)
 
 
-def _project_all(states: Tensor, project: Projection) -> Array:
-    """``(T, N, *shape)`` to ``(T, N, 2)`` (or 1)."""
-    return np.stack([project(state) for state in states])
-
-
-def _with_time(values: Array) -> Array:
-    """``(T, N, 1)`` to ``(T, N, 2)`` with the time as the first coordinate."""
-    times = np.linspace(0.0, 1.0, len(values))[:, None, None]
-    return np.concatenate([np.broadcast_to(times, values.shape), values], axis=-1)
+def _caption(plane: Plane, with_pairs: list[str], several: bool) -> str:
+    words = [
+        f"{LINES} paths from noise (open dots) to their ends (full dots); data in faint grey. Left: noise "
+        "and data paired at random, as a first flow sees them. Each pair's path is a straight line by "
+        "construction, and the lines cross. A flow cannot cross itself, so the field that averages over "
+        "them bends (coloured curves). Its own ends, joined by straight lines (grey), hardly cross: they "
+        "are the pairs that ReFlow learns from."
+    ]
+    if several:
+        words.append("Where curves lie on their grey lines, the field is straight and one step is enough.")
+    if with_pairs:
+        words.append(f"For {' and '.join(with_pairs)} the grey lines are pairs it was trained on.")
+    if plane.principal:
+        words.append("Shown in the plane of the data's first two principal components.")
+    if plane.size == 1:
+        words.append("Time runs to the right, the value upwards.")
+    return " ".join(words)

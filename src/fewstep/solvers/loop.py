@@ -6,7 +6,7 @@ more. Plans and time tensors are cached, because with small networks the loop's 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
 import torch
@@ -16,48 +16,65 @@ from fewstep.errors import UserError
 from fewstep.flow.field import Field
 from fewstep.solvers.tables import Atom, Combination, Table
 
-Terms = tuple[tuple[int, int, float], ...]  # (0 state | 1 velocity, row, coefficient)
+CACHED_SHAPES = 8  # batch shapes whose time tensors a plan keeps
+CACHED_NUMBERS = 1 << 20  # larger blocks of times are made anew for every solve
 
 
 class Row(NamedTuple):
-    """What happens before one network call (or at the end)."""
+    """How a state is formed; slot ``2 j`` holds the state of row j, slot ``2 j + 1`` its velocity."""
 
-    terms: Terms
-    node: bool  # this state is a grid time's state
-    release: tuple[tuple[int, int], ...]  # atoms not used after this row
+    base: int  # the slot the sum starts from
+    factor: float  # its coefficient, mostly one
+    terms: tuple[tuple[int, float], ...]  # the other slots and their coefficients
+    free: tuple[int, ...]  # slots nobody needs once this state is formed
+    keep: bool  # a later row needs this state itself
+    node: bool  # this is a grid time's state
 
 
 @final
 class Plan:
-    """A solver table made ready to run."""
+    """A solver table made ready to run.
+
+    Attributes:
+        table: the solver on its grid.
+        rows: one per network call, in order; the first is the start itself.
+        end: how the end point is formed.
+    """
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.times = table.times
-        node_of = {id(node): k for k, node in enumerate(table.nodes)}
-        combinations = [*table.points, table.nodes[-1]]
-        last_use = _last_use(combinations)
-        self.rows = tuple(
-            Row(
-                terms=_terms(combination),
-                node=id(combination) in node_of,
-                release=tuple(atom for atom, row in last_use.items() if row == j),
-            )
-            for j, combination in enumerate(combinations)
-        )
-        self._tensors: dict[tuple[int, torch.dtype, torch.device], Sequence[Tensor]] = {}
+        nodes = {id(node) for node in table.nodes}
+        states = [*table.points, table.nodes[-1]]
+        assert nodes <= {id(state) for state in states}, "every grid time's state is a row's or the end point"
+        free = _free(states)
+        kept = {slot for state in states[1:] for slot in map(_slot, state.terms)}
+        rows = [
+            Row(*_terms(state), free[j], keep=2 * j in kept, node=j == 0 or id(state) in nodes)
+            for j, state in enumerate(states)
+        ]
+        self.rows, self.end = tuple(rows[:-1]), rows[-1]
+        self._times: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, int, tuple[Tensor, ...]]] = {}
 
-    def time_tensors(self, batch: int, dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
-        """One ``(batch,)`` tensor of times per row."""
+    def times(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """One ``(batch,)`` tensor of times per row.
+
+        They are views of one block, which shares its version counter with them: a block that a network wrote into is
+        not used again.
+        """
         key = (batch, dtype, device)
-        tensors = self._tensors.get(key)
-        if tensors is None:
-            column = torch.tensor(self.times, dtype=torch.float64).to(device=device, dtype=dtype)
-            tensors = column[:, None].repeat(1, batch).unbind(0)
-            if len(self._tensors) >= 8:
-                self._tensors.clear()
-            self._tensors[key] = tensors
-        return tensors
+        found = self._times.get(key)
+        if found is not None and found[0]._version == found[1]:
+            return found[2]
+        # made outside inference mode, whatever mode the caller is in: they may serve a solve with gradients next
+        with torch.inference_mode(False), torch.no_grad():
+            column = torch.tensor(self.table.times, dtype=torch.float64).to(dtype).to(device)
+            block = column[:, None].repeat(1, batch)
+            rows = block.unbind(0)
+        if block.numel() <= CACHED_NUMBERS:
+            if len(self._times) >= CACHED_SHAPES:
+                self._times.clear()
+            self._times[key] = (block, block._version, rows)
+        return rows
 
 
 def run(
@@ -67,60 +84,81 @@ def run(
 
     States are never changed in place: a network may return its own input, and a caller may keep what it saw.
     """
-    times = plan.time_tensors(len(x0), x0.dtype, x0.device)
-    kept: tuple[dict[int, Tensor], dict[int, Tensor]] = ({0: x0}, {})
-    states, velocities = kept
+    dtype = x0.dtype
+    kept: list[Any] = [None] * (2 * len(plan.rows))
     path: list[Tensor] = []
-    last = len(times)
-    for j, (terms, node, release) in enumerate(plan.rows):
-        x = x0 if j == 0 else _combine(terms, kept)
-        if trajectory and (node or j == 0):
+    x, slot = x0, 0
+    for row, t in zip(plan.rows, plan.times(len(x0), dtype, x0.device), strict=True):
+        if slot:
+            x = _form(row, kept)
+        if row.keep:
+            kept[slot] = x
+        if trajectory and row.node:
             path.append(x)
-        if j == last:
-            return x, path
-        states[j] = x
-        velocity = field(x, times[j], **cond)
-        if j == 0 and velocity.shape != x.shape:
-            raise UserError(
-                f"the network returned shape {tuple(velocity.shape)} for an input of shape {tuple(x.shape)}: "
-                "a velocity must have its input's shape."
-            )
-        velocities[j] = velocity
-        for kind, i in release:
-            del kept[kind][i]
-    raise AssertionError("a plan ends with its end point")
+        velocity = field(x, t, **cond)
+        if slot == 0 or velocity.dtype is not dtype:
+            velocity = _like(velocity, x)
+        kept[slot + 1] = velocity
+        del velocity  # the next call must not find it alive where no later row needs it
+        slot += 2
+    x = _form(plan.end, kept)
+    if trajectory:
+        path.append(x)
+    return x, path
 
 
-def _combine(terms: Terms, kept: tuple[dict[int, Tensor], dict[int, Tensor]]) -> Tensor:
+def _form(row: Row, kept: list[Any]) -> Tensor:
     """Add up coefficient × tensor; the common ``x + h v`` is one kernel."""
-    kind, i, first = terms[0]
-    x = kept[kind][i]
-    if first != 1.0:
-        x = x * first
-    for kind, i, coefficient in terms[1:]:
-        x = torch.add(x, kept[kind][i], alpha=coefficient)
+    x: Tensor = kept[row.base]
+    if row.factor != 1.0:
+        x = x * row.factor
+    for slot, coefficient in row.terms:
+        x = x.add(kept[slot], alpha=coefficient)
+    for slot in row.free:
+        kept[slot] = None
     return x
 
 
-def _terms(combination: Combination) -> Terms:
-    """Sort a combination: states first, those with coefficient one before others, so that ``_combine`` can start there."""
-    items = [
-        (0 if kind == "y" else 1, i, coefficient)
-        for (kind, i), coefficient in combination.terms.items()
+def _like(velocity: Any, x: Tensor) -> Tensor:
+    """A velocity in its state's dtype; refuses what is no velocity."""
+    if not isinstance(velocity, Tensor):
+        raise UserError(
+            f"the network returned a {type(velocity).__name__}, and a velocity must be a tensor shaped like its input: "
+            "wrap the network in a function that returns the tensor alone."
+        )
+    if velocity.shape != x.shape:
+        raise UserError(
+            f"the network returned shape {tuple(velocity.shape)} for an input of shape {tuple(x.shape)}: "
+            "a velocity must have its input's shape."
+        )
+    return velocity.to(x.dtype)
+
+
+def _slot(atom: Atom) -> int:
+    kind, j = atom
+    return 2 * j if kind == "y" else 2 * j + 1
+
+
+def _terms(state: Combination) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+    """Base, factor and other terms of a combination: states first, and among them those with coefficient one."""
+    items = sorted(
+        (kind == "v", coefficient != 1.0, j, coefficient)
+        for (kind, j), coefficient in state.terms.items()
         if coefficient
-    ]
-    return tuple(sorted(items, key=lambda item: (item[0], item[2] != 1.0, item[1])))
+    )
+    assert items, "a state is never empty"
+    (first, *others) = [(2 * j + velocity, coefficient) for velocity, _, j, coefficient in items]
+    return *first, tuple(others)
 
 
-def _last_use(combinations: Sequence[Combination]) -> dict[tuple[int, int], int]:
-    """For every atom the row after whose call it can be dropped (its own row when nobody uses it)."""
-    last: dict[Atom, int] = {}
-    for j, combination in enumerate(combinations):
-        if j < len(combinations) - 1:
-            last[("y", j)] = j
-            last[("v", j)] = j
-        for atom in combination.terms:
-            if atom != ("y", j):
-                # used when row j is formed, hence free once row j's own call is done
-                last[atom] = j
-    return {(0 if kind == "y" else 1, i): row for (kind, i), row in last.items()}
+def _free(states: list[Combination]) -> list[tuple[int, ...]]:
+    """For every row the slots that no later row uses."""
+    last: dict[int, int] = {}
+    for j, state in enumerate(states):
+        for slot in map(_slot, state.terms):
+            last[slot] = j
+    free: list[list[int]] = [[] for _ in states]
+    for slot, j in last.items():
+        if j > 0:  # row 0 is the start itself
+            free[j].append(slot)
+    return [tuple(slots) for slots in free]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.flow.field import Velocity, as_field
-from fewstep.flow.grids import Grid, GridSpec, explicit_times, make_grid
+from fewstep.flow.grids import Grid, GridSpec, check_steps, explicit_times, make_grid
 from fewstep.solvers.loop import Plan, run
-from fewstep.solvers.tables import table
+from fewstep.solvers.tables import find_solver, table
 
 DEFAULT_STEPS = 50
 
@@ -69,7 +69,7 @@ def solve(
         UserError: unknown solver or grid, steps and grid in conflict, non-finite or integer ``x0``, a velocity of
             another shape than its input.
     """
-    return _solve(v, x0, _plan(solver, _hashable(grid), steps, False), cond, trajectory, grad)
+    return _solve(v, x0, plan(solver, grid, steps), cond, trajectory, grad)
 
 
 def invert(
@@ -84,22 +84,29 @@ def invert(
     grad: bool = False,
 ) -> Solution:
     """Carry data ``x1`` back to its noise: :func:`solve` on the same grid, run from its last time to its first."""
-    return _solve(v, x1, _plan(solver, _hashable(grid), steps, True), cond, trajectory, grad)
+    return _solve(v, x1, plan(solver, grid, steps, backward=True), cond, trajectory, grad)
 
 
-@lru_cache(maxsize=256)
+def plan(solver: str, grid: GridSpec, steps: int | None, *, backward: bool = False) -> Plan:
+    """The plan of a solver on a grid, from the cache where it was made before.
+
+    What the cache would take for equal (``True`` and 1) or cannot hold (tensors) is settled first.
+    """
+    find_solver(solver)
+    key = grid if isinstance(grid, str) else explicit_times(grid)
+    assert key is not None, "times that are no string are explicit"
+    return _plan(solver, key, None if steps is None else check_steps(steps), backward)
+
+
+@lru_cache(maxsize=64)
 def _plan(solver: str, grid: str | Grid, steps: int | None, backward: bool) -> Plan:
-    """The plan of a solver on a grid; cached, as it costs more than a small network's call."""
+    """Cached, as making a plan costs more than a small network's call."""
     if steps is None and explicit_times(grid) is None:
         steps = DEFAULT_STEPS
     times = make_grid(grid, steps)
     if backward and times[0] < times[-1]:
         times = times[::-1]
     return Plan(table(solver, times))
-
-
-def _hashable(grid: GridSpec) -> str | Grid:
-    return grid if isinstance(grid, str) else tuple(grid)
 
 
 def _solve(
@@ -115,7 +122,9 @@ def _solve(
     before = field.calls
     with contextlib.nullcontext() if grad else torch.no_grad():
         end, states = run(plan, field, x, cond or {}, trajectory=trajectory)
-        return Solution(end, field.calls - before, plan.table.grid, torch.stack(states) if trajectory else None)
+        return Solution(
+            end, field.calls - before, plan.table.grid, torch.stack(states) if trajectory else None
+        )
 
 
 def check_start(x: Tensor) -> None:
@@ -126,6 +135,6 @@ def check_start(x: Tensor) -> None:
     if x.ndim < 2 or len(x) == 0:
         raise UserError(f"the start must have shape (B, ...) with B >= 1, got {tuple(x.shape)}.")
     # One cheap reduction settles the usual case; an overflowing sum is looked at again row by row.
-    if not math.isfinite(x.detach().sum().item()) and not torch.isfinite(x).all():
+    if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
         rows = int((~torch.isfinite(x)).flatten(1).any(1).sum())
         raise UserError(f"the start holds NaN or infinite values in {rows} of {len(x)} rows.")

@@ -161,15 +161,13 @@ SOLVERS: dict[str, RungeKutta] = {
     "euler": RungeKutta(a=((),), b=(1.0,), order=1),
     "midpoint": RungeKutta(a=((), (0.5,)), b=(0.0, 1.0), order=2),
     "heun": RungeKutta(a=((), (1.0,)), b=(0.5, 0.5), order=2),
-    "rk4": RungeKutta(
-        a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), order=4
-    ),
+    "rk4": RungeKutta(a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), order=4),
 }
 
 
 def find_solver(name: str) -> RungeKutta:
     """Look a solver up by name."""
-    if name not in SOLVERS:
+    if not isinstance(name, str) or name not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
     return SOLVERS[name]
 
@@ -186,5 +184,3 @@ def table(solver: str, grid: Grid) -> Table:
     start = Combination({("y", 0): 1.0})
     nodes = method.nodes(tape, start, grid)
     return Table(solver, grid, tuple(tape.times), tuple(tape.points), tuple(nodes))
-
-

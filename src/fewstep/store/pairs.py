@@ -2,7 +2,8 @@
 
 A store is a folder with ``manifest.json`` and shards ``00000.safetensors`` … of :data:`SHARD_ROWS` rows each, holding
 ``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a killed generation goes on with
-the shards that are missing. The manifest says how the pairs were made; a store made otherwise is refused.
+the shards that are missing. The manifest says how the pairs were made (what was asked for, and what was settled from it
+when the store was begun); a store made otherwise is refused.
 Rows are split into a training and a held-out part (1 in 32) by a hash of the row number.
 """
 
@@ -52,7 +53,7 @@ class PairRows:
     def columns(self, rows: Tensor) -> Columns:
         """The columns ``x0``, ``x1`` (and ``label``) of the given rows of this part."""
         if self._whole is not None:
-            return {name: column[rows] for name, column in self._whole.items()}
+            return {name: column.index_select(0, rows) for name, column in self._whole.items()}
         return self._gather(self.index[rows])
 
     def _gather(self, rows: Tensor) -> Columns:
@@ -91,33 +92,39 @@ class PairStore:
     @property
     def manifest(self) -> dict[str, Any]:
         """The manifest on disk; empty when there is none."""
-        path = self.folder / "manifest.json"
-        return read_json(path) if path.exists() else {}
+        return read_json(self._manifest_path) if self._manifest_path.exists() else {}
+
+    @property
+    def _manifest_path(self) -> Path:
+        return self.folder / "manifest.json"
 
     @property
     def complete(self) -> bool:
         """Whether every shard is there and the checks were passed."""
-        return bool(self.manifest.get("complete"))
+        return bool(self.manifest.get("complete")) and not self.missing()
 
-    def open(self) -> None:
+    def open(self, settle: Callable[[], Mapping[str, Any]] = dict) -> None:
         """Make the folder, or check that the one on disk holds the same pairs.
+
+        Args:
+            settle: what a new store's manifest says beside the request, such as the number of solver steps.
 
         Raises:
             UserError: the pairs there were made otherwise (another teacher, solver, guidance …).
         """
-        found = self.manifest
         wanted = {**self.request, "rows": self.rows}
-        if found:
-            differs = sorted(k for k in wanted if found.get("request", {}).get(k) != wanted[k])
-            if differs:
-                key = differs[0]
-                raise UserError(
-                    f"the pairs in {self.folder} were made with {key} = {found.get('request', {}).get(key)!r}, and "
-                    f"{wanted[key]!r} is wanted now: delete that folder or use another --out."
-                )
+        manifest = self.manifest
+        if not manifest:
+            make_folder(self.folder)
+            write_json(self._manifest_path, {"request": {**wanted, **settle()}, "complete": False})
             return
-        make_folder(self.folder)
-        write_json(self.folder / "manifest.json", {"request": wanted, "complete": False})
+        found = manifest.get("request", {})
+        for key in sorted(wanted):
+            if found.get(key) != wanted[key]:
+                raise UserError(
+                    f"the pairs in {self.folder} were made with {key} = {found.get(key)!r}, and {wanted[key]!r} is "
+                    "wanted now: delete that folder or use another --out."
+                )
 
     def shard_path(self, number: int) -> Path:
         """File of a shard."""
@@ -141,27 +148,33 @@ class PairStore:
 
     def finish(self, checks: Mapping[str, Any]) -> None:
         """Mark the store complete, with the results of the checks on its pairs."""
-        write_json(
-            self.folder / "manifest.json",
-            {"request": {**self.request, "rows": self.rows}, "complete": True, "checks": dict(checks)},
-        )
+        write_json(self._manifest_path, {**self.manifest, "complete": True, "checks": dict(checks)})
 
     def read(self, choose: Callable[[np.ndarray], np.ndarray]) -> PairRows:
         """Rows of the store chosen by a function of the held-out mask."""
+        shards = [self._read_shard(number) for number in range(self.shards)]
+        index = np.flatnonzero(choose(held_out_mask(self.rows)))
+        return PairRows(shards, torch.from_numpy(index))
+
+    def _read_shard(self, number: int) -> Columns:
+        """One shard, memory-mapped; refused when it is damaged or short."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        shards = []
-        for number in range(self.shards):
-            path = self.shard_path(number)
-            try:
-                shards.append(load_file(path))
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"the pair file {path} cannot be read ({error}): delete it, and the same command makes it again."
-                ) from error
-        index = np.flatnonzero(choose(held_out_mask(self.rows)))
-        return PairRows(shards, torch.from_numpy(index))
+        path = self.shard_path(number)
+        try:
+            columns = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise self._unreadable(path, error) from error
+        count = self.shard_range(number)[1]
+        if not {"x0", "x1"} <= set(columns) or any(len(column) != count for column in columns.values()):
+            raise self._unreadable(path, f"it does not hold x0 and x1 of {count} rows")
+        return columns
+
+    def _unreadable(self, path: Path, why: object) -> UserError:
+        return UserError(
+            f"the pair file {path} cannot be read ({why}): delete it, and the same command makes it again."
+        )
 
     def training_rows(self) -> PairRows:
         """The rows to learn from."""

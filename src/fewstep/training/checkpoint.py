@@ -40,11 +40,8 @@ class Checkpoints:
         make_folder(self.folder)
         path = self.folder / f"samples-{state['total_samples']:015d}.safetensors"
         with atomic_file(path) as temporary:
-            save_file(
-                {name: value.detach().contiguous() for name, value in tensors.items()},
-                temporary,
-                metadata={"state": json.dumps(state, sort_keys=True)},
-            )
+            metadata = {"state": json.dumps(state, sort_keys=True)}
+            save_file(_unshared(tensors), temporary, metadata=metadata)
         for old in self.files()[:-keep]:
             old.unlink()
         return path
@@ -59,6 +56,18 @@ class Checkpoints:
         if not files:
             return None
         return read_checkpoint(files[-1])
+
+
+def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors of which no two share storage, as tied weights do: the format refuses those."""
+    seen: set[int] = set()
+    out = {}
+    for name, value in tensors.items():
+        plain = value.detach().contiguous()
+        pointer = plain.untyped_storage().data_ptr()
+        out[name] = plain.clone() if pointer in seen else plain
+        seen.add(pointer)
+    return out
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Exponential moving average of a module's weights and buffers."""
+"""Exponential moving average of a module's weights."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 @final
 class EMA:
-    """``theta_ema <- d theta_ema + (1 - d) theta`` with ``d = min(decay, (1 + n) / (10 + n))`` after ``n`` updates.
+    """``theta_ema <- d theta_ema + (1 - d) theta`` with ``d = min(decay, (1 + n) / (10 + n))`` at update ``n``.
 
-    Floating-point weights are averaged, integer buffers copied. The average shares no storage with the module.
+    Weights are averaged; buffers (counts, running statistics, masks that may hold infinities) are copied.
+    The average shares no storage with the module.
 
     Args:
         module: whose weights are averaged.
@@ -23,25 +24,32 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay = decay
         self.updates = 0
-        self._live = dict(module.state_dict(keep_vars=False))
-        self.state: dict[str, Tensor] = {name: value.detach().clone() for name, value in self._live.items()}
-        floating = [name for name, value in self._live.items() if value.is_floating_point()]
-        self._sources = [self._live[name] for name in floating]
-        self._averages = [self.state[name] for name in floating]
-        self._copied = [name for name in self._live if name not in set(floating)]
+        live = module.state_dict()
+        self.state: dict[str, Tensor] = {name: value.detach().clone() for name, value in live.items()}
+        averaged = [
+            name for name, p in module.named_parameters(remove_duplicate=False) if p.is_floating_point()
+        ]
+        self._sources = [live[name] for name in averaged]
+        self._averages = [self.state[name] for name in averaged]
+        # a module may put a new tensor in a buffer's place, so buffers are looked up at every update
+        self._copied = [_locate(module, name) for name in live if name not in set(averaged)]
 
-    @torch.no_grad()
     def update(self) -> None:
         """Take the module's present weights into the average."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(self._averages, self._sources, 1.0 - decay)
-        for name in self._copied:
-            self.state[name].copy_(self._live[name])
+        for name, owner, key in self._copied:
+            self.state[name].copy_(getattr(owner, key).detach())
 
-    @torch.no_grad()
     def load(self, state: Mapping[str, Tensor], updates: int) -> None:
         """Restore the average and its count of updates."""
         for name, value in self.state.items():
             value.copy_(state[name])
         self.updates = updates
+
+
+def _locate(module: nn.Module, name: str) -> tuple[str, nn.Module, str]:
+    """The sub-module that owns an entry of the state, and the entry's name there."""
+    path, _, key = name.rpartition(".")
+    return name, module.get_submodule(path), key

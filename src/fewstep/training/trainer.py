@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, final
 
 import torch
@@ -19,30 +19,39 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, mix
-from fewstep.methods.base import Batches, Objective, Options, World
-from fewstep.training.checkpoint import Checkpoints
+from fewstep.methods.base import Batches, Objective, Options
+from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
+from fewstep.training.world import LocalWorld
 
-CHECKPOINT_SECONDS = 20.0
-MAX_BAD_STEPS = 10  # non-finite steps in a row after which training stops
+CHECKPOINT_SECONDS = (2.0, 20.0)  # least and most between two checkpoints
+SAVE_SHARE = 50.0  # between two checkpoints lies at least so many times what writing one cost
+MAX_BAD_STEPS = 10  # non-finite steps of a role in a row after which training stops
 LOGS_PER_PHASE = 100
+
+Log = Callable[[dict[str, Any]], None]
 
 
 @final
 @dataclass
 class Position:
-    """Where a stage's training stands; everything a checkpoint keeps beside the tensors."""
+    """Where a stage's training stands; everything a checkpoint keeps beside the tensors.
+
+    Attributes:
+        phase, phase_samples: the phase and the samples seen in it.
+        total_samples, step: of the stage.
+        bad_steps: non-finite steps in a row, by role.
+        skipped: non-finite steps since the last line of statistics.
+        sums: by name, the sum of a term since the last line of statistics and the number of its values.
+    """
 
     phase: int = 0
     phase_samples: int = 0
     total_samples: int = 0
     step: int = 0
-    bad_steps: int = 0
-    sums: dict[str, float] | None = None
-    summed: int = 0
-
-
-Log = Callable[[dict[str, Any]], None]
+    bad_steps: dict[str, int] = field(default_factory=dict)
+    skipped: int = 0
+    sums: dict[str, list[float]] = field(default_factory=dict)
 
 
 @final
@@ -63,58 +72,84 @@ class Trainer:
         student: nn.Module,
         options: Options,
         key: tuple[int, str],
-        world: World,
+        world: LocalWorld,
         checkpoints: Checkpoints | None = None,
         log: Log | None = None,
     ) -> None:
         self.student = student.to(world.device)
         self.options = options
-        self.key = key
         self.world = world
         self.checkpoints = checkpoints
         self.log = log or (lambda line: None)
         self.ema = EMA(self.student, options.ema)
         self.position = Position()
+        self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        self._modules: dict[str, nn.Module] = {"student": self.student}
+        self._wrapped: dict[nn.Module, nn.Module] = {}
+        self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._key = mix(*key)
         self._rows = _rows_of(world, options.batch_size)
         self._generator = torch.Generator()
-        self._saved_state: tuple[dict[str, Tensor], dict[str, Any]] | None = None
-        self.optimisers: dict[str, torch.optim.Optimizer] = {}
+        self._loaded: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._saved, self._interval = 0.0, CHECKPOINT_SECONDS[0]
 
     def resume(self) -> bool:
-        """Load the newest checkpoint, if there is one; say whether there was."""
+        """Load the newest checkpoint, if there is one; say whether there was.
+
+        Raises:
+            UserError: the checkpoint is truncated, of another network or of another version.
+        """
         found = self.checkpoints.load() if self.checkpoints else None
         if found is None:
             return False
         tensors, state = found
-        self.position = Position(**state["position"])
-        _load_module(self.student, tensors, "student.")
-        self.ema.load(_strip(tensors, "ema."), state["ema_updates"])
-        self._saved_state = found
+        try:
+            self.position = Position(**state["position"])
+            _load_module(self.student, tensors, "student.")
+            self.ema.load(_strip(tensors, "ema."), state["ema_updates"])
+        except (KeyError, TypeError) as error:
+            raise UserError(
+                f"the checkpoint in {self.checkpoints.folder if self.checkpoints else ''} was written by another "
+                f"version of fewstep ({error}): delete that folder to begin the stage again, or use another --out."
+            ) from error
+        self._loaded = found
         return True
 
     def train(self, number: int, samples: int, objective: Objective, batches: Batches, label: str) -> None:
-        """Train phase ``number`` until it has seen ``samples`` samples."""
-        if self.position.phase != number:
-            self.position.phase, self.position.phase_samples = number, 0
-            self.position.sums, self.position.summed = None, 0
-        self._prepare(objective)
-        steps = -(-samples // self.options.batch_size)
-        every = max(1, min(100, steps // LOGS_PER_PHASE))
-        saved = time.monotonic()
-        with _isolated_rng(), self.world.progress(samples, self.position.phase_samples, label) as bar:
-            while self.position.phase_samples < samples:
-                self._step(objective, batches, samples)
-                bar.update(self.options.batch_size)
-                if self.position.step % every == 0 or self.position.phase_samples >= samples:
-                    bar.note = self._flush(label)
-                if time.monotonic() - saved > CHECKPOINT_SECONDS:
-                    self.save()
-                    saved = time.monotonic()
+        """Train phase ``number`` until it has seen ``samples`` samples.
 
-    def save(self, *, keep: int = 2) -> None:
-        """Write a checkpoint (the first process does)."""
+        Raises:
+            UserError: too many non-finite steps in a row, or weights that are not finite.
+        """
+        position, size = self.position, self.options.batch_size
+        if position.phase != number:
+            position.phase, position.phase_samples = number, 0
+        self._prepare(objective)
+        every = max(1, min(100, -(-samples // size) // LOGS_PER_PHASE))
+        self._saved = time.monotonic()
+        with (
+            _isolated_rng(self.world.device),
+            self.world.progress(samples, position.phase_samples, label) as bar,
+        ):
+            while position.phase_samples < samples:
+                self._step(objective, batches, samples)
+                bar.update(size)
+                if position.step % every == 0 or position.phase_samples >= samples:
+                    bar.note = self._flush()
+                if time.monotonic() - self._saved > self._interval:
+                    self._save_between_steps()
+
+    def save(self, *, keep: int = KEEP) -> None:
+        """Write a checkpoint (the first process does).
+
+        Raises:
+            UserError: weights are not finite; the checkpoints there are left alone.
+        """
         if self.checkpoints is None or self.world.rank != 0:
             return
+        for role, module in self._modules.items():
+            if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
+                raise self._diverged(role, "its weights are not finite")
         tensors = {f"ema.{name}": value for name, value in self.ema.state.items()}
         for role, module in self._modules.items():
             tensors |= {f"{role}.{name}": value for name, value in module.state_dict().items()}
@@ -127,128 +162,162 @@ class Trainer:
         }
         self.checkpoints.save(tensors, state, keep=keep)
 
+    def _save_between_steps(self) -> None:
+        """A checkpoint at intervals that keep its cost small; none while steps are bad, so that good ones stay."""
+        if any(self.position.bad_steps.values()):
+            return
+        began = time.monotonic()
+        self.save()
+        self._saved = time.monotonic()
+        least, most = CHECKPOINT_SECONDS
+        self._interval = min(most, max(least, SAVE_SHARE * (self._saved - began)))
+
     def _prepare(self, objective: Objective) -> None:
         """Optimisers for the objective's modules, data-parallel wrappers where there are several processes."""
-        for module in objective.modules.values():
-            module.to(self.world.device).train()
         self._modules = dict(objective.modules)
-        self.optimisers = {
-            role: torch.optim.AdamW(
-                [p for p in module.parameters() if p.requires_grad],
-                lr=self.options.lr,
-                weight_decay=self.options.weight_decay,
-                fused=True,
-            )
+        for module in self._modules.values():
+            module.to(self.world.device).train()
+        self._parameters = {
+            role: [p for p in module.parameters() if p.requires_grad]
             for role, module in self._modules.items()
         }
-        if self._saved_state is not None:
-            tensors, state = self._saved_state
-            self._saved_state = None
-            if state["position"]["phase_samples"] > 0 and state["position"]["phase"] == self.position.phase:
-                for role, module in self._modules.items():
-                    _load_module(module, tensors, f"{role}.")
-                for role, optimiser in self.optimisers.items():
-                    _load_optimiser(role, optimiser, tensors)
-        if self.world.size > 1:
-            from torch.nn.parallel import DistributedDataParallel
-
+        self.optimisers = {
+            role: torch.optim.AdamW(
+                parameters, lr=self.options.lr, weight_decay=self.options.weight_decay, fused=True
+            )
+            for role, parameters in self._parameters.items()
+        }
+        loaded, self._loaded = self._loaded, None
+        if (
+            loaded is not None
+            and 0 < self.position.phase_samples
+            and loaded[1]["position"]["phase"] == self.position.phase
+        ):
             for role, module in self._modules.items():
-                objective.modules[role] = DistributedDataParallel(module)
-        self._parameters = {role: list(m.parameters()) for role, m in self._modules.items()}
+                _load_module(module, loaded[0], f"{role}.")
+                _load_optimiser(role, self.optimisers[role], loaded[0])
+        for role, module in self._modules.items():
+            if module not in self._wrapped:
+                self._wrapped[module] = self.world.wrap(module)
+            objective.modules[role] = self._wrapped[module]
 
     def _step(self, objective: Objective, batches: Batches, samples: int) -> None:
         position, options = self.position, self.options
-        seed = mix(*self.key, position.total_samples)
+        seed = mix(self._key, position.total_samples)
         self._generator.manual_seed(seed)
-        torch.default_generator.manual_seed(seed + self.world.rank)
+        _seed_modules(self.world.device, seed + self.world.rank)  # what dropout draws from
         batch = batches.batch(position.phase_samples, options.batch_size, self._generator)
         batch = _local(batch, self._rows, self.world.device)
         draws = Draws(self._generator, options.batch_size, self._rows)
         rate = learning_rate(options, position.phase_samples, samples)
         for role in objective.turns(position.step):
-            terms = self._turn(objective, role, batch, draws, rate)
-            self._count(role, terms)
+            self._turn(objective, role, batch, draws, rate)
         position.step += 1
         position.phase_samples += options.batch_size
         position.total_samples += options.batch_size
 
-    def _turn(
-        self, objective: Objective, role: str, batch: Pair, draws: Draws, rate: float
-    ) -> Mapping[str, Tensor]:
+    def _turn(self, objective: Objective, role: str, batch: Pair, draws: Draws, rate: float) -> None:
         """One role's forward, backward and update."""
-        optimiser = self.optimisers[role]
-        optimiser.param_groups[0]["lr"] = rate
+        parameters, optimiser = self._parameters[role], self.optimisers[role]
+        for parameter in parameters:
+            parameter.grad = None
         with self._autocast():
             terms = objective.loss(role, batch, draws)
-        optimiser.zero_grad(set_to_none=True)
         terms["loss"].backward()
-        norm = nn.utils.clip_grad_norm_(self._parameters[role], self.options.clip)
-        if math.isfinite(norm.item()):
-            optimiser.step()
-            self.position.bad_steps = 0
-            if role == "student":
-                self.ema.update()
-        else:
-            self._bad_step(role, terms)
-        return terms
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        total = nn.utils.get_total_norm(gradients)
+        norm, values = total.item(), {name: value.item() for name, value in terms.items()}
+        if self.world.size > 1:
+            norm, values = self._agree(role, norm, values)
+        if not (math.isfinite(norm) and math.isfinite(values["loss"])):
+            self._bad_step(role, values["loss"])
+            return
+        self.position.bad_steps[role] = 0
+        if norm > self.options.clip:
+            nn.utils.clip_grads_with_norm_(parameters, self.options.clip, total)
+        optimiser.param_groups[0]["lr"] = rate
+        optimiser.step()
+        if role == "student":
+            self.ema.update()
+        self._count("" if role == "student" else f"{role}/", values)
+
+    def _agree(self, role: str, norm: float, values: dict[str, float]) -> tuple[float, dict[str, float]]:
+        """The mean terms over all processes, so that every process decides alike."""
+        mean, *means = self.world.mean([norm, *values.values()])
+        assert not math.isfinite(mean) or math.isclose(mean, norm, rel_tol=1e-5), (
+            f"the processes' gradients of {role!r} differ: its loss must call objective.modules[{role!r}]"
+        )
+        return (norm if math.isfinite(mean) else mean), dict(zip(values, means, strict=True))
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.options.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
-    def _bad_step(self, role: str, terms: Mapping[str, Tensor]) -> None:
-        """Skip a step whose gradient is not finite; stop when they do not end."""
-        self.position.bad_steps += 1
-        loss = float(terms["loss"].detach())
-        self.world.say(f"warning: step {self.position.step}: non-finite gradient of {role!r} (loss {loss:g}), skipped")
-        if self.position.bad_steps >= MAX_BAD_STEPS:
-            kept = self.checkpoints.files()[-1:] if self.checkpoints else []
-            where = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint was written yet"
-            raise UserError(
-                f"training of {role!r} diverged: {MAX_BAD_STEPS} steps in a row had non-finite gradients; {where}. "
-                f"Lower lr (now {self.options.lr:g}), lengthen warmup, or use precision: fp32."
-            )
-
-    def _count(self, role: str, terms: Mapping[str, Tensor]) -> None:
-        sums = self.position.sums = self.position.sums or {}
-        prefix = "" if role == "student" else f"{role}/"
-        for name, value in terms.items():
-            sums[prefix + name] = sums.get(prefix + name, 0.0) + value.item()
-        self.position.summed += 1
-
-    def _flush(self, label: str) -> str:
-        """Log the mean terms since the last flush (mean over processes)."""
+    def _bad_step(self, role: str, loss: float) -> None:
+        """Skip a step whose loss or gradient is not finite; stop when they do not end."""
         position = self.position
-        if not position.summed or not position.sums:
-            return ""
-        means = {name: value / position.summed for name, value in position.sums.items()}
-        if self.world.size > 1:
-            packed = torch.tensor(list(means.values()), dtype=torch.float64)
-            torch.distributed.all_reduce(packed)
-            means = dict(zip(means, (packed / self.world.size).tolist(), strict=True))
-        position.sums, position.summed = None, 0
-        self.log(
-            {"phase": position.phase, "samples": position.total_samples, "step": position.step, "terms": means}
+        position.skipped += 1
+        position.bad_steps[role] = position.bad_steps.get(role, 0) + 1
+        self.world.say(
+            f"warning: step {position.step}: non-finite loss or gradient of {role!r} (loss {loss:g}), skipped"
         )
-        return f"loss {means['loss']:.4g}"
+        if position.bad_steps[role] >= MAX_BAD_STEPS:
+            raise self._diverged(role, f"{MAX_BAD_STEPS} steps in a row had non-finite losses or gradients")
+
+    def _diverged(self, role: str, why: str) -> UserError:
+        kept = self.checkpoints.files()[-1:] if self.checkpoints else []
+        where = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint was written yet"
+        return UserError(
+            f"training of {role!r} diverged at step {self.position.step}: {why}; {where}. Lower lr (now "
+            f"{self.options.lr:g}), lengthen warmup, or use precision: fp32."
+        )
+
+    def _count(self, prefix: str, values: Mapping[str, float]) -> None:
+        sums = self.position.sums
+        for name, value in values.items():
+            entry = sums.setdefault(prefix + name, [0.0, 0])
+            entry[0] += value
+            entry[1] += 1
+
+    def _flush(self) -> str:
+        """Log the mean terms since the last flush; return the loss in words."""
+        position = self.position
+        means = {name: total / count for name, (total, count) in position.sums.items()}
+        line: dict[str, Any] = {
+            "phase": position.phase,
+            "samples": position.total_samples,
+            "step": position.step,
+            "terms": means,
+        }
+        if position.skipped:
+            line["skipped"] = position.skipped
+        position.sums, position.skipped = {}, 0
+        self.log(line)
+        return f"loss {means['loss']:.4g}" if "loss" in means else ""
 
 
 def learning_rate(options: Options, seen: int, samples: int) -> float:
-    """Linear warm-up over ``warmup · samples``, then a cosine to zero at ``samples``."""
+    """Linear warm-up over ``warmup · samples``, then a cosine to zero at ``samples``; ``seen`` is the step's start."""
     begin = options.warmup * samples
     position = seen + options.batch_size / 2  # the middle of the step's batch
     if position < begin:
         return options.lr * position / begin
-    return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (position - begin) / max(1.0, samples - begin))))
+    return (
+        options.lr
+        * 0.5
+        * (1.0 + math.cos(math.pi * min(1.0, (position - begin) / max(1.0, samples - begin))))
+    )
 
 
-def _rows_of(world: World, batch: int) -> slice | None:
+def _rows_of(world: LocalWorld, batch: int) -> slice | None:
     """This process's rows of the global batch."""
     if world.size == 1:
         return None
     if batch % world.size:
-        raise UserError(f"batch_size {batch} does not divide among {world.size} processes: make it a multiple.")
+        raise UserError(
+            f"batch_size {batch} does not divide among {world.size} processes: make it a multiple."
+        )
     each = batch // world.size
     return slice(world.rank * each, (world.rank + 1) * each)
 
@@ -261,11 +330,18 @@ def _local(pair: Pair, rows: slice | None, device: torch.device) -> Pair:
     return Pair(pair.x0[cut].to(device), pair.x1[cut].to(device), cond)
 
 
+def _seed_modules(device: torch.device, seed: int) -> None:
+    """Seed the generators that modules draw from."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+
+
 @contextlib.contextmanager
-def _isolated_rng() -> Any:
+def _isolated_rng(device: torch.device) -> Iterator[None]:
     """Leave the global random state as it was found."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices=list(devices)):
+    devices: Sequence[int] = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
         yield
 
 

@@ -5,10 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any, final
 
 import torch
+from torch import nn
 
+from fewstep.errors import UserError
+
+WAIT = timedelta(days=1)  # processes wait for each other's pairs, and one may have many more to make
 PLAIN_SECONDS = 10.0  # between two plain progress lines
 
 
@@ -16,13 +22,14 @@ PLAIN_SECONDS = 10.0  # between two plain progress lines
 class LocalWorld:
     """One process, or one of several started by ``torchrun`` / ``accelerate launch``.
 
-    Wraps :class:`accelerate.Accelerator`, which finds the device and the process group.
+    accelerate finds the device and the process group, and wraps modules; data order, random numbers, schedules and
+    checkpoints are not its business.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState()
+        self._state = PartialState(timeout=WAIT)
         self.quiet = quiet
 
     @property
@@ -44,6 +51,30 @@ class LocalWorld:
         """Wait for the other processes."""
         if self.size > 1:
             self._state.wait_for_everyone()
+
+    def wrap(self, module: nn.Module) -> nn.Module:
+        """The module with gradients averaged over the processes; one process gets the module itself."""
+        if self.size == 1:
+            return module
+        from accelerate import Accelerator
+        from torch.nn.parallel import DistributedDataParallel
+
+        # precision is a stage's option, not the launcher's
+        wrapped = Accelerator(mixed_precision="no").prepare_model(module)
+        if not isinstance(wrapped, DistributedDataParallel):
+            raise UserError(
+                f"the launcher asks for {self._state.distributed_type.value}, and training here is data-parallel with "
+                "whole weights in every process (DDP): start it with torchrun, or 'accelerate launch --multi_gpu'."
+            )
+        return wrapped
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """The mean of every number over the processes, the same in all of them."""
+        if self.size == 1:
+            return list(values)
+        packed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(packed)
+        return (packed / self.size).tolist()
 
     def say(self, message: str) -> None:
         """Print a line, once for all processes."""
@@ -72,7 +103,12 @@ class Progress:
             from tqdm import tqdm
 
             self._bar = tqdm(
-                total=self.total, initial=self.done, desc=self.label, unit="sample", unit_scale=True, leave=False
+                total=self.total,
+                initial=self.done,
+                desc=self.label,
+                unit="sample",
+                unit_scale=True,
+                leave=False,
             )
         return self
 
