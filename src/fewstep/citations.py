@@ -54,7 +54,8 @@ CITATIONS: dict[str, Entry] = {
     ),
     "esser2024scaling": (
         "inproceedings",
-        'Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and M{\\"u}ller, Jonas and '
+        "Esser, Patrick and Kulal, Sumith and Blattmann, Andreas and Entezari, Rahim and "
+        'M{\\"u}ller, Jonas and '
         "Saini, Harry and Levi, Yam and Lorenz, Dominik and Sauer, Axel and Boesel, Frederic and Podell, "
         "Dustin and Dockhorn, Tim and English, Zion and Lacey, Kyle and Goodwin, Alex and Marek, Yannik "
         "and Rombach, Robin",
@@ -115,7 +116,8 @@ CITATIONS: dict[str, Entry] = {
     ),
     "kynkaanniemi2019improved": (
         "inproceedings",
-        'Kynk{\\"a}{\\"a}nniemi, Tuomas and Karras, Tero and Laine, Samuli and Lehtinen, Jaakko and Aila, Timo',
+        'Kynk{\\"a}{\\"a}nniemi, Tuomas and Karras, Tero and Laine, Samuli and '
+        "Lehtinen, Jaakko and Aila, Timo",
         "Improved Precision and Recall Metric for Assessing Generative Models",
         _NEURIPS,
         2019,

@@ -108,7 +108,7 @@ class StoredBatches:
 
 
 @final
-@dataclass(frozen=True)
+@dataclass
 class MixedBatches:
     """Each sample is synthetic with probability ``p(start)``, else real (the mixed buffer of ReFlow).
 

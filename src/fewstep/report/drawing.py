@@ -1,7 +1,7 @@
 """What all figures share: colours, axes, and the way from a figure to bytes.
 
-Figures are ``matplotlib.figure.Figure`` objects drawn by the Agg canvas; pyplot and its global state are not used.
-One inch is 96 CSS pixels, and a figure has two image pixels to each of them.
+Figures are ``matplotlib.figure.Figure`` objects drawn by the Agg canvas; pyplot and its global state are not
+used. One inch is 96 CSS pixels, and a figure has two image pixels to each of them.
 """
 
 from __future__ import annotations
@@ -158,7 +158,7 @@ def halo() -> list[Any]:
 
 
 def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 0.075) -> None:
-    """Write labels ``(y, text, colour)`` beside the right end of the axes, moved apart where they would touch.
+    """Write labels ``(y, text, colour)`` right of the axes, moved apart where they would touch.
 
     Call it when the axes' limits are final.
     """
@@ -173,7 +173,7 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 
 
 
 def spread(heights: Sequence[float], gap: float) -> list[float]:
-    """Move ascending heights so that neighbours are at least ``gap`` apart, each group about its own middle."""
+    """Move ascending heights until neighbours are ``gap`` apart, each group about its own middle."""
     groups: list[tuple[float, list[float]]] = []
     for height in heights:
         members = [height]

@@ -60,7 +60,8 @@ def write_report(
         The path.
 
     Raises:
-        UserError: the result has rows of a model that is not among ``models``, or none; the file cannot be written.
+        UserError: the result has rows of a model that is not among ``models``, or no rows of models; the file
+            cannot be written.
     """
     from jinja2 import Environment, StrictUndefined
 

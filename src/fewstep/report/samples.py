@@ -1,7 +1,7 @@
 """Samples of every model at every step count, from the same seeds: strips of images, or panels of points.
 
-Images share their columns: a column is one base sample (and one class, where models take labels). Vectors of more
-than two entries are shown in the plane of the first two principal components of the training data.
+Images share their columns: a column is one base sample (and one class, where models take labels). Vectors of
+more than two entries are shown in the plane of the first two principal components of the training data.
 """
 
 from __future__ import annotations
@@ -141,8 +141,8 @@ def image_strips(
     caption = (
         "Every column starts from the same noise"
         + (" and has the same class" if classes is not None else "")
-        + f" (seed {seed}, samples 0 to {COLUMNS - 1}, not chosen). Down a column one sees what fewer calls change: "
-        "a curved flow blurs towards the mean of the data when it is cut short, a straight one keeps its "
+        + f" (seed {seed}, samples 0 to {COLUMNS - 1}, not chosen). Down a column one sees what fewer "
+        "calls change: a curved flow blurs towards the mean of the data when it is cut short, a straight one keeps its "
         "picture. The first row is real data, for comparison."
     )
     return Samples(strips, label_words(data, classes), None, caption)
@@ -163,8 +163,8 @@ def _strip(images: Array, limits: tuple[float, float], alt: str) -> Picture:
 
 @final
 class Plane:
-    """The plane in which rows are shown: their own coordinates, in data units, when there are one or two; else
-    the first two principal components of the training data, in network units.
+    """The plane in which rows are shown: their own coordinates, in data units, when there are one or two;
+    else the first two principal components of the training data, in network units.
     """
 
     def __init__(self, data: DataSet) -> None:

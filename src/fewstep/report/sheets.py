@@ -1,6 +1,7 @@
 """Sheets of samples: contact sheets of images, scatter plots of points, histograms of numbers.
 
-Images are shown in the data's own units, the lowest value black and the highest white, enlarged by nearest neighbour.
+Images are shown in the data's own units, the lowest value black and the highest white, small ones enlarged by
+nearest neighbour.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def write_sheet(
         columns: images per row; about a square when not given.
 
     Raises:
-        UserError: another shape, another suffix, values that are not finite, limits or columns that make no sense.
+        UserError: another shape, another suffix, values that are not finite, limits or columns that make no
+            sense.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
@@ -75,7 +77,7 @@ def sheet(
 
 
 def scatter_sheet(points: Tensor | Array, path: str | Path) -> Path:
-    """Write vectors ``(N, D)`` as a plot: a histogram (D = 1), the plane (D = 2) or two principal components."""
+    """Write vectors ``(N, D)`` as a histogram (D = 1), in the plane (D = 2) or by two principal axes."""
     array = finite(points)
     if array.ndim != 2:
         raise UserError(f"a scatter sheet needs vectors (N, D), got shape {array.shape}.")

@@ -1,8 +1,8 @@
 """Trajectories of the velocity models, beside the straight lines between their ends.
 
-ReFlow's picture (arXiv:2209.03003, fig. 2): independent pairs of noise and data are joined by lines that cross; the
-flow learned from them cannot cross, so it turns; lines between the ends of *its* trajectories hardly cross, and the
-flow learned from those is straight.
+ReFlow's picture (arXiv:2209.03003, fig. 2): independent pairs of noise and data are joined by lines that
+cross; the flow learned from them cannot cross, so it turns; lines between the ends of *its* trajectories
+hardly cross, and the flow learned from those is straight.
 """
 
 from __future__ import annotations

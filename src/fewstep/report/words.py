@@ -1,7 +1,7 @@
 """What the numbers say, in words: the headline and the warnings of a report, computed from a comparison.
 
-The headline compares the best row among those of fewest network calls with the first model, the teacher. Two energies
-are called equal when they differ by less than two standard errors of their difference.
+The headline compares the best row among those of fewest network calls with the first model, the teacher. Two
+energies are called equal when they differ by less than two standard errors of their difference.
 """
 
 from __future__ import annotations
