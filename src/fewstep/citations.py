@@ -1,6 +1,6 @@
 """BibTeX entries of the papers behind the library, by key; :func:`bibtex` prints those a run used.
 
-Addresses are written as arXiv numbers (``eprint``) and DOIs, which every reference manager resolves.
+Papers on arXiv carry their number as ``eprint``; no other address is written.
 """
 
 from __future__ import annotations

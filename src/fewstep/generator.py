@@ -1,24 +1,27 @@
 """A generator: what the user holds in the end.
 
-A base distribution, a network, how it should be sampled, and how to turn the result back into data. On disk it is a
-folder with ``config.json``, ``model.safetensors`` (EMA weights) and a card, ``README.md``.
+A base distribution, a network, how it should be sampled, and how to turn the result back into data. On disk
+it is a folder with ``config.json``, ``model.safetensors`` (EMA weights) and a card, ``README.md``.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fewstep.data.scaling import Scaling
-from fewstep.errors import UserError
+from fewstep.errors import UserError, unknown
 from fewstep.flow.field import CountedField, Field, Guided
-from fewstep.flow.grids import GridSpec
+from fewstep.flow.grids import GridSpec, explicit_times
 from fewstep.flow.noise import BLOCK, block_rows, generator_for, integer_rows, noise_rows
 from fewstep.networks import build
 from fewstep.solvers.solve import check_start, solve
@@ -26,6 +29,8 @@ from fewstep.store.files import make_folder, read_json, write_json, write_text
 
 FORMAT = 1
 LABEL_DRAW = 1  # which table of draws the labels come from; 0 is the base noise
+
+Label = int | str | Sequence[int] | Sequence[str] | Tensor
 
 
 @final
@@ -35,7 +40,7 @@ class Config:
 
     Attributes:
         shape: of one sample inside the network.
-        kind: ``velocity``: any solver, any steps; ``map``: its own sampler, only the step counts in ``steps``.
+        kind: ``velocity``: any solver, any steps; ``map``: its own sampler, the step counts in ``steps``.
         steps: step counts a map was made for.
         default_steps: steps when the user names none.
         solver, grid: how a velocity is sampled when the user names none.
@@ -91,7 +96,7 @@ class Generator:
 
     Args:
         module: ``v(x, t, **cond)``; put into eval mode.
-        shape: shape of one sample; may be left out when ``config`` is given.
+        shape: shape of one sample; left out when ``config`` is given.
         config: everything else; see :class:`Config`.
         base_rows: rows of an empirical base, network units.
     """
@@ -104,10 +109,19 @@ class Generator:
         config: Config | None = None,
         base_rows: Tensor | None = None,
     ) -> None:
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                f"a generator needs a torch.nn.Module, got {type(module).__name__}: wrap the function in "
+                "one, or call fs.solve(v, x0) with it."
+            )
+        if (config is None) == (shape is None):
+            raise UserError(
+                "a generator needs the shape of one sample (or a config, which has it): "
+                "fs.Generator(module, shape=(3, 32, 32))."
+            )
         if config is None:
-            if shape is None:
-                raise UserError("a generator needs the shape of one sample: fs.Generator(module, shape=(3, 32, 32)).")
-            config = Config(shape=tuple(int(n) for n in shape))
+            assert shape is not None
+            config = Config(shape=_sample_shape(shape))
         self.module = module.eval()
         self.config = config
         self.base_rows = base_rows
@@ -118,6 +132,12 @@ class Generator:
         """Where the weights are."""
         first = next(self.module.parameters(), None)
         return torch.device("cpu") if first is None else first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights compute in."""
+        floating = (p.dtype for p in self.module.parameters() if p.dtype.is_floating_point)
+        return next(floating, torch.float32)
 
     @property
     def conditional(self) -> bool:
@@ -131,7 +151,7 @@ class Generator:
         steps: int | None = None,
         solver: str | None = None,
         grid: GridSpec | None = None,
-        label: int | Sequence[int] | Tensor | None = None,
+        label: Label | None = None,
         guidance: float | None = None,
         seed: int = 0,
         noise: Tensor | None = None,
@@ -143,7 +163,8 @@ class Generator:
             num: how many; may be left out when ``noise`` is given.
             steps: solver steps.
             solver, grid: for a velocity model; a map has its own.
-            label: one label for all, one per sample, or None to draw them as often as in the data.
+            label: one label for all, one per sample, or None to draw them as often as in the data. Labels are
+                the data's own: numbers, or names where the data has names.
             guidance: guidance weight of a conditional velocity model (two network calls per evaluation).
             seed: sample ``i`` is a function of (seed, i) alone.
             noise: base samples ``(num, *shape)`` in network units, instead of drawing them.
@@ -151,6 +172,10 @@ class Generator:
 
         Returns:
             ``(num, *data_shape)`` float32 on the CPU.
+
+        Raises:
+            UserError: a number below 1, an unknown name, a label that is not there, a step count the model
+                was not made for, guidance it cannot take, samples that are not finite.
         """
         draw = self.draw(
             num,
@@ -178,7 +203,7 @@ class Generator:
         steps: int | None = None,
         solver: str | None = None,
         grid: GridSpec | None = None,
-        label: int | Sequence[int] | Tensor | None = None,
+        label: Label | None = None,
         guidance: float | None = None,
         seed: int = 0,
         noise: Tensor | None = None,
@@ -195,12 +220,18 @@ class Generator:
         for first in range(0, len(x0), batch_size):
             rows = slice(first, first + batch_size)
             cond = {} if labels is None else {"label": labels[rows].to(self.device)}
-            solution = solve(
-                field_, x0[rows].to(self.device), solver=solver, steps=steps, grid=grid, cond=cond
-            )
+            start = x0[rows].to(self.device, self.dtype)
+            solution = solve(field_, start, solver=solver, steps=steps, grid=grid, cond=cond)
             parts.append(solution.x.cpu())
             nfe = solution.nfe
-        return Draw(torch.cat(parts), x0, labels, nfe)
+        x = torch.cat(parts)
+        finite = torch.isfinite(x).flatten(1).all(1)
+        if not finite.all():
+            raise UserError(
+                f"{int((~finite).sum())} of {len(x)} samples of {self.name!r} are NaN or infinite: its "
+                "weights are damaged or its training diverged, or the guidance is too large."
+            )
+        return Draw(x, x0, labels, nfe)
 
     def _how(
         self, solver: str | None, grid: GridSpec | None, steps: int | None
@@ -211,28 +242,39 @@ class Generator:
             allowed = config.steps or (1,)
             if steps is not None and steps not in allowed:
                 raise UserError(
-                    f"{self.name!r} was made for {_words(allowed)} step(s), not {steps}: leave steps out, or sample "
-                    "the flow it was distilled from."
+                    f"{self.name!r} was made for {_words(allowed)} step(s), not {steps}: leave steps out, or "
+                    "sample the flow it was distilled from."
                 )
             if solver not in (None, "euler") or grid not in (None, "uniform"):
                 raise UserError(f"{self.name!r} is a map with its own sampler: leave solver and grid out.")
-            return "euler", "uniform", steps or config.default_steps
-        solver, chosen = solver or config.solver, grid if grid is not None else config.grid
-        named = isinstance(chosen, str) and not chosen[:1].isdigit()
-        return solver, chosen, steps if steps is not None or not named else config.default_steps
+            return "euler", "uniform", config.default_steps if steps is None else steps
+        solver, chosen = config.solver if solver is None else solver, config.grid if grid is None else grid
+        times = explicit_times(chosen)
+        if times is None:
+            return solver, chosen, config.default_steps if steps is None else steps
+        if (times[0], times[-1]) != (0.0, 1.0):
+            raise UserError(
+                f"a grid for sampling runs from 0 (noise) to 1 (data), and this one from {times[0]:g} to "
+                f"{times[-1]:g}: write for example '0,0.2,1'. For a part of the way there is fs.solve."
+            )
+        return solver, chosen, steps
 
     def _field(self, guidance: float | None) -> Field:
+        if guidance is not None and not math.isfinite(guidance):
+            raise UserError(f"guidance must be a finite number, got {guidance}.")
         if guidance is None or (guidance == 1.0 and self.config.guidance is None):
             return CountedField(self.module)
         if self.config.guidance is not None:
             raise UserError(
-                f"{self.name!r} has guidance {self.config.guidance} baked into its weights: guiding it again is wrong. "
-                "Leave guidance out."
+                f"{self.name!r} has guidance {self.config.guidance} baked into its weights: guiding it again "
+                "is wrong. Leave guidance out."
             )
         if not self.conditional:
             raise UserError(f"guidance needs a class-conditional model, and {self.name!r} takes no labels.")
         if self.config.kind == "map":
-            raise UserError(f"{self.name!r} is a one-step map; guidance must be baked in when it is distilled.")
+            raise UserError(
+                f"{self.name!r} is a one-step map; guidance must be baked in when it is distilled."
+            )
         return Guided(self.module, guidance)
 
     def _starts(self, num: int | None, noise: Tensor | None, seed: int) -> Tensor:
@@ -243,17 +285,20 @@ class Generator:
             if tuple(noise.shape[1:]) != shape:
                 raise UserError(f"noise has rows of shape {tuple(noise.shape[1:])}, the model needs {shape}.")
             if num not in (None, len(noise)):
-                raise UserError(f"num={num} and noise of {len(noise)} rows contradict each other: leave num out.")
+                raise UserError(
+                    f"num={num} and noise of {len(noise)} rows contradict each other: leave num out."
+                )
             return noise
-        if num is None or num < 1:
-            raise UserError(f"the number of samples must be at least 1, got {num}.")
+        if not isinstance(num, int | np.integer) or isinstance(num, bool) or num < 1:
+            raise UserError(f"the number of samples must be a whole number of at least 1, got {num!r}.")
+        _check_memory(num, shape)
         if self.config.base == "gaussian":
             return noise_rows(num, shape, seed=seed)
         if self.base_rows is None:
             raise UserError(f"{self.name!r} starts from data and its base rows are missing: pass noise=x0.")
         return self.base_rows[integer_rows(num, len(self.base_rows), seed=seed)]
 
-    def _labels(self, num: int, label: int | Sequence[int] | Tensor | None, seed: int) -> Tensor | None:
+    def _labels(self, num: int, label: Label | None, seed: int) -> Tensor | None:
         if not self.conditional:
             if label is not None:
                 raise UserError(f"{self.name!r} takes no labels: it was trained without. Leave label out.")
@@ -270,24 +315,42 @@ class Generator:
                 empty=torch.empty(0),
             )
             return torch.searchsorted(edges / edges[-1], uniform, right=True).clamp_max(classes - 1)
-        labels = torch.as_tensor(label).flatten()
-        if labels.is_floating_point() or labels.dtype == torch.bool:
-            raise UserError(f"labels must be whole numbers, got {labels.dtype}.")
-        if self.config.label_names is not None:
-            labels = self._by_name(labels)
+        labels = self._label_numbers(label)
         if len(labels) not in (1, num):
             raise UserError(f"{len(labels)} labels for {num} samples: give one, or one per sample.")
-        if int(labels.min()) < 0 or int(labels.max()) >= classes:
-            raise UserError(f"label {int(labels.max())} is out of range: {self.name!r} has classes 0 … {classes - 1}.")
-        return labels.long().expand(num)
+        bad = labels[(labels < 0) | (labels >= classes)]
+        if len(bad):
+            raise UserError(
+                f"label {int(bad[0])} is out of range: {self.name!r} has classes 0 … {classes - 1}."
+            )
+        return labels.expand(num)
 
-    def _by_name(self, labels: Tensor) -> Tensor:
-        assert self.config.label_names is not None
-        position = {name: k for k, name in enumerate(self.config.label_names)}
-        unknown_labels = [n for n in labels.tolist() if n not in position]
-        if unknown_labels and not all(isinstance(name, str) for name in position):
-            raise UserError(f"label {unknown_labels[0]} is not in the data; known: {list(position)}.")
-        return torch.tensor([position.get(n, n) for n in labels.tolist()])
+    def _label_numbers(self, label: Label) -> Tensor:
+        """Class numbers ``(n,)`` of one label or of several, which may be names."""
+        names = self.config.label_names
+        given = (
+            label.flatten().tolist() if isinstance(label, Tensor) else np.asarray(label).flatten().tolist()
+        )
+        wrong = [n for n in given if isinstance(n, bool) or not isinstance(n, int | str)]
+        if wrong:
+            raise UserError(f"labels must be whole numbers or the data's names, got {wrong[0]!r}.")
+        if names is None:
+            words = [n for n in given if isinstance(n, str) and not n.isdecimal()]
+            if words:
+                raise UserError(
+                    f"label {words[0]!r}: the classes of {self.name!r} are numbers, "
+                    f"0 … {len(self.config.class_weights) - 1}."
+                )
+            return torch.tensor([int(n) for n in given], dtype=torch.long)
+        position = {str(name): k for k, name in enumerate(names)}
+        # where classes have names (image folders) their numbers will do too; where they are numbers, those
+        named = all(isinstance(name, str) for name in names)
+        numbers = {str(k): k for k in range(len(names))} if named else {}
+        known = {**numbers, **position}
+        for n in given:
+            if str(n) not in known:
+                raise unknown("label", n, position)
+        return torch.tensor([known[str(n)] for n in given], dtype=torch.long)
 
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a card to a folder, atomically file by file."""
@@ -312,7 +375,9 @@ def save_model(
     return folder
 
 
-def load(folder: str | Path, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Generator:
+def load(
+    folder: str | Path, module: nn.Module | None = None, device: str | torch.device = "cpu"
+) -> Generator:
     """Load a model folder.
 
     Args:
@@ -328,7 +393,8 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
     if module is None:
         if config.network is None:
             raise UserError(
-                f"{folder} holds the weights of a module fewstep did not build: pass it, fs.load({str(folder)!r}, module=net)."
+                f"{folder} holds the weights of a module fewstep did not build: pass it, "
+                f"fs.load({str(folder)!r}, module=net)."
             )
         with torch.random.fork_rng(devices=[]):
             module = build(config.network)
@@ -336,8 +402,13 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise UserError(f"the weights in {folder} do not fit the network: {error}") from error
-    rows = read_tensors(folder / "base.safetensors")["rows"] if config.base == "empirical" else None
+        what = [" ".join(line.split()) for line in str(error).splitlines()[1:]] or [str(error)]
+        more = f" (and {len(what) - 1} more)" if len(what) > 1 else ""
+        raise UserError(
+            f"the weights in {folder} do not fit the network: {what[0].rstrip('.')}{more}. They belong to "
+            "another network than config.json describes: copy the folder again."
+        ) from error
+    rows = _base_rows(folder / "base.safetensors", config.shape) if config.base == "empirical" else None
     generator = Generator(module.to(device).requires_grad_(False), config=config, base_rows=rows)
     generator.name = config.stage or folder.name
     return generator
@@ -348,23 +419,82 @@ def read_config(folder: Path) -> Config:
     path = folder / "config.json"
     if not path.is_file():
         what = "is not a folder" if not folder.is_dir() else "has no config.json"
+        raise UserError(f"{folder} is no model: it {what}. Give a stage's folder, such as runs/demo/teacher.")
+    values = read_json(path)
+    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
         raise UserError(
-            f"{folder} is no model: it {what}. Give a stage's folder, such as runs/demo/teacher."
+            f"{path} is not a fewstep model's config, or of a newer version (format {FORMAT} is known)."
         )
-    fields = read_json(path)
-    if not isinstance(fields, dict) or fields.pop("format", None) != FORMAT:
-        raise UserError(f"{path} is not a fewstep model's config, or of a newer version (format {FORMAT} is known).")
+    known = [entry.name for entry in fields(Config)]
+    for key in values:
+        if key not in known:
+            raise UserError(f"{path}: {unknown('key', key, known)} It may come from a newer version.")
+    return _checked_config(values, path)
+
+
+def _checked_config(values: dict[str, Any], path: Path) -> Config:
+    """The config with every field's type checked, and the fields that must agree compared."""
+    from pydantic import TypeAdapter, ValidationError
+
     try:
-        config = Config(**fields)
-        return replace(
-            config,
-            shape=tuple(config.shape),
-            steps=None if config.steps is None else tuple(config.steps),
-            class_weights=tuple(config.class_weights),
-            label_names=None if config.label_names is None else tuple(config.label_names),
+        config = TypeAdapter(Config).validate_python(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        message = first["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
+        raise UserError(
+            f"{path} is damaged: {place!r} {message}. Restore the file or run the recipe again."
+        ) from error
+    network, weights = config.network or {}, config.class_weights
+    conflict = None
+    if not config.shape or min(config.shape) < 1:
+        conflict = f"shape {list(config.shape)} is no shape of a sample"
+    elif config.default_steps < 1 or min(config.steps or (1,)) < 1:
+        conflict = "step counts must be at least 1"
+    elif weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
+        conflict = "class_weights must be shares of classes"
+    elif network and list(network.get("shape", config.shape)) != list(config.shape):
+        conflict = (
+            f"the network is for samples of shape {network['shape']}, the model for {list(config.shape)}"
         )
-    except TypeError as error:
-        raise UserError(f"{path} is not a fewstep model's config: {error}.") from error
+    elif network and network.get("classes", len(weights)) != len(weights):
+        conflict = f"the network has {network['classes']} classes, and class_weights {len(weights)}"
+    elif config.scaling is not None and Scaling.from_dict(config.scaling).shape not in (None, config.shape):
+        conflict = f"the scaling is for another shape than {list(config.shape)}"
+    elif config.label_names is not None and len(config.label_names) != len(weights):
+        conflict = f"{len(config.label_names)} label_names for {len(weights)} classes"
+    if conflict:
+        raise UserError(f"{path} is damaged: {conflict}. Restore the file or run the recipe again.")
+    return config
+
+
+def _sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    sizes = tuple(shape) if isinstance(shape, list | tuple) else ()
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise UserError(f"shape must be the sizes of one sample, such as (2,) or (3, 32, 32), got {shape!r}.")
+    return sizes
+
+
+def _check_memory(num: int, shape: tuple[int, ...]) -> None:
+    """Refuse a number of samples that cannot fit into this machine's memory."""
+    size = 4 * num * math.prod(shape)
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not on every system
+        return
+    if size > memory:
+        raise UserError(
+            f"{num:,} samples of shape {shape} take {size / 2**30:.0f} GiB, and this machine has "
+            f"{memory / 2**30:.0f} GiB of memory: draw fewer at a time, with other seeds."
+        )
+
+
+def _base_rows(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Rows of an empirical base."""
+    rows = read_tensors(path).get("rows")
+    if rows is None or tuple(rows.shape[1:]) != shape or not len(rows):
+        raise UserError(f"{path} holds no base rows of shape {shape}: copy the folder again.")
+    return rows
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -376,8 +506,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is missing, truncated or no safetensors file ({error}): copy the folder again, or run its "
-            "recipe again."
+            f"{path} is missing, truncated or no safetensors file ({error}): copy the folder again, or run "
+            "its recipe again."
         ) from error
 
 
@@ -395,6 +525,7 @@ def model_card(config: Config, parameters: int) -> str:
     """The card: what the model is and how to sample it."""
     steps = _words(config.steps) if config.steps else "any number of"
     what = "one-step map" if config.kind == "map" else "velocity field"
+    module = "" if config.network else ", module=net"  # a network that only the user can build
     lines = [
         "---",
         "library_name: fewstep",
@@ -414,7 +545,7 @@ def model_card(config: Config, parameters: int) -> str:
         "```python",
         "import fewstep as fs",
         "",
-        'x = fs.load("path/to/this/folder").sample(64, seed=0)',
+        f'x = fs.load("path/to/this/folder"{module}).sample(64, seed=0)',
         "```",
         "",
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,14 @@ import numpy as np
 import torch
 
 from fewstep.cli import verbs
-from fewstep.errors import UserError
+from fewstep.errors import UserError, unknown
 from fewstep.store.files import atomic_file, make_folder, write_array, write_json
 from fewstep.training.world import LocalWorld, set_threads
+
+
+def check_place(folder: Path) -> None:
+    """Refuse a folder that could not be made or written to, and make nothing yet."""
+    make_folder(next(part for part in (folder, *folder.parents) if os.path.lexists(part)))
 
 
 def demo(options: verbs.Demo) -> int:
@@ -31,16 +37,18 @@ def run(options: verbs.Run) -> int:
     set_threads()
     recipe = load_recipe(options.recipe, options.set)
     out = options.out or Path("runs") / Path(options.recipe).stem
+    check_place(out)
     if options.dry:
         print(show_plan(recipe, out))
+        print("next:   the same command without --dry")
         return 0
     world = LocalWorld()
     folders = run_recipe(recipe, out, world)
     if world.rank == 0:
         report = finish_run(recipe, out, folders)
-        print(f"\nwrote {out}: one model folder per stage, compare.json and the report")
-        print(f"report: {report}")
-        print(f"next:   fewstep sample {folders[-1]} --num 16 --out samples.png")
+        print(f"\nwrote   {out}: {', '.join(folder.name for folder in folders)} (a model each), compare.json")
+        print(f"report  {report}")
+        print(f"next    fewstep sample {folders[-1]} --num 64 --out samples.png")
     world.barrier()
     return 0
 
@@ -52,12 +60,11 @@ def sample(options: verbs.Sample) -> int:
     set_threads()
     write = writer(options.out)
     model = load(options.model)
-    grid = options.grid
     x = model.sample(
         options.num,
         steps=options.steps,
         solver=options.solver,
-        grid=grid,
+        grid=options.grid,
         label=options.label,
         guidance=options.guidance,
         seed=options.seed,
@@ -65,18 +72,18 @@ def sample(options: verbs.Sample) -> int:
     )
     write(x)
     print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
-    print(f"next:  fewstep compare {options.model} --data DATA")
+    print(f"next  fewstep compare {options.model} --data {model.config.data.get('name') or 'DATA'}")
     return 0
 
 
 def writer(path: Path) -> Callable[[torch.Tensor], None]:
     """How samples are written to a file of this name; checked before anything is sampled."""
+    if path.is_dir():
+        raise UserError(f"--out {path} is a folder: give a file's name, such as {path / 'samples.npy'}.")
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".npz", ".png"):
         raise UserError(f"--out {path}: samples are written as .npy, .npz or .png, by the file's ending.")
-    make_folder(path.parent)
-    if path.is_dir():
-        raise UserError(f"--out {path} is a folder: give a file's name, such as {path / 'samples.npy'}.")
+    check_place(path.parent)
 
     def write(x: torch.Tensor) -> None:
         if suffix == ".npy":
@@ -85,7 +92,7 @@ def writer(path: Path) -> Callable[[torch.Tensor], None]:
             with atomic_file(path) as temporary, temporary.open("wb") as file:
                 np.savez(file, x=x.numpy())
         else:
-            from fewstep.report.sheet import write_sheet
+            from fewstep.report import write_sheet
 
             write_sheet(x, path)
 
@@ -102,15 +109,20 @@ def diagnose(options: verbs.Diagnose) -> int:
         raise UserError(f"--num must be at least 2, got {options.num}.")
     model = load(options.model)
     if model.config.kind != "velocity":
-        raise UserError(f"{options.model} is a one-step map: there is no velocity field along t to diagnose.")
+        raise UserError(
+            f"{options.model} is a one-step map, and has no velocity along t to diagnose: diagnose the flow it was "
+            "distilled from."
+        )
     if options.out is not None:
-        make_folder(options.out)
+        check_place(options.out)
     draw = model.draw(options.num, steps=1, seed=options.seed)
     cond = {} if draw.label is None else {"label": draw.label}
     d = measure(model.module, draw.x0, cond=cond)
     dimensions = int(np.prod(model.config.shape))
     print(f"model            {options.model}")
-    print(f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {dimensions} dimensions")
+    print(
+        f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {dimensions} dimensions"
+    )
     print(f"                 {d.relative_straightness:.4f} of the squared displacement (0 is straight)")
     print(f"one-step gap     {d.one_step_gap:.4g}, {d.relative_gap:.3f} of the displacement")
     print(f"path length      {d.path_length_ratio:.3f} × the chord")
@@ -121,7 +133,8 @@ def diagnose(options: verbs.Diagnose) -> int:
     if options.out is not None:
         write_json(options.out / "diagnosis.json", d.as_dict())
         print(f"wrote {options.out / 'diagnosis.json'}")
-    print(f"next: fewstep sample {options.model} --num 64 --grid {','.join(f'{t:.3f}' for t in d.grid(8))} --out x.npy")
+    grid = ",".join(f"{t:.3f}" for t in d.grid(8))
+    print(f"next  fewstep sample {options.model} --num 64 --grid {grid} --out samples.npy")
     return 0
 
 
@@ -136,31 +149,37 @@ def compare(options: verbs.Compare) -> int:
     from fewstep.data.load import load_data
     from fewstep.generator import load
     from fewstep.pipeline.compare import compare as measure
-    from fewstep.pipeline.compare import table
+    from fewstep.pipeline.compare import name_apart, table
     from fewstep.pipeline.finish import write_comparison
 
     set_threads()
     steps = step_list(options.steps)
+    if options.samples is not None and options.samples < 1:
+        raise UserError(f"--samples must be at least 1, got {options.samples}.")
     if options.out is not None:
-        make_folder(options.out)
+        check_place(options.out)
     models = [load(folder) for folder in options.models]
+    name_apart(models, options.models)
     data = load_data(options.data)
     result = measure(models, data, steps=steps, samples=options.samples, seed=options.seed)
     print("\n" + table(result))
-    if options.out is not None:
-        report = write_comparison(options.out, result, models, data)
-        print(f"\nwrote {options.out / 'compare.json'}\nreport: {report}")
-    else:
-        print("\nnext: the same with --out DIR writes compare.json and an HTML report")
+    if options.out is None:
+        print("\nnext  the same with --out DIR writes compare.json and an HTML report")
+        return 0
+    report = write_comparison(make_folder(options.out), result, models, data)
+    print(f"\nwrote   {options.out}: compare.json, compare.md\nreport  {report}")
+    print(f"next    fewstep sample {options.models[-1]} --num 64 --out samples.png")
     return 0
 
 
-def step_list(words: str) -> list[int]:
+def step_list(words: str) -> Sequence[int]:
     """``1,2,4`` as numbers."""
     try:
         steps = [int(word) for word in words.split(",")]
     except ValueError as error:
-        raise UserError(f"--steps {words!r} is not a list of whole numbers: write for example 1,2,4,8.") from error
+        raise UserError(
+            f"--steps {words!r} is not a list of whole numbers: write for example 1,2,4,8."
+        ) from error
     if min(steps) < 1:
         raise UserError(f"--steps {words!r}: every step count must be at least 1.")
     return steps
@@ -168,9 +187,22 @@ def step_list(words: str) -> list[int]:
 
 def list(options: verbs.List) -> int:
     """List what there is."""
+    if options.what not in verbs.LISTS:
+        raise unknown("list", options.what, verbs.LISTS)
     for name, text in catalogue(options.what):
         print(f"{name:20} {text}".rstrip())
+    print(f"\nnext  {NEXT[options.what]}")
     return 0
+
+
+NEXT = {
+    "methods": "name one in a recipe's stage, as in 'fewstep list recipes'",
+    "solvers": "fewstep sample MODEL --num 64 --solver NAME --steps 8 --out x.npy",
+    "data": "name one, or a path, under 'data' in a recipe",
+    "networks": "name one under 'network' in a recipe: {name: NAME, preset: PRESET}",
+    "grids": "fewstep sample MODEL --num 64 --grid NAME --steps 8 --out x.npy",
+    "recipes": "fewstep run NAME --dry shows what it would do",
+}
 
 
 def catalogue(what: str) -> Sequence[tuple[str, str]]:
@@ -186,7 +218,7 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
     if what == "grids":
         from fewstep.flow.grids import GRIDS
 
-        return [(name, (f.__doc__ or "").splitlines()[0]) for name, f in GRIDS.items()]
+        return [(name, (f.__doc__ or "").splitlines()[0].replace("``", "")) for name, f in GRIDS.items()]
     if what == "networks":
         from fewstep.networks import NETWORKS
 
@@ -197,13 +229,15 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
         return [(name, str(path)) for name, path in shipped_recipes().items()]
     from fewstep.data.builtin import DATA
 
-    return [*((name, "") for name in DATA), ("PATH", ".npy, .npz, idx (.gz) or a folder of images")]
+    return [
+        *((name, entry.description) for name, entry in DATA.items()),
+        ("PATH", ".npy, .npz, idx (.gz) or a folder of images"),
+    ]
 
 
 def doctor(options: verbs.Doctor) -> int:
     """Say what this machine can do."""
     import importlib.metadata as metadata
-    import os
     import platform
 
     threads = set_threads()
@@ -218,6 +252,7 @@ def doctor(options: verbs.Doctor) -> int:
             print(f"{extra:11} {package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             print(f"{extra:11} {package} is not installed: pip install 'fewstep[{extra}]'")
+    print("\nnext        fewstep demo")
     return 0
 
 
@@ -246,5 +281,3 @@ def bf16_is_fast() -> bool:
         return min(times)
 
     return seconds(torch.bfloat16) < seconds(torch.float32)
-
-

@@ -2,14 +2,15 @@
 
 From one fine RK4 trajectory ``Z_t`` per noise, with velocities at its nodes:
 
-- straightness ``S = int_0^1 E|(Z_1 - Z_0) - v(Z_t, t)|^2 dt`` (arXiv:2209.03003, sec. 2.2): zero exactly when every
-  trajectory is a straight line run at constant speed, and then one Euler step is exact;
-- acceleration ``Z'' = d/dt v(Z_t, t)`` and its part normal to the velocity: the first counts changes of speed, the
-  second only changes of direction;
+- straightness ``S = int_0^1 E|(Z_1 - Z_0) - v(Z_t, t)|^2 dt`` (arXiv:2209.03003, sec. 2.2): zero exactly when
+  every trajectory is a straight line run at constant speed, and then one Euler step is exact;
+- acceleration ``Z'' = d/dt v(Z_t, t)`` and its part normal to the velocity: the first counts changes of
+  speed, the second only changes of direction;
 - local error of an Euler step of length h: ``h^2/2 |Z''|``;
 - one-step gap: the distance between one Euler step and the trajectory's end.
 
-Sums run over dimensions; relative values are divided by ``E|Z_1 - Z_0|^2`` (or its root), which is scale-free.
+Sums run over dimensions; relative values are divided by ``E|Z_1 - Z_0|^2`` (or its root), which is
+scale-free.
 """
 
 from __future__ import annotations
@@ -108,8 +109,8 @@ def diagnose(
         A :class:`Diagnosis`.
 
     Raises:
-        UserError: a start that :func:`fewstep.solve` refuses, conditions of another length, an odd number of nodes, a
-            velocity that is not finite.
+        UserError: a start that :func:`fewstep.solve` refuses, conditions of another length, an odd number of
+            nodes, a velocity that is not finite.
     """
     check_start(x0)
     if check_steps(nodes) < 4 or nodes % 2:
@@ -118,7 +119,8 @@ def diagnose(
     for name, value in cond.items():
         if isinstance(value, Tensor) and value.shape[:1] != x0.shape[:1]:
             raise UserError(
-                f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per sample."
+                f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per "
+                "sample."
             )
     field = as_field(v)
     before = field.calls
@@ -154,7 +156,7 @@ def _measure(field: Field, x0: Tensor, cond: Mapping[str, Any], nodes: int) -> d
 
 
 def _trajectory(field: Field, x0: Tensor, cond: Mapping[str, Any], nodes: int) -> tuple[Tensor, Tensor]:
-    """Velocities along the trajectories, (B, nodes + 1, D), and chords ``Z_1 - Z_0``, (B, D); float64 on the CPU."""
+    """Velocities along the trajectories, (B, nodes + 1, D), and chords, (B, D); float64 on the CPU."""
     solution = solve(field, x0, solver="rk4", steps=nodes, cond=cond, trajectory=True)
     assert solution.trajectory is not None
     states = solution.trajectory
@@ -165,8 +167,8 @@ def _trajectory(field: Field, x0: Tensor, cond: Mapping[str, Any], nodes: int) -
     if bad.any():
         time = solution.times[int(bad.nonzero()[0, 0])]
         raise UserError(
-            f"the network's velocity is NaN or infinite at t = {time:g} on its own trajectories: nothing can be "
-            "measured there. Check the network's weights, its conditions and the scale of the start."
+            f"the network's velocity is NaN or infinite at t = {time:g} on its own trajectories: nothing can "
+            "be measured there. Check the network's weights, its conditions and the scale of the start."
         )
     flat = velocity.flatten(2).transpose(0, 1).cpu().double()
     return flat, (states[-1] - states[0]).flatten(1).cpu().double()
@@ -179,11 +181,10 @@ def _summary(rows: dict[str, np.ndarray], nodes: int, nfe: int) -> Diagnosis:
     gap = float(np.sqrt(rows["gap"].mean()))
     curvature = np.sqrt(rows["total"].mean(0))
     lengths = rows["speed"] @ weights
+    error = samples.std(ddof=1) / np.sqrt(len(samples)) if len(samples) > 1 else np.nan
     return Diagnosis(
         straightness=float(samples.mean()),
-        straightness_error=float(samples.std(ddof=1) / np.sqrt(len(samples)))
-        if len(samples) > 1
-        else float("nan"),
+        straightness_error=float(error),
         relative_straightness=float(samples.mean()) / max(displacement, 1e-30),
         displacement=displacement,
         one_step_gap=gap,
@@ -200,10 +201,10 @@ def _summary(rows: dict[str, np.ndarray], nodes: int, nfe: int) -> Diagnosis:
 
 
 def difference_matrix(nodes: int) -> np.ndarray:
-    """Fourth-order first derivatives on ``nodes`` equal intervals of [0, 1]: (N + 1, N + 1), one-sided near the ends.
+    """First derivatives to fourth order on ``nodes`` equal intervals of [0, 1]: (N + 1, N + 1).
 
-    Row i differentiates the quartic through five neighbouring values (Fornberg, 1988): the weights ``w`` solve
-    ``sum_j w_j x_j^k = [k = 1]``, ``k = 0 … 4``, over the offsets ``x_j`` from node i.
+    Row i differentiates the quartic through five neighbouring values, one-sided near the ends: its weights
+    solve ``sum_j w_j x_j^k = [k = 1]``, ``k = 0 … 4``, over the offsets ``x_j`` from node i.
     """
     matrix = np.zeros((nodes + 1, nodes + 1))
     for i in range(nodes + 1):

@@ -46,16 +46,17 @@ class CountedField(Field):
 
 @final
 class Guided(Field):
-    """Classifier-free guidance ``v_w = v_0 + w (v_c - v_0)`` (Ho & Salimans, arXiv:2207.12598, eq. 6, as a velocity).
+    """Classifier-free guidance ``v_w = v_0 + w (v_c - v_0)``.
 
-    Every linear function of the velocity (data, noise prediction, score) is guided alike. Two network calls per
-    evaluation; one when ``w`` is 0 or 1, where the other branch has no weight.
+    (Ho & Salimans, arXiv:2207.12598, eq. 6, whose weight is our ``w - 1``.) Every linear function of the
+    velocity (data, noise prediction, score) is guided alike. Two network calls per evaluation; one when ``w``
+    is 0 or 1, where the other branch has no weight.
 
     Args:
         velocity: ``v(x, t, **cond)``.
         scale: guidance weight ``w``; 1 is the conditional field.
-        null: what replaces the condition in the unconditional call, ``{"label": None}`` by default. Conditions it does
-            not name are given to both calls.
+        null: what replaces the condition in the unconditional call, ``{"label": None}`` by default.
+            Conditions it does not name are given to both calls.
     """
 
     def __init__(self, velocity: Velocity, scale: float, null: Mapping[str, Any] | None = None) -> None:
@@ -68,10 +69,10 @@ class Guided(Field):
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         if all(cond.get(name) is None for name in self.null):
+            wanted, given = ", ".join(self.null) or "null has none", ", ".join(cond) or "no conditions"
             raise UserError(
-                f"guidance {self.scale} needs a condition to leave out ({', '.join(self.null) or 'null names none'}), and "
-                f"none was given (the call has {', '.join(cond) or 'no conditions'}): pass one, say in `null` what "
-                "replaces another one, or leave guidance out."
+                f"guidance {self.scale} needs a condition to leave out ({wanted}), and none was given (the "
+                f"call has {given}): pass one, say in null what replaces another one, or leave guidance out."
             )
         if self.scale == 1.0:
             return self._call(x, t, cond)

@@ -1,7 +1,8 @@
 """Time grids ``0 = t_0 < t_1 < … < t_N = 1`` for solvers, as float64 tuples.
 
-A grid is a name (``uniform``), a name with a value (``shift:3``) or explicit times (``0,0.2,1`` or a sequence).
-Explicit times fix the number of steps and may run in either direction; named grids run from noise to data.
+A grid is a name (``uniform``), a name with a value (``shift:3``) or explicit times (``0,0.2,1`` or a
+sequence). Explicit times fix the number of steps and may run in either direction; named grids run from noise
+to data.
 """
 
 from __future__ import annotations
@@ -27,8 +28,9 @@ def uniform(steps: int, value: float | None = None) -> np.ndarray:
 
 
 def shift(steps: int, value: float | None = None) -> np.ndarray:
-    """Shift the noise level: ``sigma' = s sigma / (1 + (s - 1) sigma)``, ``sigma = 1 - t`` (SD3, arXiv:2403.03206, eq. 23).
+    """Shift the noise level ``sigma = 1 - t``: ``sigma' = s sigma / (1 + (s - 1) sigma)``.
 
+    (Stable Diffusion 3, arXiv:2403.03206, eq. 23.) In ``lambda = logit t`` it is a shift by ``-log s``:
     ``s > 1`` puts more steps near noise, ``s < 1`` near data; ``s = 1`` is uniform. Default 3.
     """
     s = 3.0 if value is None else value
@@ -39,7 +41,10 @@ def shift(steps: int, value: float | None = None) -> np.ndarray:
 
 
 def quadratic(steps: int, value: float | None = None) -> np.ndarray:
-    """``t_k = (k/N)^p`` for ``p > 0`` (dense near noise), ``1 - (1 - k/N)^|p|`` for ``p < 0`` (dense near data). Default 2."""
+    """``(k/N)^p`` for ``p > 0``, ``1 - (1 - k/N)^|p|`` for ``p < 0``; default 2.
+
+    For ``|p| > 1`` the steps are dense near noise with ``p > 0`` and near data with ``p < 0``.
+    """
     p = 2.0 if value is None else value
     if p == 0:
         raise UserError("grid 'quadratic' needs a non-zero power: 'quadratic:2' or 'quadratic:-2'.")
@@ -86,17 +91,20 @@ def check_times(times: Grid) -> None:
     steps = np.diff(times)
     if not (np.all(steps > 0) or np.all(steps < 0)):
         raise UserError(
-            f"grid {list(times)} turns round or repeats a time: give strictly increasing times (noise to data) "
-            "or strictly decreasing ones (data to noise)."
+            f"grid {list(times)} turns round or repeats a time: give strictly increasing times (noise to "
+            "data) or strictly decreasing ones (data to noise)."
         )
 
 
-def check_steps(steps: int) -> int:
+def check_steps(steps: float) -> int:
     """Refuse a number of steps that is not a whole number of at least 1."""
-    try:
-        number = operator.index(steps)
-    except TypeError:
-        number = int(steps) if isinstance(steps, float) and steps.is_integer() else 0
+    if isinstance(steps, float):
+        number = int(steps) if steps.is_integer() else 0
+    else:
+        try:
+            number = operator.index(steps)
+        except TypeError:
+            number = 0
     if isinstance(steps, bool) or number < 1:
         raise UserError(f"steps must be a whole number of at least 1, got {steps!r}.")
     return number
@@ -134,8 +142,8 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
     times = tuple(GRIDS[name](steps, _number(spec, value)).tolist())
     if not all(t < s for t, s in itertools.pairwise(times)):
         raise UserError(
-            f"grid {spec!r} with {steps} steps squeezes times together until they coincide: take a milder value, or "
-            "fewer steps."
+            f"grid {spec!r} with {steps} steps squeezes times together until they coincide: take a milder "
+            "value, or fewer steps."
         )
     return times
 

@@ -1,8 +1,8 @@
 """Reproducible randomness: every draw is a function of integers, never of global state.
 
-Sample noise is drawn in blocks of 256 rows, one generator per (seed, block, draw), so that sample ``i`` is the
-same whatever the number of samples, the batch size or the number of processes. Training draws are a function
-of (seed, stage, samples seen). Both go through :func:`mix`, a splitmix64 hash of the parts.
+Sample noise is drawn in blocks of 256 rows, one generator per (seed, block, draw), so that sample ``i`` is
+the same whatever the number of samples, the batch size or the number of processes. Training draws are a
+function of (seed, stage, samples seen). Both go through :func:`mix`, a splitmix64 hash of the parts.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _MASK = (1 << 64) - 1
 def mix(*parts: int | str) -> int:
     """Hash integers and words into 63 bits (splitmix64 finaliser, chained over the parts).
 
-    Words are reduced by SHA-256, so the result does not depend on Python's per-process string hash. (torch's CPU
-    generator is seeded by the lower 32 bits of what it is given.)
+    Words are reduced by SHA-256, so the result does not depend on Python's per-process string hash. (torch's
+    CPU generator is seeded by the lower 32 bits of what it is given.)
     """
     state = 0x9E3779B97F4A7C15
     for part in parts:

@@ -210,12 +210,14 @@ class Plan:
         phases: what happens, in order.
         rule: how the result is sampled.
         facts: what is true of the coupling the result was trained on.
+        examples: for a base made from data: starts and contexts to sample from, kept with the model.
     """
 
     student: nn.Module
     phases: list[Phase]
     rule: SampleRule
     facts: Facts
+    examples: Pair | None = None
 
 
 @final
@@ -229,6 +231,7 @@ class Spec:
         summary: one line for ``fewstep list methods``.
         needs: what it learns from, in words.
         cite: keys into :mod:`fewstep.citations`.
+        context: context values or channels its networks take, from the options and the data's shape.
     """
 
     options: type[Options]
@@ -236,3 +239,4 @@ class Spec:
     summary: str
     needs: str
     cite: tuple[str, ...]
+    context: Callable[[Any, tuple[int, ...]], int] = lambda options, shape: 0

@@ -2,7 +2,8 @@
 
     L(theta) = E_{x0 ~ p0, x1 ~ data, t} |v_theta(x_t, t) - d/dt x_t|^2
 
-with x0 drawn independently of x1, or coupled within the batch by optimal transport (arXiv:2302.00482).
+with x0 drawn independently of x1, coupled within the batch by optimal transport (arXiv:2302.00482), or made from x1
+(arXiv:2310.03725: in-painting and super-resolution, where the network sees the known part as its context).
 """
 
 from __future__ import annotations
@@ -12,19 +13,24 @@ from typing import Literal
 from pydantic import Field
 
 from fewstep.errors import UserError
-from fewstep.flow.couplings import Coupling, Independent, MinibatchOT
+from fewstep.flow.couplings import Coupling, GaussianSource, Independent, Inpainting, MinibatchOT, SuperResolution
+from fewstep.flow.noise import generator_for
 from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
 from fewstep.methods.batches import DataBatches
 from fewstep.methods.straight_line import VelocityRegression
 
+EXAMPLES = 1024  # held-out rows whose damaged versions are kept with a model that starts from them
+
 
 class FlowMatchingOptions(Options):
     """Options of ``method: flow_matching``."""
 
-    coupling: Literal["independent", "ot"] = "independent"
+    coupling: Literal["independent", "ot", "inpainting", "super_resolution"] = "independent"
     ot_batch_size: int | None = Field(None, gt=1, description="rows per optimal-transport problem")
+    factor: int = Field(2, gt=1, description="super-resolution: side of the averaged blocks")
+    sigma: float = Field(0.1, gt=0, description="super-resolution: noise on the blurred data")
     path: str = "linear"
     time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, ushape:a, exponential:rate")
     loss: Literal["l2", "l1", "huber"] = "l2"
@@ -37,7 +43,22 @@ def make_coupling(options: FlowMatchingOptions, stage: Stage) -> Coupling:
         return MinibatchOT(stage.source, batch_size=options.ot_batch_size)
     if options.ot_batch_size is not None:
         raise UserError("ot_batch_size belongs to 'coupling: ot': set that, or leave it out.")
-    return Independent(stage.source)
+    if options.coupling == "independent":
+        return Independent(stage.source)
+    if not isinstance(stage.source, GaussianSource):
+        raise UserError(f"coupling {options.coupling!r} makes its own base from the data: leave 'base' out.")
+    if stage.conditional:
+        raise UserError(f"coupling {options.coupling!r} takes its context, not labels: set 'conditional: false'.")
+    if options.coupling == "inpainting":
+        return Inpainting()
+    return SuperResolution(options.factor, options.sigma)
+
+
+def context_size(options: FlowMatchingOptions, shape: tuple[int, ...]) -> int:
+    """Context values (vectors) or channels (images) that the coupling hands to the network."""
+    if options.coupling == "inpainting":
+        return 2 * shape[0] if len(shape) == 1 else 1 + shape[0]
+    return shape[0] if options.coupling == "super_resolution" else 0
 
 
 def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
@@ -57,7 +78,11 @@ def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
         key = (stage.seed, stage.name)
         return objective, DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key)
 
-    return Plan(student, [Phase("train", options.samples, prepare)], SampleRule(), coupling.facts)
+    examples = None
+    if context_size(options, stage.data.shape):
+        rows = stage.data.held_out_rows()[:EXAMPLES]
+        examples = coupling.pair(rows, {}, generator_for(stage.seed, stage.name, "examples"))
+    return Plan(student, [Phase("train", options.samples, prepare)], SampleRule(), coupling.facts, examples)
 
 
 SPEC = Spec(
@@ -65,5 +90,6 @@ SPEC = Spec(
     plan=plan,
     summary="train a velocity field on data (the teacher)",
     needs="data",
+    context=context_size,
     cite=("lipman2023flow", "liu2023flow"),
 )

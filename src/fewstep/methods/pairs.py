@@ -1,10 +1,10 @@
-"""Make the pairs a student learns from: noise carried to the teacher's endpoint, or data inverted to its noise.
+"""Make the pairs a student learns from: noise carried to the teacher's endpoint, or data to its noise.
 
 Every row is a function of (seed, row number), shards are solved in fixed chunks, and each process writes its own
-shards, so that a killed generation, or one with more processes, ends with the same bytes. The number of solver steps is
-settled once, when a store is begun, and kept in its manifest. Before a store is used, rows from all over it pass three
-checks: solving them again gives what is stored (so the pairs are this teacher's, and the right way round), twice the
-steps give nearly the same (the error), and inverted noise has the law of the base.
+shards, so that a killed generation, or one with more processes, ends with the same bytes. The number of solver
+steps is settled once, when a store is begun, and kept in its manifest. Before a store is used, rows from all over
+it pass three checks: solving them again gives what is stored (so the pairs are this teacher's, and the right way
+round), twice the steps give nearly the same (the error), and inverted noise has the law of the base.
 """
 
 from __future__ import annotations
@@ -153,8 +153,8 @@ class _Maker:
             y = self.carry(x, cond, self.steps)
             if not torch.isfinite(y).all():
                 raise UserError(
-                    f"stage {self.stage.name!r}: {self.request.teacher.name!r} gives NaN or infinite values when its "
-                    f"flow is solved for {self.request.direction} pairs: train it longer or with a lower lr."
+                    f"stage {self.stage.name!r}: the flow of {self.request.teacher.name!r} ends in NaN or "
+                    f"infinite values ({self.request.direction} pairs): train it longer or with a lower lr."
                 )
             x0, x1 = (x, y) if self.request.direction == "generated" else (y, x)
             parts.append({"x0": x0, "x1": x1, **cond})
@@ -167,8 +167,8 @@ class _Maker:
         if options.nfe is not None:
             if options.nfe % self.stages:
                 raise UserError(
-                    f"stage {self.stage.name!r}: nfe = {options.nfe} is no multiple of the {self.stages} calls that a "
-                    f"step of {options.solver!r} makes."
+                    f"stage {self.stage.name!r}: nfe = {options.nfe} is no multiple of the {self.stages} calls "
+                    f"that a step of {options.solver!r} makes."
                 )
             return options.nfe // self.stages
         x, cond = self.starts(0, min(PILOT, self.request.rows))
@@ -181,7 +181,7 @@ class _Maker:
         return LADDER[-1] // self.stages
 
     def check(self, store: PairStore) -> dict[str, Any]:
-        """Solve some stored rows again, with as many and with twice the steps, and look at the law of inverted noise."""
+        """Solve some stored rows again, with as many and with twice the steps; look at inverted noise."""
         stored = store.training_rows()
         chosen = torch.linspace(0, len(stored) - 1, min(PILOT, len(stored))).round().long()
         rows = stored.columns(chosen)
@@ -215,25 +215,28 @@ class _Maker:
         options, tolerance = self.request.options, self.request.options.tolerance
         if error <= tolerance:
             return
-        what = f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with twice the steps"
+        what = (
+            f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with twice "
+            "the steps"
+        )
         if options.nfe is not None or not error <= 0.5:
             raise UserError(
                 f"stage {self.stage.name!r}: {what}, and the tolerance is {tolerance:g}: raise nfe (now "
-                f"{self.steps * self.stages} calls of {options.solver!r}) or, if that is good enough, the tolerance."
+                f"{self.steps * self.stages} calls of {options.solver!r}) or, if that will do, the tolerance."
             )
         self.stage.world.say(f"warning: {what}, even at {LADDER[-1]} calls (tolerance {tolerance:g}).")
 
     def _judge_law(self, law: Mapping[str, float]) -> None:
         if not 0.5 < law["mean_square"] < 2.0:
             raise UserError(
-                f"stage {self.stage.name!r}: the data inverted to noise of mean square {law['mean_square']:.3g} "
-                "instead of 1: the teacher was trained on other data, or too little. Train it longer, or use "
-                "'real: independent'."
+                f"stage {self.stage.name!r}: the data inverted to noise of mean square "
+                f"{law['mean_square']:.3g} instead of 1: the teacher was trained on other data, or too little. "
+                "Train it longer, or use 'real: independent'."
             )
         if law["worst_variance"] > 2.0 or law["worst_variance"] < 0.4:
             self.stage.world.say(
-                f"note: inverted noise has variance {law['worst_variance']:.2f} in its worst coordinate (1 expected); "
-                "a longer-trained teacher brings it closer."
+                f"note: inverted noise has variance {law['worst_variance']:.2f} in its worst coordinate "
+                "(1 expected); a longer-trained teacher brings it closer."
             )
 
 
@@ -250,7 +253,7 @@ def base_rows(stage: Stage, count: int, *, seed: int, start: int) -> Tensor:
 def relative_error(x: Tensor, y: Tensor) -> float:
     """RMS of ``x - y`` over the 95 % of rows that agree best, over the RMS spread of ``y``.
 
-    The few rows beside a boundary between modes, where the flow map is nearly discontinuous, would otherwise decide.
+    The few rows beside a boundary between modes, where the flow map is nearly discontinuous, would else decide.
     """
     error = (x - y).double().flatten(1).square().mean(1).sort().values
     kept = error[: max(1, math.ceil(0.95 * len(error)))].mean()
@@ -262,8 +265,9 @@ def noise_law(stored: PairRows) -> dict[str, float]:
     """How far inverted noise is from N(0, I).
 
     Returns:
-        ``mean_square`` (1 for N(0, I)), ``worst_mean`` (largest coordinate mean in absolute value), ``worst_variance``
-        (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation`` (between adjacent entries).
+        ``mean_square`` (1 for N(0, I)), ``worst_mean`` (largest coordinate mean in absolute value),
+        ``worst_variance`` (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation`` (between
+        adjacent entries).
     """
     flat = stored.columns(torch.arange(min(8192, len(stored))))["x0"].double().flatten(1)
     variance = flat.var(0)

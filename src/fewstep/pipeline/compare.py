@@ -6,16 +6,21 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from fewstep.data.dataset import DataSet
+from fewstep.data.scaling import Scaling
 from fewstep.diagnostics.diagnose import diagnose
 from fewstep.errors import UserError
 from fewstep.generator import Draw, Generator
-from fewstep.metrics import evaluate, moment_matched_gaussian, sample_count
+from fewstep.metrics import data_rows, evaluate, moment_matched_gaussian, sample_count
 from fewstep.networks import parameter_count
 
 GAUSSIAN, TRAINING = "moment-matched Gaussian", "training data"
+LEAST_ROWS = 6  # k-nearest-neighbour metrics (k = 5) need more rows than neighbours
 TIMED_ROWS = 64
 TIMED_REPEATS = 5
 DIAGNOSED = 256  # noises for straightness
@@ -38,27 +43,33 @@ def compare(
         models: generators of the data's shape; their names must differ.
         data: the reference: its training split, with the held-out split beside it.
         steps: step counts for velocity models; a map is sampled with its own.
-        samples: generated samples; default ``min(4000, training rows)``.
+        samples: generated samples, at most the default ``min(4000, training rows)``.
         seed: of the samples; the same noise for every model and step count.
         say: called with a line of progress.
 
     Returns:
         A JSON-able mapping: ``protocol``, ``rows`` (models first, then the two controls), ``diagnosis``.
+
+    Raises:
+        UserError: no models, two of one name, another shape than the data's, too few samples or data rows.
     """
     check_models(models, data)
     train, held_out = data.train_rows(), data.held_out_rows()
-    count = samples or sample_count(len(train))
-    # k-nearest-neighbour metrics need more held-out rows than neighbours
-    beside = held_out if len(held_out) > 5 else None
+    check_reference(data, train)
+    count = check_count(samples, len(train), say)
+    beside = held_out if len(held_out) >= LEAST_ROWS else None
     rows: list[dict[str, Any]] = []
     for model in models:
         for number in steps_of(model, steps):
             draw = model.draw(count, steps=number, seed=seed)
-            scores = evaluate(draw.x, train, beside).as_dict()
+            scores = evaluate(in_reference_units(draw.x, model, data), train, beside).as_dict()
             rows.append(row(model, number, draw, scores))
             say(f"  {model.name} at {number} step(s): energy {scores['energy']:.4f}")
     add_times(rows, models, seed)
-    for name, x in ((GAUSSIAN, moment_matched_gaussian(train, count, seed)), (TRAINING, train[:count])):
+    for name, x in (
+        (GAUSSIAN, moment_matched_gaussian(train, count, seed)),
+        (TRAINING, data_rows(train, count, seed)),
+    ):
         scores = evaluate(x, train, beside).as_dict()
         rows.append({"model": name, "control": True, "scores": scores})
     return {
@@ -72,7 +83,9 @@ def compare(
         "data": {"name": data.name, "fingerprint": data.fingerprint, "shape": list(data.shape)},
         "rows": rows,
         "diagnosis": {
-            model.name: diagnose_model(model, seed).as_dict() for model in models if model.config.kind == "velocity"
+            model.name: diagnose_model(model, seed).as_dict()
+            for model in models
+            if model.config.kind == "velocity"
         },
     }
 
@@ -84,15 +97,74 @@ def check_models(models: Sequence[Generator], data: DataSet) -> None:
     for model in models:
         if model.config.shape != data.shape:
             raise UserError(
-                f"{model.name!r} makes samples of shape {model.config.shape}, the data {data.name!r} has {data.shape}."
+                f"{model.name!r} makes samples of shape {model.config.shape}, the data {data.name!r} has "
+                f"{data.shape}: compare models of one data set with that data."
             )
-        trained = model.config.data.get("fingerprint")
-        if trained is not None and trained == data.fingerprint and model.config.scaling != data.scaling.as_dict():
-            raise UserError(f"{model.name!r} was trained with another scaling of {data.name!r}: give the same 'scale'.")
     names = [model.name for model in models]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise UserError(f"two models are called {twice[0]!r}: compare folders of different names.")
+        raise UserError(f"two models are called {twice[0]!r}: give them different names.")
+
+
+def check_reference(data: DataSet, train: Tensor) -> None:
+    """Refuse data that no distance can be measured to."""
+    if len(train) < LEAST_ROWS:
+        raise UserError(
+            f"the data {data.name!r} has {len(train)} training rows (a tenth is held out), and a comparison needs "
+            f"at least {LEAST_ROWS}: give more rows."
+        )
+    if bool((train == train[:1]).all()):
+        raise UserError(
+            f"all training rows of {data.name!r} are equal: there is no distribution to learn or to compare with."
+        )
+
+
+def check_count(samples: int | None, reference: int, say: Say) -> int:
+    """How many samples to generate: the protocol's number, or fewer when the user asks for fewer."""
+    most = sample_count(reference)
+    if samples is None:
+        return most
+    if samples < LEAST_ROWS:
+        raise UserError(
+            f"a comparison needs at least {LEAST_ROWS} samples, got {samples}: leave samples out."
+        )
+    if samples > most:
+        say(f"  samples: {most} of the {samples} asked for; the protocol takes min(4000, training rows)")
+    return min(samples, most)
+
+
+def in_reference_units(x: Tensor, model: Generator, data: DataSet) -> Tensor:
+    """Samples in the data's network units; a model scaled otherwise goes through the data's own units."""
+    if model.config.scaling == data.scaling.as_dict():
+        return x
+    rows = x.float().numpy()
+    if model.config.scaling is not None:
+        own = Scaling.from_dict(model.config.scaling)
+        rows = own.arrange(own.to_data(x).numpy())
+    return data.scaling.normalise(rows)
+
+
+def name_apart(models: Sequence[Generator], folders: Sequence[Path]) -> None:
+    """Give models of the same name the shortest ends of their folders' paths that tell them apart.
+
+    ``runs/a/teacher`` and ``runs/b/teacher`` become ``a/teacher`` and ``b/teacher``.
+
+    Raises:
+        UserError: one folder is given twice.
+    """
+    paths = [folder.resolve() for folder in folders]
+    for path, folder in zip(paths, folders, strict=True):
+        if paths.count(path) > 1:
+            raise UserError(f"the model {str(folder)!r} is given twice: name every model once.")
+    names = [model.name for model in models]
+    for k, name in enumerate(names):
+        same = [path for path, other in zip(paths, names, strict=True) if other == name]
+        if len(same) == 1:
+            continue
+        depth = 1
+        while len({path.parts[-depth:] for path in same}) < len(same):
+            depth += 1
+        models[k].name = "/".join(paths[k].parts[-depth:])
 
 
 def steps_of(model: Generator, steps: Sequence[int]) -> list[int]:
@@ -163,15 +235,20 @@ def table(result: dict[str, Any]) -> str:
     widths = [max(len(line[k]) for line in [head, *lines]) for k in range(len(head))]
 
     def show(cells: Sequence[str]) -> str:
-        padded = [cells[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True))]
+        padded = [
+            cells[0].ljust(widths[0]),
+            *(c.rjust(w) for c, w in zip(cells[1:], widths[1:], strict=True)),
+        ]
         return "| " + " | ".join(padded) + " |"
 
     rule = "|" + "|".join([":" + "-" * (widths[0] + 1), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|"
     first = result["rows"][0]["scores"]
+    held_out = first["energy_held_out_floor"]
+    beside = "" if held_out is None else f" (held-out {held_out:.4f})"
     notes = (
         f"energy: V-statistic against the training split, {result['protocol']['samples']} samples, seed "
-        f"{result['protocol']['seed']}; data-data floor {first['energy_floor']:.4f} "
-        f"(held-out {first['energy_held_out_floor'] or float('nan'):.4f}). time: relative to the slowest row."
+        f"{result['protocol']['seed']}; data-data floor {first['energy_floor']:.4f}{beside}. Never read energy or "
+        "sliced W2 without precision and recall. time: relative to the slowest row."
     )
     return "\n".join([show(head), rule, *map(show, lines), "", notes])
 
@@ -187,4 +264,3 @@ def _cell(line: dict[str, Any], key: str) -> str:
     if key == "relative_time":
         return f"{value:.3f}"
     return f"{value:.2f}" if key == "FD-pixels_percent" else f"{value:.4f}"
-

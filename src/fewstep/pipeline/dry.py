@@ -42,7 +42,10 @@ def show_plan(recipe: Recipe, out: Path) -> str:
             f"{name:12} {options.method:14} {parameter_count(module):11,} {options.samples:10,} "
             f"{pair_calls(run, options):>12} {'done' if done else f'{minutes:.1f}':>8}"
         )
-    lines += ["", f"about {total:.1f} minutes on this machine with {torch.get_num_threads()} thread(s), then the comparison"]
+    lines += [
+        "",
+        f"about {total:.1f} minutes on this machine with {torch.get_num_threads()} thread(s), then the comparison",
+    ]
     return "\n".join(lines)
 
 

@@ -34,7 +34,11 @@ def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
 
 
 def write_comparison(
-    out: Path, result: dict[str, Any], models: Sequence[Generator], data: DataSet, recipe: Recipe | None = None
+    out: Path,
+    result: dict[str, Any],
+    models: Sequence[Generator],
+    data: DataSet,
+    recipe: Recipe | None = None,
 ) -> Path:
     """Write the comparison's files; return the report's path."""
     from fewstep.report import write_report
@@ -47,7 +51,7 @@ def write_comparison(
         result=result,
         models=models,
         data=data,
-        title=out.name,
+        title=out.resolve().name,
         recipe_text=recipe_file.read_text(encoding="utf-8") if recipe and recipe_file.exists() else None,
         environment=environment(recipe.header.seed if recipe else result["protocol"]["seed"]),
         command=" ".join(["fewstep", *sys.argv[1:]]),

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
+import reprlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, final
+from typing import Annotated, Any, final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
+from fewstep.data.builtin import DATA
 from fewstep.errors import UserError, suggestion, unknown
-from fewstep.methods.base import Options
+from fewstep.generator import read_config
+from fewstep.methods.base import Options, PairOptions
 from fewstep.methods.registry import METHODS, find_method
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
-RESERVED = {"recipe.yaml", "run.json", "stats.jsonl", "compare.json", "report.html"}
+RESERVED = {"recipe.yaml", "run.json", "stats.jsonl", "compare.json", "compare.md", "report.html"}
+SHORTHAND = {
+    "data": "a built-in name, a path or a mapping",
+    "base": "'gaussian', a built-in name, a path or a mapping",
+    "network": "a network's name or a mapping",
+}
 
 
 class CompareOptions(BaseModel):
@@ -23,23 +32,64 @@ class CompareOptions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: tuple[int, ...] = Field((1, 2, 4, 8, 50), min_length=1)
-    samples: int | None = Field(None, gt=5, description="generated samples; default min(4000, reference)")
-    seed: int = 0
+    steps: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4, 8, 50)
+    samples: int | None = Field(
+        default=None, gt=5, description="generated samples; default min(4000, reference)"
+    )
+    seed: int = Field(default=0, ge=0)
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _numbers(cls, value: object) -> object:
+        """One number is a list of one."""
+        if isinstance(value, int | float | str):
+            return (value,)
+        if value is None or not isinstance(value, list | tuple) or not value:
+            raise ValueError("must be a list of step counts, such as [1, 2, 4, 8]")
+        return value
 
 
 class Header(BaseModel):
     """The recipe without its stages."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     data: str | dict[str, Any]
     base: str | dict[str, Any] = "gaussian"
     network: str | dict[str, Any] = Field(default_factory=dict)
     seed: int = Field(0, ge=0)
-    conditional: bool | None = Field(None, description="use the labels; default: when the recipe names a label file")
+    conditional: bool | None = Field(
+        None, description="use the labels; default: when the recipe names a label file"
+    )
     dequantise: float | None = Field(None, ge=0, description="noise added to discrete data, network units")
     compare: CompareOptions = CompareOptions()
+
+    @field_validator("data", "base", "network", mode="before")
+    @classmethod
+    def _word_or_mapping(cls, value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, str | dict):
+            raise ValueError(f"must be {SHORTHAND[str(info.field_name)]}")
+        return value
+
+    @field_validator("base")
+    @classmethod
+    def _known_base(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
+        words = ["gaussian", *DATA]
+        if (
+            isinstance(value, str)
+            and value not in words
+            and re.fullmatch(r"\w+", value)
+            and not os.path.exists(value)
+        ):
+            raise unknown("base", value, words)
+        return value
+
+    @field_validator("compare", mode="before")
+    @classmethod
+    def _compare_mapping(cls, value: object) -> object:
+        if not isinstance(value, dict | CompareOptions):
+            raise ValueError("must be a mapping, such as {steps: [1, 2, 4]}")
+        return value
 
 
 @final
@@ -70,8 +120,25 @@ class Recipe:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also reads ``1e-4`` as a number."""
+    """YAML's safe loader, which also reads ``1e-4`` as a number and refuses a key that occurs twice."""
 
+
+def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
+    """A mapping; YAML would silently keep the last of two equal keys."""
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+    twice = [key for key in keys if keys.count(key) > 1]
+    if twice:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"the key {twice[0]!r} occurs twice in one mapping", node.start_mark
+        )
+    loader.flatten_mapping(node)
+    return {
+        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)
+        for key, value in node.value
+    }
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -84,30 +151,51 @@ def parse_yaml(text: str, where: str) -> Any:
     """Read YAML; tags that would make objects or run code are refused by the loader."""
     try:
         return yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise UserError(f"{where} is not valid YAML: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where} is not valid YAML: {error}") from error
+    except yaml.constructor.ConstructorError as error:
+        if "could not determine a constructor" in str(error.problem):
+            tag = str(error.problem).rpartition("tag ")[2].replace("tag:yaml.org,2002:", "!!")
+            raise UserError(
+                f"{where} holds the tag {tag}{_place(error)}: only plain values are read. Leave the tag out."
+            ) from error
+        raise UserError(f"{where} cannot be used: {error.problem}{_place(error)}.") from error
+    except yaml.MarkedYAMLError as error:
+        what = ", ".join(filter(None, (error.context, error.problem)))
+        raise UserError(
+            f"{where} is not valid YAML: {what}{_place(error)}. Check brackets, colons and indents "
+            "(spaces, no tabs); words with special characters need quotes."
+        ) from error
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{where} is not valid YAML: {what}.") from error
+
+
+def _place(error: yaml.MarkedYAMLError) -> str:
+    mark = error.problem_mark or error.context_mark
+    return "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with fewstep, by name: beside the package when installed, else in the checkout."""
+    """The recipes that come with fewstep, by name: in the package when installed, else in the checkout."""
     folders = [Path(__file__).parents[3] / "recipes", Path(__file__).parents[1] / "recipes"]
     return {found.stem: found for folder in folders for found in sorted(folder.glob("*.yaml"))}
 
 
 def find_recipe(recipe: str | Path) -> Path:
-    """A path, or the name of a recipe that comes with fewstep (``digits``, ``digits.yaml``)."""
-    path = Path(recipe)
-    if path.is_file():
+    """A path, or the name of a recipe that comes with fewstep (``digits``, ``digits.yaml``).
+
+    A name goes before a file of the same name in the current folder; ``./digits`` means the file.
+    """
+    path, names = Path(recipe), shipped_recipes()
+    if str(recipe) in names:
+        return names[str(recipe)]
+    if os.path.isfile(path):
         return path
-    names = shipped_recipes()
-    if path.stem in names and str(path) in (path.stem, path.name, f"recipes/{path.name}"):
+    if path.stem in names and str(path) in (path.name, f"recipes/{path.name}"):
         return names[path.stem]
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, not a recipe: give a YAML file.")
+    if os.path.isdir(path):
+        raise UserError(f"{str(recipe) or 'the recipe'!r} is a folder, not a recipe: give a YAML file.")
     raise UserError(
-        f"there is no recipe {str(recipe)!r}: {suggestion(path.stem, names)}give a YAML file, or one of "
+        f"there is no recipe {str(recipe)!r}: {suggestion(path.stem, names)}Give a YAML file, or one of "
         f"{', '.join(names) or 'your own'}."
     )
 
@@ -115,14 +203,24 @@ def find_recipe(recipe: str | Path) -> Path:
 def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
     """Read a recipe file, apply ``KEY=VALUE`` changes, and check it."""
     found = find_recipe(path)
+    where = f"the recipe {found}"
     try:
         text = found.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the recipe {found} cannot be read: {error}") from error
-    fields = parse_yaml(text, f"the recipe {found}")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where} is not a text file in UTF-8 (byte {error.start} is {error.object[error.start]:#04x}): "
+            "give a YAML file, or save it as UTF-8."
+        ) from error
+    except OSError as error:
+        raise UserError(f"{where} cannot be read: {error.strerror}.") from error
+    fields = parse_yaml(text, where)
+    if fields is None:
+        raise UserError(
+            f"{where} is empty: it must hold data and stages; 'fewstep list recipes' names examples."
+        )
     for change in changes:
         apply_change(fields, change)
-    return make_recipe(fields, str(found))
+    return make_recipe(fields, where)
 
 
 def apply_change(fields: Any, change: str) -> None:
@@ -130,19 +228,41 @@ def apply_change(fields: Any, change: str) -> None:
     key, equals, value = change.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(f"--set {change!r} is not KEY=VALUE: write for example --set stages.teacher.samples=100000.")
+        raise UserError(
+            f"--set {change!r} is not KEY=VALUE: write for example --set stages.teacher.samples=100000."
+        )
     at = fields
     for depth, part in enumerate(parts[:-1]):
-        if isinstance(at, dict) and isinstance(at.get(part), str) and part in ("data", "base", "network"):
-            at[part] = {"name": at[part]}
-        if isinstance(at, dict) and part not in at and depth == 0 and part in ("data", "network", "compare", "base"):
-            at[part] = {}
+        _make_room(fields, at, parts[:depth], part, parts[depth + 1])
         if not isinstance(at, dict) or not isinstance(at.get(part), dict):
-            known = list(at) if isinstance(at, dict) else []
-            raise UserError(f"--set {key}: the recipe has no {'.'.join(parts[: depth + 1])!r}: "
-                            f"{suggestion(part, known)}Known here: {', '.join(map(str, known))}.")
+            known = [str(name) for name in at] if isinstance(at, dict) else []
+            raise UserError(
+                f"--set {key}: the recipe has no {'.'.join(parts[: depth + 1])!r}: {suggestion(part, known)}"
+                f"Known here: {', '.join(known) or 'nothing'}."
+            )
         at = at[part]
+    if not isinstance(at, dict):
+        raise UserError(f"--set {key}: the recipe is no mapping of keys such as data, network and stages.")
     at[parts[-1]] = parse_yaml(value, f"--set {key}")
+
+
+def _make_room(fields: Any, at: Any, above: list[str], part: str, below: str) -> None:
+    """Turn a shorthand that a dotted key goes into (``data: digits``, a bare method) into its mapping."""
+    if not isinstance(at, dict):
+        return
+    value = at.get(part)
+    if above == ["stages"] and isinstance(value, str):
+        at[part] = {"method": value}
+    elif not above and part in ("data", "base") and isinstance(value, str):
+        named = value in DATA or (part == "base" and value == "gaussian")
+        # a new path replaces the old name or path altogether
+        at[part] = {} if below == "path" else {"name" if named else "path": value}
+    elif part == "network" and (not above or above[0] == "stages") and not isinstance(value, dict):
+        # a stage without a network of its own has the shared one: change a copy of it
+        shared = value if value is not None or not above else fields.get("network")
+        at[part] = {"name": shared} if isinstance(shared, str) else dict(shared or {})
+    elif not above and part in ("data", "base", "compare") and value is None:
+        at[part] = {}
 
 
 def make_recipe(fields: Any, where: str) -> Recipe:
@@ -164,31 +284,70 @@ def make_recipe(fields: Any, where: str) -> Recipe:
     checked: dict[str, Options] = {}
     for name, options in stages.items():
         checked[str(name)] = _check_stage(str(name), options, checked)
-    return Recipe(header, checked)
+    recipe = Recipe(header, checked)
+    _check_guidance(recipe)
+    return recipe
 
 
 def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options]) -> Options:
     where = f"stage {name!r}"
-    if not STAGE_NAME.fullmatch(name) or name in RESERVED:
+    if not STAGE_NAME.fullmatch(name):
         raise UserError(f"{where}: a stage's name is a folder's name; use letters, digits, '_' and '-'.")
+    if name.lower() in RESERVED:
+        raise UserError(f"{where}: the run writes a file of that name beside the stages: choose another.")
     if isinstance(fields, str):
         fields = {"method": fields}
-    if not isinstance(fields, dict) or "method" not in fields:
-        raise UserError(f"{where} names no method: add 'method: ...'. Known: {', '.join(sorted(METHODS))}.")
-    spec = find_method(fields["method"])
+    if not isinstance(fields, dict) or fields.get("method") is None:
+        raise UserError(f"{where} names no method: add 'method: …'. Known: {', '.join(sorted(METHODS))}.")
+    try:
+        spec = find_method(fields["method"])
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
     for key in fields:
         if key not in spec.options.model_fields:
             raise unknown(f"option of {where} (method {fields['method']!r}):", key, spec.options.model_fields)
-    options = validated(spec.options, fields, where)
-    for role in ("teacher", "init"):
-        chosen = getattr(options, role)
-        if chosen is not None and chosen not in earlier and not Path(chosen, "config.json").is_file():
-            known = ", ".join(earlier) or "none"
-            raise UserError(
-                f"{where}: unknown {role} {chosen!r}: {suggestion(chosen, earlier)}It must be an earlier stage "
-                f"({known}) or a model's folder."
-            )
+    options: Options = validated(spec.options, fields, where)
+    for role, chosen in (("teacher", options.teacher), ("init", options.init)):
+        if chosen is not None and chosen not in earlier:
+            _check_folder(where, role, chosen, earlier)
     return options
+
+
+def _check_folder(where: str, role: str, chosen: str, earlier: Mapping[str, Options]) -> None:
+    """A model from outside the recipe: its folder must be there and hold a velocity."""
+    folder = Path(chosen)
+    if not os.path.isfile(folder / "config.json"):
+        raise UserError(
+            f"{where}: unknown {role} {chosen!r}: {suggestion(chosen, earlier)}It must be an earlier stage "
+            f"({', '.join(earlier) or 'there is none'}) or a model's folder."
+        )
+    if read_config(folder).kind != "velocity":
+        raise UserError(
+            f"{where}: the {role} {chosen!r} is a one-step map, not a velocity field: give the flow it was "
+            "distilled from."
+        )
+
+
+def _check_guidance(recipe: Recipe) -> None:
+    """Refuse guidance without labels, and guiding a teacher that has guidance in its weights already."""
+    baked: dict[str, float | None] = {}
+    for name, options in recipe.stages.items():
+        own = options.guidance if isinstance(options, PairOptions) and options.guidance != 1.0 else None
+        teacher = options.teacher
+        if own is not None and not recipe.conditional:
+            raise UserError(
+                f"stage {name!r}: guidance {own:g} needs labels, and the recipe trains without: add "
+                "'conditional: true' (the data must have labels), or leave guidance out."
+            )
+        inherited = None
+        if teacher is not None:
+            inherited = baked[teacher] if teacher in baked else read_config(Path(teacher)).guidance
+        if own is not None and inherited is not None:
+            raise UserError(
+                f"stage {name!r}: guidance {own:g} asked of {teacher!r}, which has guidance {inherited:g} "
+                "baked in already: guiding twice is wrong. Leave it out, or learn from the unguided teacher."
+            )
+        baked[name] = inherited if own is None else own
 
 
 def validated(model: Any, fields: Mapping[str, Any], where: str) -> Any:
@@ -196,10 +355,25 @@ def validated(model: Any, fields: Mapping[str, Any], where: str) -> Any:
     try:
         return model.model_validate(dict(fields))
     except ValidationError as error:
-        lines = []
-        for item in error.errors():
-            place = ".".join(str(part) for part in item["loc"])
-            given = "" if item["type"] == "missing" or not place else f" (got {item['input']!r})"
-            message = item["msg"].removeprefix("Value error, ")
-            lines.append(f"{place + ': ' if place else ''}{message}{given}")
-        raise UserError(f"{where}: " + "; ".join(lines)) from error
+        raise UserError(f"{where}: " + "; ".join(_complaints(model, error))) from error
+
+
+def _complaints(model: Any, error: ValidationError) -> list[str]:
+    """What pydantic complains about, each as ``key must be … (got …)``."""
+    lines = []
+    for item in error.errors():
+        place = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        if item["type"] == "extra_forbidden":
+            known = CompareOptions.model_fields if place.startswith("compare.") else model.model_fields
+            lines.append(str(unknown("key", place, [f"compare.{key}" for key in known])).rstrip("."))
+        elif item["type"] == "missing":
+            lines.append(f"the key {place!r} is missing")
+        elif not place:
+            lines.append(message)
+        else:
+            message = message.replace("Input should be", "must be")
+            joint = " " if message.startswith("must") else ": "
+            given = "" if message.startswith("unknown") else f" (got {reprlib.repr(item['input'])})"
+            lines.append(f"{place}{joint}{message}{given}")
+    return lines

@@ -7,7 +7,7 @@ more than two entries are shown in the plane of the first two principal componen
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fewstep.data.dataset import DataSet
+from fewstep.data.scaling import Scaling
 from fewstep.flow.noise import generator_for
 from fewstep.generator import Generator
 from fewstep.report.drawing import (
@@ -100,6 +101,17 @@ def label_words(data: DataSet, classes: Tensor | None) -> list[str]:
     return [str(data.label_names[int(k)] if data.label_names else int(k)) for k in classes]
 
 
+def reference_units(x: Tensor, model: Generator, data: DataSet) -> Tensor:
+    """A model's network units to the data's; a model without a scaling works in the data's own units."""
+    if model.config.scaling == data.scaling.as_dict():
+        return x
+    rows = x.float().cpu().numpy()
+    if model.config.scaling is not None:
+        own = replace(Scaling.from_dict(model.config.scaling), clip=None)  # states on the way are no data yet
+        rows = own.arrange(own.to_data(x).numpy())
+    return data.scaling.normalise(rows)
+
+
 def data_units(x: Tensor, data: DataSet) -> Array:
     """Network units to data units, ``(N, *shape)``."""
     return data.scaling.arrange(data.scaling.to_data(x).numpy())
@@ -135,15 +147,16 @@ def image_strips(
     for row in model_rows(result):
         model = models[row["model"]]
         draw = model.draw(COLUMNS, steps=row["steps"], label=label_argument(model, classes), seed=seed)
+        images = data_units(reference_units(draw.x, model, data), data)
         alt = f"samples of {row['model']} with {calls(row['nfe'])}"
         detail = f"{calls(row['nfe'])} · energy {number(energy_of(row))}"
-        strips.append(Strip(row["model"], detail, _strip(data_units(draw.x, data), limits, alt)))
+        strips.append(Strip(row["model"], detail, _strip(images, limits, alt)))
     caption = (
         "Every column starts from the same noise"
         + (" and has the same class" if classes is not None else "")
         + f" (seed {seed}, samples 0 to {COLUMNS - 1}, not chosen). Down a column one sees what fewer "
-        "calls change: a curved flow blurs towards the mean of the data when it is cut short, a straight one keeps its "
-        "picture. The first row is real data, for comparison."
+        "calls change: a curved flow blurs towards the mean of the data when it is cut short, a straight one "
+        "keeps its picture. The first row is real data, for comparison."
     )
     return Samples(strips, label_words(data, classes), None, caption)
 
@@ -171,7 +184,8 @@ class Plane:
         self.data = data
         self.size = int(np.prod(data.shape))
         if self.size > 2:
-            train = data.network_rows(pick_rows(data, 4000, 0)).flatten(1).double().numpy()
+            rows = pick_rows(data, 4000 if self.size <= 256 else 1000, 0)
+            train = data.network_rows(rows).flatten(1).double().numpy()
             self.mean, self.basis = train.mean(0), principal_directions(train)
 
     @property
@@ -219,7 +233,8 @@ def point_panels(
         ax.set_axis_off()
     for i, (name, rows) in enumerate(across.items()):
         for ax, row in zip(axes[i], rows, strict=False):
-            points = plane(models[name].draw(POINTS, steps=row["steps"], seed=seed).x)
+            draw = models[name].draw(POINTS, steps=row["steps"], seed=seed)
+            points = plane(reference_units(draw.x, models[name], data))
             _show(ax, real, points, colours[name], limits)
             first = row is rows[0]
             energy = f"E {number(energy_of(row))}"

@@ -7,7 +7,7 @@ hardly cross, and the flow learned from those is straight.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -20,7 +20,7 @@ from fewstep.data.dataset import DataSet
 from fewstep.flow.noise import integer_rows
 from fewstep.generator import Generator
 from fewstep.report.drawing import FAINT, SOFT, WIDE, Array, Picture, bare, panels, picture
-from fewstep.report.samples import Frame, Plane, frame, pick_rows
+from fewstep.report.samples import Frame, Plane, frame, pick_rows, reference_units
 from fewstep.report.words import diagnoses
 from fewstep.solvers.solve import solve
 from fewstep.store.files import read_json
@@ -65,12 +65,16 @@ def trajectories(
         return None
     plane = Plane(data)
     real = data.network_rows(pick_rows(data, REAL_POINTS, seed))
-    shown = [_independent(next(iter(flows.values())), real, plane, seed)]
+    first = next(iter(flows.values()))
+    shown = [_independent(reference_units(_starts(first, seed)[0], first, data), real, plane, seed)]
     for name, model in flows.items():
         states, chord = follow(model, seed, pairs.get(name))
+        curve, line = (
+            _lay([reference_units(x, model, data) for x in part], plane) for part in (states, chord)
+        )
         ratio = diagnoses(result).get(name, {}).get("path_length_ratio")
         note = f"length / chord {ratio:.3f}" if ratio else ""
-        shown.append(Paths(name, colours[name], _lay(chord, plane), _lay(states, plane), note))
+        shown.append(Paths(name, colours[name], line, curve, note))
     background = plane(real)
     if plane.size == 1:
         background = np.column_stack([np.full(len(background), 1.03), background[:, 0]])
@@ -89,11 +93,9 @@ def trajectories(
     return picture(figure, "trajectories of the velocity models beside their chords", caption)
 
 
-def _independent(model: Generator, real: Tensor, plane: Plane, seed: int) -> Paths:
+def _independent(noise: Tensor, real: Tensor, plane: Plane, seed: int) -> Paths:
     """Noise joined to data drawn independently of it."""
-    noise = _starts(model, seed)[0]
-    ends = torch.stack([noise, real[integer_rows(len(noise), len(real), seed=seed)]])
-    line = _lay(ends, plane)
+    line = _lay([noise, real[integer_rows(len(noise), len(real), seed=seed)]], plane)
     return Paths("independent pairs", SOFT, line, line)
 
 
@@ -120,8 +122,8 @@ def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Ten
     return states, torch.stack([states[0], states[-1] if ends is None else ends])
 
 
-def _lay(states: Tensor, plane: Plane) -> Array:
-    """States ``(T, N, *shape)`` to points ``(T, N, 2)``; with one entry, time is the first coordinate."""
+def _lay(states: Sequence[Tensor], plane: Plane) -> Array:
+    """T states ``(N, *shape)`` to points ``(T, N, 2)``; with one entry, time is the first coordinate."""
     points = np.stack([plane(state) for state in states])
     if plane.size > 1:
         return points

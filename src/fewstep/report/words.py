@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def number(value: float | int | None, places: int = 3) -> str:
-    """A number as the report prints it: three places below one, fewer above, more where it is tiny.
+    """A number as the report prints it: three places up to one, fewer above, more where it is tiny.
 
     >>> number(0.0163), number(1.554), number(0.00041), number(50), number(None)
     ('0.016', '1.55', '0.00041', '50', '–')
@@ -33,7 +33,7 @@ def number(value: float | int | None, places: int = 3) -> str:
         return f"{value:,.0f}"
     if size >= 10:
         return f"{value:.1f}"
-    if size >= 1:
+    if round(size, places) > 1:
         return f"{value:.2f}"
     if size >= 0.01:
         return f"{value:.{places}f}"
@@ -96,25 +96,17 @@ def headline(result: Mapping[str, Any]) -> list[Markup]:
     if fast["model"] == teacher:
         return [_alone(reaches, fast, teacher_rows)]
     match = matching_row(teacher_rows, fast)
-    best = min(teacher_rows, key=energy_of)
+    beside = match or min(teacher_rows, key=energy_of)
     first = min(teacher_rows, key=lambda r: r["nfe"])
     if match is None:
-        second = Markup("<b>{}</b> comes no lower than {}, with {}").format(
-            teacher, number(energy_of(best)), calls(best["nfe"])
-        )
-        beside = best
+        form = "<b>{}</b> comes no lower than {energy}, with {calls}"
     elif match["nfe"] <= fast["nfe"]:
-        second = Markup("<b>{}</b> is as good with as many calls ({})").format(
-            teacher, number(energy_of(match))
-        )
-        beside = match
+        form = "<b>{}</b> is as good with as many calls ({energy})"
     else:
-        second = Markup("<b>{}</b> needs {} for {}").format(
-            teacher, calls(match["nfe"]), number(energy_of(match))
-        )
-        beside = match
+        form = "<b>{}</b> needs {calls} for {energy}"
+    second = Markup(form).format(teacher, energy=number(energy_of(beside)), calls=calls(beside["nfe"]))
     if first is not beside:
-        second += Markup(" and scores {} with {}").format(
+        second += Markup(", and scores {} with {}" if match is None else " and scores {} with {}").format(
             number(energy_of(first)), calls(first["nfe"], spelled=True)
         )
     return [reaches + "; " + second + ".", _fidelity(fast, beside)]

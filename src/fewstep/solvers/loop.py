@@ -1,7 +1,8 @@
 """The one loop that runs any solver table.
 
-A :class:`Plan` is the table made ready: per row the terms to add up, and which states and velocities nobody needs any
-more. Plans and time tensors are cached, because with small networks the loop's own work is what a user would notice.
+A :class:`Plan` is the table made ready: per row the terms to add up, and which states and velocities nobody
+needs any more. Plans and time tensors are cached, because with small networks the loop's own work is what a
+user would notice.
 """
 
 from __future__ import annotations
@@ -58,14 +59,14 @@ class Plan:
     def times(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """One ``(batch,)`` tensor of times per row.
 
-        They are views of one block, which shares its version counter with them: a block that a network wrote into is
-        not used again.
+        They are views of one block, which shares its version counter with them: a block that a network wrote
+        into is not used again.
         """
         key = (batch, dtype, device)
         found = self._times.get(key)
         if found is not None and found[0]._version == found[1]:
             return found[2]
-        # made outside inference mode, whatever mode the caller is in: they may serve a solve with gradients next
+        # made outside inference mode, whatever mode the caller is in: a solve with gradients may be next
         with torch.inference_mode(False), torch.no_grad():
             column = torch.tensor(self.table.times, dtype=torch.float64).to(dtype).to(device)
             block = column[:, None].repeat(1, batch)
@@ -82,13 +83,13 @@ def run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a plan from ``x0``; return the end point and, if asked, the states at the grid's times.
 
-    States are never changed in place: a network may return its own input, and a caller may keep what it saw.
+    A state that a network has seen is never changed: it may return its own input, or a caller may keep it.
     """
     dtype = x0.dtype
     kept: list[Any] = [None] * (2 * len(plan.rows))
     path: list[Tensor] = []
     x, slot = x0, 0
-    for row, t in zip(plan.rows, plan.times(len(x0), dtype, x0.device), strict=True):
+    for row, t in zip(plan.rows, plan.times(x0.shape[0], dtype, x0.device), strict=True):
         if slot:
             x = _form(row, kept)
         if row.keep:
@@ -108,12 +109,14 @@ def run(
 
 
 def _form(row: Row, kept: list[Any]) -> Tensor:
-    """Add up coefficient × tensor; the common ``x + h v`` is one kernel."""
+    """Add up coefficient × tensor: ``x + h v`` is one kernel, further terms go into the new tensor in place."""
     x: Tensor = kept[row.base]
-    if row.factor != 1.0:
+    own = row.factor != 1.0
+    if own:
         x = x * row.factor
     for slot, coefficient in row.terms:
-        x = x.add(kept[slot], alpha=coefficient)
+        x = x.add_(kept[slot], alpha=coefficient) if own else x.add(kept[slot], alpha=coefficient)
+        own = True
     for slot in row.free:
         kept[slot] = None
     return x
@@ -123,15 +126,15 @@ def _like(velocity: Any, x: Tensor) -> Tensor:
     """A velocity in its state's dtype; refuses what is no velocity."""
     if not isinstance(velocity, Tensor):
         raise UserError(
-            f"the network returned a {type(velocity).__name__}, and a velocity must be a tensor shaped like its input: "
-            "wrap the network in a function that returns the tensor alone."
+            f"the network returned a {type(velocity).__name__}, and a velocity must be a tensor shaped like "
+            "its input: wrap the network in a function that returns the tensor alone."
         )
     if velocity.shape != x.shape:
         raise UserError(
             f"the network returned shape {tuple(velocity.shape)} for an input of shape {tuple(x.shape)}: "
             "a velocity must have its input's shape."
         )
-    return velocity.to(x.dtype)
+    return velocity if velocity.dtype is x.dtype else velocity.to(x.dtype)
 
 
 def _slot(atom: Atom) -> int:
@@ -140,7 +143,7 @@ def _slot(atom: Atom) -> int:
 
 
 def _terms(state: Combination) -> tuple[int, float, tuple[tuple[int, float], ...]]:
-    """Base, factor and other terms of a combination: states first, and among them those with coefficient one."""
+    """Base, factor and other terms: states before velocities, those with coefficient one before others."""
     items = sorted(
         (kind == "v", coefficient != 1.0, j, coefficient)
         for (kind, j), coefficient in state.terms.items()

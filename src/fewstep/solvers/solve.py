@@ -30,7 +30,7 @@ class Solution:
         x: end point, like ``x0``.
         nfe: network evaluations per sample, counted.
         times: the grid, from first to last.
-        trajectory: ``(len(times), B, ...)`` states at ``times`` when asked for, else None; its last one is ``x``.
+        trajectory: states at ``times``, ``(len(times), B, ...)``, if asked for, else None; the last is ``x``.
     """
 
     x: Tensor
@@ -53,7 +53,8 @@ def solve(
     """Carry ``x0`` along the flow ``dx/dt = v(x, t, **cond)``, by default from noise (t = 0) to data (t = 1).
 
     Args:
-        v: any callable ``v(x, t, **cond)``; ``x`` (B, ...), ``t`` (B,) in x's dtype. It is called exactly NFE times.
+        v: any callable ``v(x, t, **cond)``; ``x`` (B, ...), ``t`` (B,) in x's dtype. It is called exactly NFE
+            times; its result is taken in x's dtype.
         x0: start, (B, ...), floating point; its dtype is kept.
         solver: ``euler``, ``midpoint``, ``heun`` or ``rk4``.
         steps: solver steps (default 50 on a named grid). An explicit grid fixes them.
@@ -66,8 +67,8 @@ def solve(
         A :class:`Solution`.
 
     Raises:
-        UserError: unknown solver or grid, steps and grid in conflict, non-finite or integer ``x0``, a velocity of
-            another shape than its input.
+        UserError: unknown solver or grid, steps and grid in conflict, non-finite or integer ``x0``, a
+            velocity that is no tensor or of another shape than its input.
     """
     return _solve(v, x0, plan(solver, grid, steps), cond, trajectory, grad)
 
@@ -83,7 +84,10 @@ def invert(
     trajectory: bool = False,
     grad: bool = False,
 ) -> Solution:
-    """Carry data ``x1`` back to its noise: :func:`solve` on the same grid, run from its last time to its first."""
+    """Carry data ``x1`` back to its noise: :func:`solve` on the same grid, from its last time to its first.
+
+    A grid given in decreasing times is run as it stands.
+    """
     return _solve(v, x1, plan(solver, grid, steps, backward=True), cond, trajectory, grad)
 
 
@@ -132,8 +136,9 @@ def check_start(x: Tensor) -> None:
     if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
         what = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise UserError(f"the start must be a floating-point tensor of shape (B, ...), got {what}.")
-    if x.ndim < 2 or len(x) == 0:
-        raise UserError(f"the start must have shape (B, ...) with B >= 1, got {tuple(x.shape)}.")
+    shape = x.shape
+    if len(shape) < 2 or 0 in shape:
+        raise UserError(f"the start must have shape (B, ...) with B >= 1 and no empty side, got {tuple(shape)}.")
     # One cheap reduction settles the usual case; an overflowing sum is looked at again row by row.
     if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
         rows = int((~torch.isfinite(x)).flatten(1).any(1).sum())

@@ -1,18 +1,19 @@
 """A solver is a table.
 
-The velocity, the data prediction and the noise prediction are all linear in ``(x, v)``, so on a given grid every
-explicit fixed-step solver is a list of rows
+The velocity, the data prediction and the noise prediction are all linear in ``(x, v)``, so on a given grid
+every explicit fixed-step solver is a list of rows
 
     y_j = sum_i a_ji y_i + sum_k b_jk v_k   (i, k < j),      v_j = v(y_j, t_j),
 
-with ``y_0 = x_0`` and an end point of the same form. The table is computed in float64 by running the solver's own
-formulas once on a :class:`Tape`, which records the linear combinations instead of evaluating a network. NFE is the
-number of rows. Substituting earlier states gives the dense lower-triangular form over ``(x_0, v_0, v_1, …)``
-(:meth:`Table.dense`), in which equal solvers are equal matrices.
+with ``y_0 = x_0`` and an end point of the same form. The table is computed in float64 by running the solver's
+own formulas once on a :class:`Tape`, which records the linear combinations instead of evaluating a network.
+NFE is the number of rows. Substituting earlier states gives the dense lower-triangular form over
+``(x_0, v_0, v_1, …)`` (:meth:`Table.dense`), in which equal solvers are equal matrices.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -151,7 +152,7 @@ class RungeKutta:
     def nodes(self, tape: Tape, x: Combination, grid: Grid) -> list[Combination]:
         """The states at every grid time after the first."""
         nodes = []
-        for t, s in zip(grid[:-1], grid[1:], strict=True):
+        for t, s in itertools.pairwise(grid):
             x = self.step(tape, x, t, s)
             nodes.append(x)
         return nodes

@@ -1,9 +1,9 @@
 """The pair store: pairs (x0, x1) on disk, in shards, resumable, memory-mapped, with a manifest.
 
-A store is a folder with ``manifest.json`` and shards ``00000.safetensors`` … of :data:`SHARD_ROWS` rows each, holding
-``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a killed generation goes on with
-the shards that are missing. The manifest says how the pairs were made (what was asked for, and what was settled from it
-when the store was begun); a store made otherwise is refused.
+A store is a folder with ``manifest.json`` and shards ``00000.safetensors`` … of :data:`SHARD_ROWS` rows each,
+holding ``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a killed generation
+goes on with the shards that are missing. The manifest says how the pairs were made (what was asked for, and what
+was settled when the store was begun); a store made otherwise is refused.
 Rows are split into a training and a held-out part (1 in 32) by a hash of the row number.
 """
 
@@ -122,8 +122,8 @@ class PairStore:
         for key in sorted(wanted):
             if found.get(key) != wanted[key]:
                 raise UserError(
-                    f"the pairs in {self.folder} were made with {key} = {found.get(key)!r}, and {wanted[key]!r} is "
-                    "wanted now: delete that folder or use another --out."
+                    f"the pairs in {self.folder} were made with {key} = {found.get(key)!r}, and "
+                    f"{wanted[key]!r} is wanted now: delete that folder or use another --out."
                 )
 
     def shard_path(self, number: int) -> Path:

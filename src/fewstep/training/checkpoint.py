@@ -1,7 +1,8 @@
 """Training state on disk: one safetensors file per checkpoint, written atomically, newest two kept.
 
-A checkpoint holds the weights of every role, the EMA, the optimisers' tensors and, as JSON in the file's metadata, the
-samples seen and the running sums. Training draws are functions of samples seen, so a resumed run goes on bit for bit.
+A checkpoint holds the weights of every role, the EMA, the optimisers' tensors and, as JSON in the file's metadata,
+the samples seen and the running sums. Training draws are functions of samples seen, so a resumed run goes on bit
+for bit.
 """
 
 from __future__ import annotations
@@ -80,6 +81,6 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {name: file.get_tensor(name).clone() for name in file.keys()}, state  # noqa: SIM118
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
-            f"the checkpoint {path} is truncated or no checkpoint ({error}): delete that file; the same command then "
-            "goes on from the one before it, or starts the stage again."
+            f"the checkpoint {path} is truncated or no checkpoint ({error}): delete that file; the same "
+            "command then goes on from the one before it, or starts the stage again."
         ) from error

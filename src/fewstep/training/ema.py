@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @final
 class EMA:
-    """``theta_ema <- d theta_ema + (1 - d) theta`` with ``d = min(decay, (1 + n) / (10 + n))`` at update ``n``.
+    """``theta_ema <- d theta_ema + (1 - d) theta``, with ``d = min(decay, (1 + n) / (10 + n))`` at update n.
 
     Weights are averaged; buffers (counts, running statistics, masks that may hold infinities) are copied.
     The average shares no storage with the module.

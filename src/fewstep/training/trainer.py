@@ -1,7 +1,7 @@
 """The trainer: optimiser steps, EMA, checkpoints, the non-finite guard, and nothing else.
 
-Everything random in a step is drawn from one generator seeded with (seed, stage, samples seen), for the global batch,
-and cut to the process's rows; so one process or several, resumed or not, take the same steps.
+Everything random in a step is drawn from one generator seeded with (seed, stage, samples seen), for the global
+batch, and cut to the process's rows; so one process or several, resumed or not, take the same steps.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -90,7 +91,7 @@ class Trainer:
         self._key = mix(*key)
         self._rows = _rows_of(world, options.batch_size)
         self._generator = torch.Generator()
-        self._loaded: tuple[dict[str, Tensor], dict[str, Any]] | None = None
+        self._loaded: dict[str, Tensor] | None = None
         self._saved, self._interval = 0.0, CHECKPOINT_SECONDS[0]
 
     def resume(self) -> bool:
@@ -109,10 +110,10 @@ class Trainer:
             self.ema.load(_strip(tensors, "ema."), state["ema_updates"])
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"the checkpoint in {self.checkpoints.folder if self.checkpoints else ''} was written by another "
-                f"version of fewstep ({error}): delete that folder to begin the stage again, or use another --out."
+                f"the checkpoint {self._newest()} was written by another version of fewstep ({error}): delete "
+                "its folder to begin the stage again, or use another --out."
             ) from error
-        self._loaded = found
+        self._loaded = tensors
         return True
 
     def train(self, number: int, samples: int, objective: Objective, batches: Batches, label: str) -> None:
@@ -127,10 +128,8 @@ class Trainer:
         self._prepare(objective)
         every = max(1, min(100, -(-samples // size) // LOGS_PER_PHASE))
         self._saved = time.monotonic()
-        with (
-            _isolated_rng(self.world.device),
-            self.world.progress(samples, position.phase_samples, label) as bar,
-        ):
+        progress = self.world.progress(samples, position.phase_samples, label)
+        with _isolated_rng(self.world.device), progress as bar:
             while position.phase_samples < samples:
                 self._step(objective, batches, samples)
                 bar.update(size)
@@ -163,7 +162,7 @@ class Trainer:
         self.checkpoints.save(tensors, state, keep=keep)
 
     def _save_between_steps(self) -> None:
-        """A checkpoint at intervals that keep its cost small; none while steps are bad, so that good ones stay."""
+        """A checkpoint, and when the next is due; none while steps are bad, so that the last good ones stay."""
         if any(self.position.bad_steps.values()):
             return
         began = time.monotonic()
@@ -173,7 +172,7 @@ class Trainer:
         self._interval = min(most, max(least, SAVE_SHARE * (self._saved - began)))
 
     def _prepare(self, objective: Objective) -> None:
-        """Optimisers for the objective's modules, data-parallel wrappers where there are several processes."""
+        """Optimisers for the objective's modules, and data-parallel wrappers for several processes."""
         self._modules = dict(objective.modules)
         for module in self._modules.values():
             module.to(self.world.device).train()
@@ -188,14 +187,10 @@ class Trainer:
             for role, parameters in self._parameters.items()
         }
         loaded, self._loaded = self._loaded, None
-        if (
-            loaded is not None
-            and 0 < self.position.phase_samples
-            and loaded[1]["position"]["phase"] == self.position.phase
-        ):
+        if loaded is not None and self.position.phase_samples > 0:  # it is of this phase
             for role, module in self._modules.items():
-                _load_module(module, loaded[0], f"{role}.")
-                _load_optimiser(role, self.optimisers[role], loaded[0])
+                _load_module(module, loaded, f"{role}.")
+                _load_optimiser(role, self.optimisers[role], loaded)
         for role, module in self._modules.items():
             if module not in self._wrapped:
                 self._wrapped[module] = self.world.wrap(module)
@@ -265,9 +260,13 @@ class Trainer:
         if position.bad_steps[role] >= MAX_BAD_STEPS:
             raise self._diverged(role, f"{MAX_BAD_STEPS} steps in a row had non-finite losses or gradients")
 
+    def _newest(self) -> Path | None:
+        kept = self.checkpoints.files() if self.checkpoints else []
+        return kept[-1] if kept else None
+
     def _diverged(self, role: str, why: str) -> UserError:
-        kept = self.checkpoints.files()[-1:] if self.checkpoints else []
-        where = f"the last good checkpoint is {kept[0]}" if kept else "no checkpoint was written yet"
+        kept = self._newest()
+        where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
         return UserError(
             f"training of {role!r} diverged at step {self.position.step}: {why}; {where}. Lower lr (now "
             f"{self.options.lr:g}), lengthen warmup, or use precision: fp32."
@@ -298,7 +297,7 @@ class Trainer:
 
 
 def learning_rate(options: Options, seen: int, samples: int) -> float:
-    """Linear warm-up over ``warmup · samples``, then a cosine to zero at ``samples``; ``seen`` is the step's start."""
+    """Linear warm-up over ``warmup · samples``, then a cosine to zero; ``seen`` are the samples before the step."""
     begin = options.warmup * samples
     position = seen + options.batch_size / 2  # the middle of the step's batch
     if position < begin:

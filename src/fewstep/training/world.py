@@ -22,8 +22,8 @@ PLAIN_SECONDS = 10.0  # between two plain progress lines
 class LocalWorld:
     """One process, or one of several started by ``torchrun`` / ``accelerate launch``.
 
-    accelerate finds the device and the process group, and wraps modules; data order, random numbers, schedules and
-    checkpoints are not its business.
+    accelerate finds the device and the process group, and wraps modules; data order, random numbers, schedules
+    and checkpoints are not its business.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -63,8 +63,8 @@ class LocalWorld:
         wrapped = Accelerator(mixed_precision="no").prepare_model(module)
         if not isinstance(wrapped, DistributedDataParallel):
             raise UserError(
-                f"the launcher asks for {self._state.distributed_type.value}, and training here is data-parallel with "
-                "whole weights in every process (DDP): start it with torchrun, or 'accelerate launch --multi_gpu'."
+                f"the launcher asks for {self._state.distributed_type.value}, and training here is data-parallel, "
+                "whole weights in every process: use torchrun, or 'accelerate launch --multi_gpu'."
             )
         return wrapped
 
@@ -138,7 +138,7 @@ class Progress:
 def set_threads() -> int:
     """Choose the number of threads: OMP_NUM_THREADS or FEWSTEP_THREADS if set, else half the cores.
 
-    Spinning OpenMP threads that fight over a shared core are slower than one thread, so half is the safe default.
+    Spinning OpenMP threads that fight over a shared core are slower than one thread, so half is safe.
     """
     wish = os.environ.get("FEWSTEP_THREADS") or os.environ.get("OMP_NUM_THREADS")
     threads = int(wish) if wish and wish.isdigit() and int(wish) > 0 else max(1, (os.cpu_count() or 2) // 2)

@@ -1,0 +1,64 @@
+"""The documents stay true: tables name what exists, links lead somewhere, Python examples run."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROWS = [
+    line.split("|")
+    for line in (ROOT / "docs" / "equations.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("| ") and "::" in line
+]
+
+
+def find(dotted: str) -> object:
+    """The object of a dotted name, module first."""
+    parts = dotted.split(".")
+    for cut in range(len(parts), 0, -1):
+        try:
+            found: object = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[cut:]:
+            found = getattr(found, name)
+        return found
+    raise AttributeError(dotted)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row[1].strip()[:30] for row in ROWS])
+def test_every_equation_has_its_function_and_its_test(row: list[str]) -> None:
+    assert callable(find(row[3].strip().strip("`")))
+    file, name = row[4].strip().strip("`").split("::")
+    assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_python_examples_run(document: Path) -> None:
+    for block in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
+        exec(compile(block, str(document), "exec"), {"__name__": "example"})
+
+
+def test_documents_hold_no_unfilled_place() -> None:
+    for document in DOCUMENTS:
+        assert not re.search(r"TODO|FIXME|_TABLE\b", document.read_text(encoding="utf-8")), document.name
+
+
+def test_methods_table_names_every_method() -> None:
+    from fewstep.methods.registry import METHODS
+
+    text = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
+    assert [name for name in METHODS if f"| `{name}` |" not in text] == []
