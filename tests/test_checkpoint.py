@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -94,7 +95,10 @@ def test_a_run_killed_between_phases_does_not_repeat_the_first(tmp_path: Path) -
     resumed = start(again, tmp_path)
     resumed.trainer.train(0, STEPS * BATCH, Regression(again, lambda step: math.nan), Noise(), "test")
     assert resumed.trainer.position == run.trainer.position
-    assert all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.usefixtures("save_every_step")
@@ -190,7 +194,7 @@ def test_checkpoints_cost_a_fiftieth_of_the_time_at_most_and_are_never_far_apart
 
     start(student, tmp_path).trainer.train(0, 1000 * BATCH, Regression(student, hook), Noise(), "test")
     assert saved[0] == pytest.approx(2.0, abs=0.5)
-    gaps = [later - earlier - cost for earlier, later in zip(saved, saved[1:], strict=False)]
+    gaps = [later - earlier - cost for earlier, later in pairwise(saved)]
     assert len(gaps) > 5
     assert all(expected - 1e-6 <= gap <= expected + 0.5 for gap in gaps)
 
@@ -238,6 +242,14 @@ def test_the_average_follows_its_formula_and_buffers_are_copied() -> None:
     assert ema.state["mean"].tolist() == [19.0, 19.0]
     assert ema.state["count"].item() == 19
     assert ema.state["mask"].tolist() == [0.0, -math.inf]
+
+
+def test_the_average_follows_weights_that_were_put_elsewhere() -> None:
+    module = linear()
+    ema = EMA(module, 0.0)
+    module.weight.data = module.weight.data + 1.0  # as wrappers that move a module do
+    ema.update()
+    assert torch.equal(ema.state["weight"], module.weight)
 
 
 def test_the_average_shares_no_storage() -> None:

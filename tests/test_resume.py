@@ -1,4 +1,4 @@
-"""A run killed twice by SIGKILL, once while it makes pairs and once while it trains, ends as if it never was."""
+"""A run killed twice by SIGKILL, while it makes pairs and while it trains, ends as if it never was."""
 
 from __future__ import annotations
 
@@ -69,7 +69,11 @@ run_recipe(make_recipe(json.loads(recipe), "recipe"), Path(out), LocalWorld(quie
 
 def run_and_be_killed(out: Path, what: str, last: int) -> None:
     """Run the recipe in a process that ends itself after so many steps or shards."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     child = subprocess.run(
         [sys.executable, "-c", CHILD, json.dumps(RECIPE), str(out), what, str(last)],
         env=environment,
@@ -143,7 +147,12 @@ def test_statistics_drop_what_will_be_written_again_and_mend_the_last_line(tmp_p
     path = tmp_path / "stats.jsonl"
     other = '{"samples": 900, "stage": "a"}\n'
     kept = '{"samples": 100, "stage": "b"}\n{"samples": 200, "stage": "b"}'
-    for tail, expected in (("\n", kept), ('\n{"samples": 300, "stage": "b"}\n', kept), ("", kept), ("\n{", kept)):
+    for tail, expected in (
+        ("\n", kept),
+        ('\n{"samples": 300, "stage": "b"}\n', kept),
+        ("", kept),
+        ("\n{", kept),
+    ):
         path.write_text(other + kept + tail)
         statistics = Statistics(path, "b", writes=True)
         statistics.keep_until(200)

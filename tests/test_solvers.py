@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 import weakref
 from collections.abc import Callable
@@ -42,6 +43,9 @@ def mixture() -> closed_form.Mixture:
 
 
 FLOWS = {"gaussian": (gaussian, 2), "mixture": (mixture, 1)}
+# To a Gaussian the centred state obeys y' = a y with a = q'/(2q), and the midpoint rule's error of second order,
+# h^2 y int (a''/24 + a a'/4 + a^3/6) dt, is zero over [0, 1]: since a' = (1 + s^2)/q - 2 a^2, its parts cancel.
+SUPERCONVERGENT = {("midpoint", "gaussian"): 3}
 
 
 def nonlinear(x: Tensor, t: Tensor) -> Tensor:
@@ -75,7 +79,8 @@ def test_error_falls_at_the_nominal_order(solver: str, flow: str, grid: str) -> 
     v, x0, x1 = exact(flow)
     steps = STEPS[ORDERS[solver]]
     errors = [rms(fs.solve(v, x0, solver=solver, steps=n, grid=grid).x - x1) for n in steps]
-    assert slope(steps, errors) == pytest.approx(ORDERS[solver], abs=0.2)
+    order = SUPERCONVERGENT.get((solver, flow), ORDERS[solver])
+    assert slope(steps, errors) == pytest.approx(order, abs=0.2)
 
 
 @pytest.mark.parametrize("flow", FLOWS)
@@ -84,7 +89,8 @@ def test_inversion_converges_to_the_noise_at_the_nominal_order(solver: str, flow
     v, x0, x1 = exact(flow)
     steps = STEPS[ORDERS[solver]]
     errors = [rms(fs.invert(v, x1, solver=solver, steps=n).x - x0) for n in steps]
-    assert slope(steps, errors) == pytest.approx(ORDERS[solver], abs=0.2)
+    order = SUPERCONVERGENT.get((solver, flow), ORDERS[solver])
+    assert slope(steps, errors) == pytest.approx(order, abs=0.2)
 
 
 @pytest.mark.parametrize("solver", ORDERS)
@@ -105,7 +111,7 @@ def test_euler_on_the_gaussian_equals_its_closed_form_of_products() -> None:
     std, grid = 0.5, UNEVEN
     v = closed_form.gaussian(torch.zeros(1), torch.tensor([std])).velocity
     factor = 1.0
-    for t, s in zip(grid[:-1], grid[1:], strict=True):
+    for t, s in itertools.pairwise(grid):
         factor *= 1 + (s - t) * (t * std**2 - (1 - t)) / ((1 - t) ** 2 + t**2 * std**2)
     x0 = noise(8, 1)
     torch.testing.assert_close(fs.solve(v, x0, grid=grid).x, factor * x0, rtol=1e-12, atol=1e-12)
@@ -298,7 +304,7 @@ def test_the_network_gets_the_tables_times_and_the_condition_itself(solver: str)
 
 @pytest.mark.parametrize("solver", ORDERS)
 def test_a_network_may_return_its_own_input_or_a_view_of_it(solver: str) -> None:
-    """On v = x a step of order p multiplies by the exponential series cut after h^p (euler, midpoint, heun, rk4)."""
+    """On v = x a step of order p multiplies by the exponential series cut after h^p, for all four solvers."""
     x0 = noise(4, 3)
     before, h = x0.clone(), 0.25
     factor = sum(h**k / np.prod(range(1, k + 1)) for k in range(ORDERS[solver] + 1))

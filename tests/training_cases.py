@@ -117,7 +117,10 @@ class TwoPlayers(Objective):
             with torch.no_grad():
                 fake = batch.x0 + self.modules["student"](batch.x0, start)
             noise = 0.1 * draws.normal((2,))
-            loss = nn.functional.softplus(judge(fake)).mean() + nn.functional.softplus(-judge(batch.x1 + noise)).mean()
+            loss = (
+                nn.functional.softplus(judge(fake)).mean()
+                + nn.functional.softplus(-judge(batch.x1 + noise)).mean()
+            )
         return {"loss": loss if factor is None else loss * factor}
 
 
@@ -133,11 +136,15 @@ class Run:
     lines: list[dict[str, Any]]
 
 
-def start(student: nn.Module, folder: Path | None = None, lines: list[dict[str, Any]] | None = None, **fields: Any) -> Run:
+def start(
+    student: nn.Module, folder: Path | None = None, lines: list[dict[str, Any]] | None = None, **fields: Any
+) -> Run:
     """A trainer on ``student``; with ``folder``, it resumes what lies there and drops the later ``lines``."""
     kept = [] if lines is None else lines
     checkpoints = None if folder is None else Checkpoints(folder)
-    trainer = Trainer(student, options(**fields), (0, "stage"), LocalWorld(quiet=True), checkpoints, kept.append)
+    trainer = Trainer(
+        student, options(**fields), (0, "stage"), LocalWorld(quiet=True), checkpoints, kept.append
+    )
     trainer.resume()
     kept[:] = [line for line in kept if line["samples"] <= trainer.position.total_samples]
     return Run(trainer, kept)

@@ -1,6 +1,7 @@
 """``fewstep VERB …``: parse, dispatch, and turn a user's mistake into one message and exit code 2.
 
-Help is built from light dataclasses, so that it imports neither torch nor numpy; a verb's work is imported when it runs.
+Help is built from light dataclasses, so that it imports neither torch nor numpy; a verb's work is imported
+when it runs.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ def usage() -> str:
         [
             "usage: fewstep VERB [options]",
             "",
-            "Fast generation with flow matching: train a teacher, straighten it, distil it, measure what it cost.",
+            "Fast generation with flow matching: train a teacher, straighten it, distil it, compare them.",
             "",
             *lines,
             "",
@@ -74,8 +75,8 @@ def dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name.startswith("-") and name not in VERBS:
         raise UserError(
-            f"{name!r} before the verb: {suggestion(name, ['--help', '--version'])}A verb comes first, then its "
-            f"options: fewstep VERB [options]. Verbs: {', '.join(VERBS)}."
+            f"{name!r} before the verb: {suggestion(name, ['--help', '--version'])}A verb comes first, then "
+            f"its options: fewstep VERB [options]. Verbs: {', '.join(VERBS)}."
         )
     if name not in VERBS:
         raise unknown("verb", name, VERBS)

@@ -25,9 +25,12 @@ def number(kind: type[int] | type[float], what: str) -> Any:
 
     def read(words: Sequence[str]) -> int | float:
         try:
-            return kind(words[0])
+            value = kind(words[0])
         except ValueError:
             raise ValueError(f"{words[0]!r} is not {what}.") from None
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise ValueError(f"{words[0]} is too large.")
+        return value
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,

@@ -110,7 +110,7 @@ def diagnose(options: verbs.Diagnose) -> int:
     model = load(options.model)
     if model.config.kind != "velocity":
         raise UserError(
-            f"{options.model} is a one-step map, and has no velocity along t to diagnose: diagnose the flow it was "
+            f"{options.model} is a one-step map, and has no velocity along t: diagnose the flow it was "
             "distilled from."
         )
     if options.out is not None:
@@ -121,7 +121,8 @@ def diagnose(options: verbs.Diagnose) -> int:
     dimensions = int(np.prod(model.config.shape))
     print(f"model            {options.model}")
     print(
-        f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {dimensions} dimensions"
+        f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over "
+        f"{dimensions} dimensions"
     )
     print(f"                 {d.relative_straightness:.4f} of the squared displacement (0 is straight)")
     print(f"one-step gap     {d.one_step_gap:.4g}, {d.relative_gap:.3f} of the displacement")
@@ -140,7 +141,7 @@ def diagnose(options: verbs.Diagnose) -> int:
 
 def profile(times: np.ndarray, values: np.ndarray) -> str:
     """A profile along t in five numbers."""
-    chosen = [int(round(k * (len(times) - 1) / 4)) for k in range(5)]
+    chosen = [round(k * (len(times) - 1) / 4) for k in range(5)]
     return "  ".join(f"t={times[k]:.2f}: {values[k]:.3g}" for k in chosen)
 
 

@@ -1,4 +1,4 @@
-"""Training pairs as functions of (seed, samples seen): data rows through a coupling, stored pairs, a mixture."""
+"""Training pairs as functions of (seed, samples seen): data in a coupling, stored pairs, a mixture."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
 """Make the pairs a student learns from: noise carried to the teacher's endpoint, or data to its noise.
 
-Every row is a function of (seed, row number), shards are solved in fixed chunks, and each process writes its own
-shards, so that a killed generation, or one with more processes, ends with the same bytes. The number of solver
-steps is settled once, when a store is begun, and kept in its manifest. Before a store is used, rows from all over
-it pass three checks: solving them again gives what is stored (so the pairs are this teacher's, and the right way
-round), twice the steps give nearly the same (the error), and inverted noise has the law of the base.
+Every row is a function of (seed, row number), shards are solved in fixed chunks, and each process writes
+its own shards, so that a killed generation, or one with more processes, ends with the same bytes. The
+number of solver steps is settled once, when a store is begun, and kept in its manifest. Before a store is
+used, rows from all over it pass three checks: solving them again gives what is stored (so the pairs are
+this teacher's, and the right way round), twice the steps give nearly the same (the error), and inverted
+noise has the law of the base.
 """
 
 from __future__ import annotations
@@ -167,8 +168,8 @@ class _Maker:
         if options.nfe is not None:
             if options.nfe % self.stages:
                 raise UserError(
-                    f"stage {self.stage.name!r}: nfe = {options.nfe} is no multiple of the {self.stages} calls "
-                    f"that a step of {options.solver!r} makes."
+                    f"stage {self.stage.name!r}: nfe = {options.nfe} is no multiple of the {self.stages} "
+                    f"calls that a step of {options.solver!r} makes."
                 )
             return options.nfe // self.stages
         x, cond = self.starts(0, min(PILOT, self.request.rows))
@@ -216,8 +217,8 @@ class _Maker:
         if error <= tolerance:
             return
         what = (
-            f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with twice "
-            "the steps"
+            f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with "
+            "twice the steps"
         )
         if options.nfe is not None or not error <= 0.5:
             raise UserError(
@@ -230,8 +231,8 @@ class _Maker:
         if not 0.5 < law["mean_square"] < 2.0:
             raise UserError(
                 f"stage {self.stage.name!r}: the data inverted to noise of mean square "
-                f"{law['mean_square']:.3g} instead of 1: the teacher was trained on other data, or too little. "
-                "Train it longer, or use 'real: independent'."
+                f"{law['mean_square']:.3g} instead of 1: the teacher was trained on other data, or too "
+                "little. Train it longer, or use 'real: independent'."
             )
         if law["worst_variance"] > 2.0 or law["worst_variance"] < 0.4:
             self.stage.world.say(
@@ -253,7 +254,7 @@ def base_rows(stage: Stage, count: int, *, seed: int, start: int) -> Tensor:
 def relative_error(x: Tensor, y: Tensor) -> float:
     """RMS of ``x - y`` over the 95 % of rows that agree best, over the RMS spread of ``y``.
 
-    The few rows beside a boundary between modes, where the flow map is nearly discontinuous, would else decide.
+    The few rows beside a boundary between modes, where the flow map nearly jumps, would otherwise decide.
     """
     error = (x - y).double().flatten(1).square().mean(1).sort().values
     kept = error[: max(1, math.ceil(0.95 * len(error)))].mean()
@@ -266,8 +267,8 @@ def noise_law(stored: PairRows) -> dict[str, float]:
 
     Returns:
         ``mean_square`` (1 for N(0, I)), ``worst_mean`` (largest coordinate mean in absolute value),
-        ``worst_variance`` (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation`` (between
-        adjacent entries).
+        ``worst_variance`` (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation``
+        (between adjacent entries).
     """
     flat = stored.columns(torch.arange(min(8192, len(stored))))["x0"].double().flatten(1)
     variance = flat.var(0)

@@ -68,7 +68,7 @@ def compare(
     add_times(rows, models, seed)
     for name, x in (
         (GAUSSIAN, moment_matched_gaussian(train, count, seed)),
-        (TRAINING, data_rows(train, count, seed)),
+        (TRAINING, data_rows(train, count)),
     ):
         scores = evaluate(x, train, beside).as_dict()
         rows.append({"model": name, "control": True, "scores": scores})
@@ -110,12 +110,12 @@ def check_reference(data: DataSet, train: Tensor) -> None:
     """Refuse data that no distance can be measured to."""
     if len(train) < LEAST_ROWS:
         raise UserError(
-            f"the data {data.name!r} has {len(train)} training rows (a tenth is held out), and a comparison needs "
-            f"at least {LEAST_ROWS}: give more rows."
+            f"the data {data.name!r} has {len(train)} training rows (a tenth is held out), and a comparison "
+            f"needs at least {LEAST_ROWS}: give more rows."
         )
     if bool((train == train[:1]).all()):
         raise UserError(
-            f"all training rows of {data.name!r} are equal: there is no distribution to learn or to compare with."
+            f"all training rows of {data.name!r} are equal: there is no distribution to learn or to compare."
         )
 
 
@@ -247,8 +247,8 @@ def table(result: dict[str, Any]) -> str:
     beside = "" if held_out is None else f" (held-out {held_out:.4f})"
     notes = (
         f"energy: V-statistic against the training split, {result['protocol']['samples']} samples, seed "
-        f"{result['protocol']['seed']}; data-data floor {first['energy_floor']:.4f}{beside}. Never read energy or "
-        "sliced W2 without precision and recall. time: relative to the slowest row."
+        f"{result['protocol']['seed']}; data-data floor {first['energy_floor']:.4f}{beside}. Never read "
+        "energy or sliced W2 without precision and recall. time: relative to the slowest row."
     )
     return "\n".join([show(head), rule, *map(show, lines), "", notes])
 

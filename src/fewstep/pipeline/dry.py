@@ -1,4 +1,4 @@
-"""What a run would do: its stages, their network calls, and the minutes they will take, from a few timed steps."""
+"""What a run would do: its stages, their network calls, and the minutes they take, from a few timed steps."""
 
 from __future__ import annotations
 
@@ -42,10 +42,8 @@ def show_plan(recipe: Recipe, out: Path) -> str:
             f"{name:12} {options.method:14} {parameter_count(module):11,} {options.samples:10,} "
             f"{pair_calls(run, options):>12} {'done' if done else f'{minutes:.1f}':>8}"
         )
-    lines += [
-        "",
-        f"about {total:.1f} minutes on this machine with {torch.get_num_threads()} thread(s), then the comparison",
-    ]
+    threads = torch.get_num_threads()
+    lines += ["", f"about {total:.1f} minutes on this machine with {threads} thread(s), then the comparison"]
     return "\n".join(lines)
 
 

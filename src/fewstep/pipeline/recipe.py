@@ -36,7 +36,7 @@ class CompareOptions(BaseModel):
     samples: int | None = Field(
         default=None, gt=5, description="generated samples; default min(4000, reference)"
     )
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -57,7 +57,7 @@ class Header(BaseModel):
     data: str | dict[str, Any]
     base: str | dict[str, Any] = "gaussian"
     network: str | dict[str, Any] = Field(default_factory=dict)
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     conditional: bool | None = Field(
         None, description="use the labels; default: when the recipe names a label file"
     )

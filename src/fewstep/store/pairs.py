@@ -1,10 +1,10 @@
 """The pair store: pairs (x0, x1) on disk, in shards, resumable, memory-mapped, with a manifest.
 
-A store is a folder with ``manifest.json`` and shards ``00000.safetensors`` … of :data:`SHARD_ROWS` rows each,
-holding ``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a killed generation
-goes on with the shards that are missing. The manifest says how the pairs were made (what was asked for, and what
-was settled when the store was begun); a store made otherwise is refused.
-Rows are split into a training and a held-out part (1 in 32) by a hash of the row number.
+A store is a folder with ``manifest.json`` and shards ``00000.safetensors`` … of :data:`SHARD_ROWS` rows
+each, holding ``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a
+killed generation goes on with the shards that are missing. The manifest says how the pairs were made (what
+was asked for, and what was settled when the store was begun); a store made otherwise is refused. Rows are
+split into a training and a held-out part (1 in 32) by a hash of the row number.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Training state on disk: one safetensors file per checkpoint, written atomically, newest two kept.
 
-A checkpoint holds the weights of every role, the EMA, the optimisers' tensors and, as JSON in the file's metadata,
-the samples seen and the running sums. Training draws are functions of samples seen, so a resumed run goes on bit
-for bit.
+A checkpoint holds the weights of every role, the EMA, the optimisers' tensors and, as JSON in the file's
+metadata, the samples seen and the running sums. Training draws are functions of samples seen, so a resumed
+run goes on bit for bit.
 """
 
 from __future__ import annotations

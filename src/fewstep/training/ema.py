@@ -26,14 +26,15 @@ class EMA:
         self.updates = 0
         live = module.state_dict()
         self.state: dict[str, Tensor] = {name: value.detach().clone() for name, value in live.items()}
-        averaged = [
-            name for name, p in module.named_parameters(remove_duplicate=False) if p.is_floating_point()
-        ]
-        self._sources = [live[name] for name in averaged]
+        parameters = dict(module.named_parameters(remove_duplicate=False))
+        averaged = [name for name, value in parameters.items() if value.is_floating_point()]
+        # the parameters themselves: a detached view would be left behind when their data is put elsewhere
+        self._sources = [parameters[name] for name in averaged]
         self._averages = [self.state[name] for name in averaged]
         # a module may put a new tensor in a buffer's place, so buffers are looked up at every update
         self._copied = [_locate(module, name) for name in live if name not in set(averaged)]
 
+    @torch.no_grad()
     def update(self) -> None:
         """Take the module's present weights into the average."""
         self.updates += 1

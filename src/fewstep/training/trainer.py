@@ -1,7 +1,7 @@
 """The trainer: optimiser steps, EMA, checkpoints, the non-finite guard, and nothing else.
 
-Everything random in a step is drawn from one generator seeded with (seed, stage, samples seen), for the global
-batch, and cut to the process's rows; so one process or several, resumed or not, take the same steps.
+Everything random in a step is drawn from one generator seeded with (seed, stage, samples seen), for the
+global batch, and cut to the process's rows; so one process or several, resumed or not, take the same steps.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ class Trainer:
             self.ema.load(_strip(tensors, "ema."), state["ema_updates"])
         except (KeyError, TypeError) as error:
             raise UserError(
-                f"the checkpoint {self._newest()} was written by another version of fewstep ({error}): delete "
-                "its folder to begin the stage again, or use another --out."
+                f"the checkpoint {self._newest()} was written by another version of fewstep ({error}): "
+                "delete its folder to begin the stage again, or use another --out."
             ) from error
         self._loaded = tensors
         return True
@@ -162,7 +162,7 @@ class Trainer:
         self.checkpoints.save(tensors, state, keep=keep)
 
     def _save_between_steps(self) -> None:
-        """A checkpoint, and when the next is due; none while steps are bad, so that the last good ones stay."""
+        """A checkpoint, and when the next is due; none while steps are bad, so that good ones stay."""
         if any(self.position.bad_steps.values()):
             return
         began = time.monotonic()
@@ -297,7 +297,7 @@ class Trainer:
 
 
 def learning_rate(options: Options, seen: int, samples: int) -> float:
-    """Linear warm-up over ``warmup · samples``, then a cosine to zero; ``seen`` are the samples before the step."""
+    """Linear warm-up over ``warmup · samples``, then a cosine to zero; ``seen`` counts those before the step."""
     begin = options.warmup * samples
     position = seen + options.batch_size / 2  # the middle of the step's batch
     if position < begin:
@@ -315,7 +315,8 @@ def _rows_of(world: LocalWorld, batch: int) -> slice | None:
         return None
     if batch % world.size:
         raise UserError(
-            f"batch_size {batch} does not divide among {world.size} processes: make it a multiple."
+            f"batch_size {batch} does not divide among {world.size} processes: make it a multiple of "
+            f"{world.size}."
         )
     each = batch // world.size
     return slice(world.rank * each, (world.rank + 1) * each)

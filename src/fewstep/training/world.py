@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
 import time
@@ -22,14 +23,20 @@ PLAIN_SECONDS = 10.0  # between two plain progress lines
 class LocalWorld:
     """One process, or one of several started by ``torchrun`` / ``accelerate launch``.
 
-    accelerate finds the device and the process group, and wraps modules; data order, random numbers, schedules
-    and checkpoints are not its business.
+    accelerate finds the device and the process group, and wraps modules; data order, random numbers,
+    schedules and checkpoints are not its business.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         from accelerate import PartialState
 
-        self._state = PartialState(timeout=WAIT)
+        # without a word, accelerate takes processes without an accelerator for strangers to each other
+        self._state = PartialState(cpu=_on_cpu(), timeout=WAIT)
+        assert self.size == int(os.environ.get("WORLD_SIZE", "1")), (
+            "as many processes as the launcher started"
+        )
+        if self.size > 1:
+            atexit.register(self._state.destroy_process_group)  # its threads must not outlive Python
         self.quiet = quiet
 
     @property
@@ -60,11 +67,12 @@ class LocalWorld:
         from torch.nn.parallel import DistributedDataParallel
 
         # precision is a stage's option, not the launcher's
-        wrapped = Accelerator(mixed_precision="no").prepare_model(module)
+        accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu")
+        wrapped = accelerator.prepare_model(module, device_placement=False)  # it is where it shall be
         if not isinstance(wrapped, DistributedDataParallel):
             raise UserError(
-                f"the launcher asks for {self._state.distributed_type.value}, and training here is data-parallel, "
-                "whole weights in every process: use torchrun, or 'accelerate launch --multi_gpu'."
+                f"the launcher asks for {self._state.distributed_type.value}, and training here is "
+                "data-parallel, whole weights in every process: use torchrun, or 'accelerate launch --multi_gpu'."
             )
         return wrapped
 
@@ -133,6 +141,12 @@ class Progress:
             left = (self.total - self.done) / max(rate, 1e-9)
             share = self.done / max(self.total, 1)
             print(f"  {self.label}: {share:4.0%}, {left:.0f} s left {self.note}".rstrip(), flush=True)
+
+
+def _on_cpu() -> bool:
+    """Whether this machine has no accelerator, or it is not wanted (``ACCELERATE_USE_CPU``)."""
+    wish = os.environ.get("ACCELERATE_USE_CPU", "").lower()
+    return wish in ("1", "true", "yes") or not torch.accelerator.is_available()
 
 
 def set_threads() -> int:
