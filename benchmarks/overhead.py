@@ -1,14 +1,15 @@
 """What the library's own work costs beside the network: `python benchmarks/overhead.py [--check]`.
 
-Every line times the library against the same work written by hand, back to back, in rounds of shuffled order. Printed
-are the median and the 10th percentile in microseconds per unit (a solver step, a network call, a training step), and the
-median over rounds of the ratio with its bar: other processes disturb both sides of a ratio alike. `--check` exits with 1
-when a bar is missed. Run it with OMP_NUM_THREADS=1.
+Every line times the library against the same work written by hand, back to back, in rounds of shuffled order.
+Printed are the median and the 10th percentile in microseconds per unit (a solver step, a network call, a
+training step), and the median over rounds of the ratio with its bar: other processes disturb both sides of a
+ratio alike. `--check` exits with 1 when a bar is missed. Run it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import random
 import statistics
 import sys
@@ -77,7 +78,7 @@ class TinyMLP(nn.Module):
         super().__init__()
         widths = [SIZE + 1, 64, 64, 64]
         layers: list[nn.Module] = []
-        for a, b in zip(widths[:-1], widths[1:], strict=True):
+        for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
         self.layers = nn.Sequential(*layers, nn.Linear(64, SIZE))
 
@@ -112,10 +113,13 @@ def loop_case(steps: int) -> Case:
             x = x + h * v(x, times[k])
         return x
 
-    return Case(f"loop, {steps} steps", lambda: fs.solve(v, x0, steps=steps), by_hand, steps, bar=1.5, repeats=20)
+    name = f"loop, {steps} steps"
+    return Case(name, lambda: fs.solve(v, x0, steps=steps), by_hand, steps, bar=1.5, repeats=20)
 
 
-def network_case(name: str, network: nn.Module, x0: Tensor, solver: str, nfe: int, bar: float, repeats: int) -> Case:
+def network_case(
+    name: str, network: nn.Module, x0: Tensor, solver: str, nfe: int, bar: float, repeats: int
+) -> Case:
     """A solve against the same number of bare network calls."""
     steps = nfe // SOLVER_CALLS[solver]
     t = torch.full((len(x0),), 0.5)
@@ -147,7 +151,8 @@ def training_case(steps: int) -> Case:
     phase = iter(range(1, 1_000_000))
 
     def ours() -> None:
-        trainer.train(next(phase), steps * BATCH, VelocityRegression(student, Linear(), Uniform()), batches, "")
+        objective = VelocityRegression(student, Linear(), Uniform())
+        trainer.train(next(phase), steps * BATCH, objective, batches, "")
 
     return Case("training step", ours, hand_written_training(data, options, steps), steps, bar=1.5)
 
@@ -192,7 +197,7 @@ def all_cases() -> list[Case]:
     return [
         loop_case(8),
         loop_case(50),
-        *(network_case("MLP 3x64, batch 64", tiny, points, solver, nfe, 1.12, 80 // nfe) for solver, nfe in plans),
+        *(network_case("MLP 3x64, batch 64", tiny, points, *plan, 1.12, 80 // plan[1]) for plan in plans),
         training_case(200),
         network_case("U-Net small, 1x28x28, batch 16", unet, torch.randn(16, 1, 28, 28), "euler", 4, 1.05, 1),
     ]

@@ -17,9 +17,11 @@ network: {name: mlp, preset: tiny}
 seed: 0
 stages:
   teacher: {method: flow_matching, samples: 12_000, batch_size: 128}
-  straight: {method: reflow, teacher: teacher, samples: 2_000, batch_size: 128, pairs: 300, nfe: 8, tolerance: 1}
-  onestep: {method: distill, teacher: teacher, init: straight, samples: 2_000, batch_size: 128, pairs: 300, nfe: 8,
-            tolerance: 1}
+  straight:
+    {method: reflow, teacher: teacher, samples: 2_000, batch_size: 128, pairs: 300, nfe: 8, tolerance: 1}
+  onestep:
+    {method: distill, teacher: teacher, init: straight, samples: 2_000, batch_size: 128, pairs: 300, nfe: 8,
+     tolerance: 1}
 compare: {steps: [1, 2], samples: 100}
 """
 
@@ -29,8 +31,9 @@ conditional: true
 network: {name: mlp, preset: tiny}
 stages:
   teacher: {method: flow_matching, samples: 12_000, batch_size: 128}
-  onestep: {method: distill, teacher: teacher, guidance: 2, samples: 2_000, batch_size: 128, pairs: 300, nfe: 8,
-            tolerance: 2}
+  onestep:
+    {method: distill, teacher: teacher, guidance: 2, samples: 2_000, batch_size: 128, pairs: 300, nfe: 8,
+     tolerance: 2}
 compare: {steps: [2], samples: 50}
 """
 
@@ -46,7 +49,7 @@ def quietly(*arguments: object) -> str:
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with a teacher, a straightened flow and a one-step student on 500 moons. Do not write to it."""
+    """A run on 500 moons: a teacher, a straightened flow and a one-step student. Do not write to it."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "tiny.yaml").write_text(TINY, encoding="utf-8")
     said = quietly("run", folder / "tiny.yaml", "--out", folder / "out")

@@ -52,7 +52,7 @@ def house(module: str) -> str:
 
 
 def imported(node: ast.AST) -> Iterator[str]:
-    """The modules that an import statement names; of ``from a import b`` both ``a`` and, if it is one, ``a.b``."""
+    """The modules that an import names; ``from a import b`` names ``a.b`` where that is a module."""
     if isinstance(node, ast.Import):
         yield from (alias.name for alias in node.names)
     elif isinstance(node, ast.ImportFrom):
@@ -104,12 +104,14 @@ def top_imports(module: str) -> list[tuple[str, int]]:
 
 
 def functions() -> Iterator[tuple[str, int]]:
-    """Every function and its number of lines, signature and docstring included."""
+    """Every function and its number of lines, docstrings not counted."""
     for module, tree in modules().items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                assert node.end_lineno is not None
-                yield f"{module}.{node.name}, line {node.lineno}", node.end_lineno - node.lineno + 1
+                first = node.body[0]
+                words = first.end_lineno - first.lineno + 1 if ast.get_docstring(node, clean=False) else 0
+                size = node.end_lineno - node.lineno + 1 - words
+                yield f"{module}.{node.name}, line {node.lineno}", size
 
 
 def test_every_module_has_a_floor() -> None:
@@ -183,8 +185,7 @@ def test_functions_are_short() -> None:
     assert sum(size < USUAL_FUNCTION for size in sizes.values()) >= 0.9 * len(sizes)
 
 
-def test_classes_are_abstract_or_final() -> None:
-    """A class that something inherits from is abstract, a protocol, an exception or pydantic options."""
+def test_nothing_inherits_from_a_final_class() -> None:
     classes = {
         node.name: node
         for tree in modules().values()

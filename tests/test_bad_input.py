@@ -1,4 +1,4 @@
-"""A user's mistake gets one paragraph that names the cause and the fix, exit code 2, and leaves nothing behind."""
+"""A mistake gets one paragraph naming the cause and the fix, exit code 2, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import fewstep
 from fewstep.cli.main import main
 
 RECIPE = """
@@ -26,9 +27,11 @@ data: {data}
 network: {{name: mlp, preset: tiny}}
 stages:
   teacher: {{method: flow_matching, samples: 256, batch_size: 128}}
-  straight: {{method: reflow, teacher: teacher, samples: 256, batch_size: 128, pairs: 100, nfe: 8, tolerance: 9,
-             real: independent}}
-  onestep: {{method: distill, teacher: teacher, samples: 256, batch_size: 128, pairs: 100, nfe: 8, tolerance: 9}}
+  straight:
+    {{method: reflow, teacher: teacher, samples: 256, batch_size: 128, pairs: 100, nfe: 8, tolerance: 9,
+      real: independent}}
+  onestep:
+    {{method: distill, teacher: teacher, samples: 256, batch_size: 128, pairs: 100, nfe: 8, tolerance: 9}}
 compare: {{steps: [1], samples: 50}}
 """
 
@@ -602,13 +605,14 @@ def test_wrong_arguments_are_named(
     refused(*arguments, words=words, box=True)
 
 
-def command(*arguments: object, **options: Any) -> subprocess.Popen[str]:
+def command(*arguments: object) -> subprocess.Popen[str]:
+    environment = {**os.environ, "PYTHONPATH": str(Path(fewstep.__file__).parents[1])}
     return subprocess.Popen(
         [sys.executable, "-m", "fewstep.cli.main", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        env=environment,
     )
 
 

@@ -190,13 +190,13 @@ def test_checkpoints_cost_a_fiftieth_of_the_time_at_most_and_are_never_far_apart
     student = Net()
 
     def hook(step: int) -> None:
-        clock.now += 0.25
+        clock.now += 0.5
 
-    start(student, tmp_path).trainer.train(0, 1000 * BATCH, Regression(student, hook), Noise(), "test")
+    start(student, tmp_path).trainer.train(0, 400 * BATCH, Regression(student, hook), Noise(), "test")
     assert saved[0] == pytest.approx(2.0, abs=0.5)
     gaps = [later - earlier - cost for earlier, later in pairwise(saved)]
     assert len(gaps) > 5
-    assert all(expected - 1e-6 <= gap <= expected + 0.5 for gap in gaps)
+    assert all(expected - 1e-6 <= gap <= expected + 0.5 + 1e-6 for gap in gaps)
 
 
 class Odd(nn.Module):

@@ -43,8 +43,8 @@ def mixture() -> closed_form.Mixture:
 
 
 FLOWS = {"gaussian": (gaussian, 2), "mixture": (mixture, 1)}
-# To a Gaussian the centred state obeys y' = a y with a = q'/(2q), and the midpoint rule's error of second order,
-# h^2 y int (a''/24 + a a'/4 + a^3/6) dt, is zero over [0, 1]: since a' = (1 + s^2)/q - 2 a^2, its parts cancel.
+# To a Gaussian the centred state obeys y' = a y, a = q'/(2q), and the midpoint rule's error of second order,
+# h^2 y int (a''/24 + a a'/4 + a^3/6) dt, is zero over [0, 1]: its parts cancel by a' = (1 + s^2)/q - 2 a^2.
 SUPERCONVERGENT = {("midpoint", "gaussian"): 3}
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fewstep.cli import verbs
+from fewstep.cli import arguments
 from fewstep.errors import UserError, unknown
 from fewstep.store.files import atomic_file, make_folder, write_array, write_json
 from fewstep.training.world import LocalWorld, set_threads
@@ -21,13 +21,13 @@ def check_place(folder: Path) -> None:
     make_folder(next(part for part in (folder, *folder.parents) if os.path.lexists(part)))
 
 
-def demo(options: verbs.Demo) -> int:
+def demo(options: arguments.Demo) -> int:
     """The digits recipe, from data to report."""
-    changed = verbs.Run("digits", out=options.out, set=(f"seed={options.seed}",))
+    changed = arguments.Run("digits", out=options.out, set=(f"seed={options.seed}",))
     return run(changed)
 
 
-def run(options: verbs.Run) -> int:
+def run(options: arguments.Run) -> int:
     """Run a recipe and compare its stages."""
     from fewstep.pipeline.dry import show_plan
     from fewstep.pipeline.finish import finish_run
@@ -53,7 +53,7 @@ def run(options: verbs.Run) -> int:
     return 0
 
 
-def sample(options: verbs.Sample) -> int:
+def sample(options: arguments.Sample) -> int:
     """Draw samples into a file."""
     from fewstep.generator import load
 
@@ -99,7 +99,7 @@ def writer(path: Path) -> Callable[[torch.Tensor], None]:
     return write
 
 
-def diagnose(options: verbs.Diagnose) -> int:
+def diagnose(options: arguments.Diagnose) -> int:
     """Measure a velocity model along its trajectories."""
     from fewstep.diagnostics.diagnose import diagnose as measure
     from fewstep.generator import load
@@ -145,7 +145,7 @@ def profile(times: np.ndarray, values: np.ndarray) -> str:
     return "  ".join(f"t={times[k]:.2f}: {values[k]:.3g}" for k in chosen)
 
 
-def compare(options: verbs.Compare) -> int:
+def compare(options: arguments.Compare) -> int:
     """Compare models on data."""
     from fewstep.data.load import load_data
     from fewstep.generator import load
@@ -186,10 +186,10 @@ def step_list(words: str) -> Sequence[int]:
     return steps
 
 
-def list(options: verbs.List) -> int:
+def list(options: arguments.List) -> int:
     """List what there is."""
-    if options.what not in verbs.LISTS:
-        raise unknown("list", options.what, verbs.LISTS)
+    if options.what not in arguments.LISTS:
+        raise unknown("list", options.what, arguments.LISTS)
     for name, text in catalogue(options.what):
         print(f"{name:20} {text}".rstrip())
     print(f"\nnext  {NEXT[options.what]}")
@@ -236,7 +236,7 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
     ]
 
 
-def doctor(options: verbs.Doctor) -> int:
+def doctor(options: arguments.Doctor) -> int:
     """Say what this machine can do."""
     import importlib.metadata as metadata
     import platform

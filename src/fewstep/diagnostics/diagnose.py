@@ -15,7 +15,6 @@ scale-free.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -114,7 +113,7 @@ def diagnose(
             nodes, a velocity that is not finite.
     """
     check_start(x0)
-    if nodes not in range(4, sys.maxsize, 2):
+    if not isinstance(nodes, int) or nodes < 4 or nodes % 2:
         raise UserError(f"nodes must be an even number of at least 4, got {nodes}.")
     cond = cond or {}
     for name, value in cond.items():

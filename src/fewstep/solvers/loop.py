@@ -109,7 +109,7 @@ def run(
 
 
 def _form(row: Row, kept: list[Any]) -> Tensor:
-    """Add up coefficient × tensor: ``x + h v`` is one kernel, further terms go into the new tensor in place."""
+    """Add up coefficient × tensor: ``x + h v`` is one kernel; more terms go into the new tensor in place."""
     x: Tensor = kept[row.base]
     own = row.factor != 1.0
     if own:

@@ -29,7 +29,7 @@ class EMA:
         parameters = dict(module.named_parameters(remove_duplicate=False))
         averaged = [name for name, value in parameters.items() if value.is_floating_point()]
         # the parameters themselves: a detached view would be left behind when their data is put elsewhere
-        self._sources = [parameters[name] for name in averaged]
+        self._sources: list[Tensor] = [parameters[name] for name in averaged]
         self._averages = [self.state[name] for name in averaged]
         # a module may put a new tensor in a buffer's place, so buffers are looked up at every update
         self._copied = [_locate(module, name) for name in live if name not in set(averaged)]

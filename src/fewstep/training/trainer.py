@@ -297,7 +297,7 @@ class Trainer:
 
 
 def learning_rate(options: Options, seen: int, samples: int) -> float:
-    """Linear warm-up over ``warmup · samples``, then a cosine to zero; ``seen`` counts those before the step."""
+    """Linear warm-up over ``warmup · samples``, then a cosine to zero; ``seen`` is where the step begins."""
     begin = options.warmup * samples
     position = seen + options.batch_size / 2  # the middle of the step's batch
     if position < begin:

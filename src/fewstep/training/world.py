@@ -32,11 +32,13 @@ class LocalWorld:
 
         # without a word, accelerate takes processes without an accelerator for strangers to each other
         self._state = PartialState(cpu=_on_cpu(), timeout=WAIT)
-        assert self.size == int(os.environ.get("WORLD_SIZE", "1")), (
-            "as many processes as the launcher started"
-        )
+        started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else self.size
+        if started != self.size:
+            raise UserError(
+                f"{started} processes were started, and accelerate sees {self.size}: use torchrun."
+            )
         if self.size > 1:
-            atexit.register(self._state.destroy_process_group)  # its threads must not outlive Python
+            atexit.register(_leave)
         self.quiet = quiet
 
     @property
@@ -71,8 +73,8 @@ class LocalWorld:
         wrapped = accelerator.prepare_model(module, device_placement=False)  # it is where it shall be
         if not isinstance(wrapped, DistributedDataParallel):
             raise UserError(
-                f"the launcher asks for {self._state.distributed_type.value}, and training here is "
-                "data-parallel, whole weights in every process: use torchrun, or 'accelerate launch --multi_gpu'."
+                f"the launcher asks for {self._state.distributed_type.value}, and training here keeps whole "
+                "weights in every process (DDP): use torchrun, or 'accelerate launch --multi_gpu'."
             )
         return wrapped
 
@@ -141,6 +143,12 @@ class Progress:
             left = (self.total - self.done) / max(rate, 1e-9)
             share = self.done / max(self.total, 1)
             print(f"  {self.label}: {share:4.0%}, {left:.0f} s left {self.note}".rstrip(), flush=True)
+
+
+def _leave() -> None:
+    """Leave the process group: its threads must not outlive Python."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _on_cpu() -> bool:

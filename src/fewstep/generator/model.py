@@ -1,18 +1,13 @@
-"""A generator: what the user holds in the end.
-
-A base distribution, a network, how it should be sampled, and how to turn the result back into data. On disk
-it is a folder with ``config.json``, ``model.safetensors`` (EMA weights) and a card, ``README.md``.
-"""
+"""The generator itself: from a user's wish for samples to samples in the data's units."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, final
+from typing import final
 
 import numpy as np
 import torch
@@ -23,53 +18,14 @@ from fewstep.errors import UserError, unknown
 from fewstep.flow.field import CountedField, Field, Guided
 from fewstep.flow.grids import GridSpec, explicit_times
 from fewstep.flow.noise import BLOCK, block_rows, generator_for, integer_rows, noise_rows
+from fewstep.generator.config import Config, read_config, sample_shape
+from fewstep.generator.folder import read_base, read_tensors, save_model, words
 from fewstep.networks import build
 from fewstep.solvers.solve import check_start, solve
-from fewstep.store.files import make_folder, read_json, write_json, write_text
 
-FORMAT = 1
 LABEL_DRAW = 1  # which table of draws the labels come from; 0 is the base noise
 
 Label = int | str | Sequence[int] | Sequence[str] | Tensor
-
-
-@final
-@dataclass(frozen=True)
-class Config:
-    """Everything about a generator but its weights; ``config.json`` holds these fields.
-
-    Attributes:
-        shape: of one sample inside the network.
-        kind: ``velocity``: any solver, any steps; ``map``: its own sampler, the step counts in ``steps``.
-        steps: step counts a map was made for.
-        default_steps: steps when the user names none.
-        solver, grid: how a velocity is sampled when the user names none.
-        network: resolved network configuration, None for a module fewstep did not build.
-        scaling: from network units to data units, None when they are the same.
-        class_weights: share of every class in the data; empty when unconditional.
-        label_names: the labels as the data names them, when they are not 0 … classes - 1.
-        guidance: guidance baked into the weights, None when there is none.
-        base: ``gaussian``, or ``empirical`` with the rows kept in ``base.safetensors``.
-        coupling: facts of the coupling it was trained on.
-        method, stage, data: where it comes from.
-    """
-
-    shape: tuple[int, ...]
-    kind: Literal["velocity", "map"] = "velocity"
-    steps: tuple[int, ...] | None = None
-    default_steps: int = 50
-    solver: str = "euler"
-    grid: str = "uniform"
-    network: dict[str, Any] | None = None
-    scaling: dict[str, Any] | None = None
-    class_weights: tuple[float, ...] = ()
-    label_names: tuple[str | int, ...] | None = None
-    guidance: float | None = None
-    base: Literal["gaussian", "empirical"] = "gaussian"
-    coupling: dict[str, Any] = field(default_factory=dict)
-    method: str | None = None
-    stage: str | None = None
-    data: dict[str, Any] = field(default_factory=dict)
 
 
 @final
@@ -121,7 +77,7 @@ class Generator:
             )
         if config is None:
             assert shape is not None
-            config = Config(shape=_sample_shape(shape))
+            config = Config(shape=sample_shape(shape))
         self.module = module.eval()
         self.config = config
         self.base_rows = base_rows
@@ -242,7 +198,7 @@ class Generator:
             allowed = config.steps or (1,)
             if steps is not None and steps not in allowed:
                 raise UserError(
-                    f"{self.name!r} was made for {_words(allowed)} step(s), not {steps}: leave steps out, or "
+                    f"{self.name!r} was made for {words(allowed)} step(s), not {steps}: leave steps out, or "
                     "sample the flow it was distilled from."
                 )
             if solver not in (None, "euler") or grid not in (None, "uniform"):
@@ -335,10 +291,10 @@ class Generator:
         if wrong:
             raise UserError(f"labels must be whole numbers or the data's names, got {wrong[0]!r}.")
         if names is None:
-            words = [n for n in given if isinstance(n, str) and not n.isdecimal()]
-            if words:
+            strange = [n for n in given if isinstance(n, str) and not n.isdecimal()]
+            if strange:
                 raise UserError(
-                    f"label {words[0]!r}: the classes of {self.name!r} are numbers, "
+                    f"label {strange[0]!r}: the classes of {self.name!r} are numbers, "
                     f"0 … {len(self.config.class_weights) - 1}."
                 )
             return torch.tensor([int(n) for n in given], dtype=torch.long)
@@ -355,24 +311,6 @@ class Generator:
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a card to a folder, atomically file by file."""
         return save_model(folder, self.module.state_dict(), self.config, self.base_rows)
-
-
-def save_model(
-    folder: str | Path, state: Mapping[str, Tensor], config: Config, base_rows: Tensor | None = None
-) -> Path:
-    """Write a model folder. ``config.json`` comes last, so a folder that has it is whole."""
-    from safetensors.torch import save
-
-    from fewstep.store.files import write_bytes
-
-    folder = make_folder(Path(folder))
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_bytes(folder / "model.safetensors", save(_unshared(tensors)))
-    if base_rows is not None:
-        write_bytes(folder / "base.safetensors", save({"rows": base_rows.contiguous()}))
-    write_text(folder / "README.md", model_card(config, sum(value.numel() for value in tensors.values())))
-    write_json(folder / "config.json", {"format": FORMAT, **asdict(config)})
-    return folder
 
 
 def load(
@@ -408,71 +346,10 @@ def load(
             f"the weights in {folder} do not fit the network: {what[0].rstrip('.')}{more}. They belong to "
             "another network than config.json describes: copy the folder again."
         ) from error
-    rows = _base_rows(folder / "base.safetensors", config.shape) if config.base == "empirical" else None
+    rows = read_base(folder / "base.safetensors", config.shape) if config.base == "empirical" else None
     generator = Generator(module.to(device).requires_grad_(False), config=config, base_rows=rows)
     generator.name = config.stage or folder.name
     return generator
-
-
-def read_config(folder: Path) -> Config:
-    """Read and check ``config.json``."""
-    path = folder / "config.json"
-    if not path.is_file():
-        what = "is not a folder" if not folder.is_dir() else "has no config.json"
-        raise UserError(f"{folder} is no model: it {what}. Give a stage's folder, such as runs/demo/teacher.")
-    values = read_json(path)
-    if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise UserError(
-            f"{path} is not a fewstep model's config, or of a newer version (format {FORMAT} is known)."
-        )
-    known = [entry.name for entry in fields(Config)]
-    for key in values:
-        if key not in known:
-            raise UserError(f"{path}: {unknown('key', key, known)} It may come from a newer version.")
-    return _checked_config(values, path)
-
-
-def _checked_config(values: dict[str, Any], path: Path) -> Config:
-    """The config with every field's type checked, and the fields that must agree compared."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        config = TypeAdapter(Config).validate_python(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
-        message = first["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
-        raise UserError(
-            f"{path} is damaged: {place!r} {message}. Restore the file or run the recipe again."
-        ) from error
-    network, weights = config.network or {}, config.class_weights
-    conflict = None
-    if not config.shape or min(config.shape) < 1:
-        conflict = f"shape {list(config.shape)} is no shape of a sample"
-    elif config.default_steps < 1 or min(config.steps or (1,)) < 1:
-        conflict = "step counts must be at least 1"
-    elif weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
-        conflict = "class_weights must be shares of classes"
-    elif network and list(network.get("shape", config.shape)) != list(config.shape):
-        conflict = (
-            f"the network is for samples of shape {network['shape']}, the model for {list(config.shape)}"
-        )
-    elif network and network.get("classes", len(weights)) != len(weights):
-        conflict = f"the network has {network['classes']} classes, and class_weights {len(weights)}"
-    elif config.scaling is not None and Scaling.from_dict(config.scaling).shape not in (None, config.shape):
-        conflict = f"the scaling is for another shape than {list(config.shape)}"
-    elif config.label_names is not None and len(config.label_names) != len(weights):
-        conflict = f"{len(config.label_names)} label_names for {len(weights)} classes"
-    if conflict:
-        raise UserError(f"{path} is damaged: {conflict}. Restore the file or run the recipe again.")
-    return config
-
-
-def _sample_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    sizes = tuple(shape) if isinstance(shape, list | tuple) else ()
-    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise UserError(f"shape must be the sizes of one sample, such as (2,) or (3, 32, 32), got {shape!r}.")
-    return sizes
 
 
 def _check_memory(num: int, shape: tuple[int, ...]) -> None:
@@ -487,81 +364,3 @@ def _check_memory(num: int, shape: tuple[int, ...]) -> None:
             f"{num:,} samples of shape {shape} take {size / 2**30:.0f} GiB, and this machine has "
             f"{memory / 2**30:.0f} GiB of memory: draw fewer at a time, with other seeds."
         )
-
-
-def _base_rows(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Rows of an empirical base."""
-    rows = read_tensors(path).get("rows")
-    if rows is None or tuple(rows.shape[1:]) != shape or not len(rows):
-        raise UserError(f"{path} holds no base rows of shape {shape}: copy the folder again.")
-    return rows
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, or say that it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is missing, truncated or no safetensors file ({error}): copy the folder again, or run "
-            "its recipe again."
-        ) from error
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of the weights, first 16 hex digits."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def model_card(config: Config, parameters: int) -> str:
-    """The card: what the model is and how to sample it."""
-    steps = _words(config.steps) if config.steps else "any number of"
-    what = "one-step map" if config.kind == "map" else "velocity field"
-    module = "" if config.network else ", module=net"  # a network that only the user can build
-    lines = [
-        "---",
-        "library_name: fewstep",
-        "tags: [flow-matching]",
-        "---",
-        f"# {config.stage or 'flow model'}",
-        "",
-        f"A {what} of {parameters:,} parameters"
-        + (f", trained with `{config.method}`" if config.method else "")
-        + (f" on `{config.data['name']}`" if config.data.get("name") else "")
-        + f". Samples in {steps} step(s).",
-    ]
-    if config.guidance is not None:
-        lines.append(f"Guidance {config.guidance:g} is baked into the weights; do not guide it again.")
-    lines += [
-        "",
-        "```python",
-        "import fewstep as fs",
-        "",
-        f'x = fs.load("path/to/this/folder"{module}).sample(64, seed=0)',
-        "```",
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def _words(numbers: Sequence[int] | None) -> str:
-    return ", ".join(map(str, numbers or ()))
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share storage, which safetensors refuses."""
-    seen: set[int] = set()
-    out = {}
-    for name, value in tensors.items():
-        pointer = value.untyped_storage().data_ptr()
-        out[name] = value.clone() if pointer in seen else value
-        seen.add(pointer)
-    return out

@@ -1,0 +1,25 @@
+"""A generator: what the user holds in the end.
+
+A base distribution, a network, how it should be sampled, and how to turn the result back into data. On disk
+it is a folder with ``config.json``, ``model.safetensors`` (EMA weights) and a card, ``README.md``.
+"""
+
+from __future__ import annotations
+
+from fewstep.generator.config import FORMAT, Config, read_config
+from fewstep.generator.folder import model_card, read_tensors, save_model, weights_digest
+from fewstep.generator.model import Draw, Generator, Label, load
+
+__all__ = [
+    "FORMAT",
+    "Config",
+    "Draw",
+    "Generator",
+    "Label",
+    "load",
+    "model_card",
+    "read_config",
+    "read_tensors",
+    "save_model",
+    "weights_digest",
+]
