@@ -2,8 +2,9 @@
 
 Every line times the library against the same work written by hand, back to back, in rounds of shuffled order.
 Printed are the median and the 10th percentile in microseconds per unit (a solver step, a network call, a
-training step), and the median over rounds of the ratio with its bar: other processes disturb both sides of a
-ratio alike. `--check` exits with 1 when a bar is missed. Run it with OMP_NUM_THREADS=1.
+training step), the median over rounds of the ratio, and the ratio of the 10th percentiles. A bar is missed
+when both ratios are above it, as other processes disturb them. `--check` exits with 1 when a bar is missed.
+Run it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -62,13 +63,21 @@ class Case:
         rounds = zip(self.times["ours"], self.times["by_hand"], strict=True)
         return statistics.median(ours / by_hand for ours, by_hand in rounds)
 
+    def low_ratio(self) -> float:
+        return float(np.percentile(self.times["ours"], 10) / np.percentile(self.times["by_hand"], 10))
+
+    def missed(self) -> bool:
+        return min(self.ratio(), self.low_ratio()) > self.bar
+
     def line(self) -> str:
         cells = [self.name]
         for side in ("ours", "by_hand"):
             values = self.times[side]
             cells.append(f"{statistics.median(values):.2f} ({np.percentile(values, 10):.2f})")
-        verdict = "" if self.ratio() <= self.bar else " missed"
-        return f"| {' | '.join(cells)} | {self.ratio():.3f} | {self.bar:.2f}{verdict} |"
+        verdict = " missed" if self.missed() else ""
+        return (
+            f"| {' | '.join(cells)} | {self.ratio():.3f} ({self.low_ratio():.3f}) | {self.bar:.2f}{verdict} |"
+        )
 
 
 class TinyMLP(nn.Module):
@@ -114,7 +123,7 @@ def loop_case(steps: int) -> Case:
         return x
 
     name = f"loop, {steps} steps"
-    return Case(name, lambda: fs.solve(v, x0, steps=steps), by_hand, steps, bar=1.5, repeats=20)
+    return Case(name, lambda: fs.solve(v, x0, steps=steps), by_hand, steps, bar=1.5, repeats=10)
 
 
 def network_case(
@@ -192,20 +201,29 @@ def hand_written_training(data: DataSet, options: Options, steps: int) -> Callab
 
 def all_cases() -> list[Case]:
     tiny, points = TinyMLP().eval(), torch.randn(64, SIZE)
-    plans = [("euler", 8), ("euler", 50), ("midpoint", 8), ("heun", 8), ("rk4", 8)]
+    plans = [
+        ("euler", 8),
+        ("euler", 50),
+        ("midpoint", 16),
+        ("heun", 16),
+        ("rk4", 32),
+    ]  # (solver, network calls)
     unet = networks.build(networks.resolve({"name": "unet", "preset": "small"}, (1, 28, 28))).eval()
     return [
         loop_case(8),
         loop_case(50),
-        *(network_case("MLP 3x64, batch 64", tiny, points, *plan, 1.12, 80 // plan[1]) for plan in plans),
-        training_case(200),
+        *(
+            network_case("MLP 3x64, batch 64", tiny, points, *plan, 1.12, max(1, 64 // plan[1]))
+            for plan in plans
+        ),
+        training_case(50),
         network_case("U-Net small, 1x28x28, batch 16", unet, torch.randn(16, 1, 28, 28), "euler", 4, 1.05, 1),
     ]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")
     options = parser.parse_args()
     torch.manual_seed(0)
@@ -221,12 +239,12 @@ def main() -> int:
             order.shuffle(sides)
             for side in sides:
                 case.measure(side)
-    print("| case | fewstep, µs | by hand, µs | median ratio | bar |\n|---|---|---|---|---|")
+    print("| case | fewstep, µs | by hand, µs | ratio | bar |\n|---|---|---|---|---|")
     for case in cases:
         print(case.line())
     print(f"\nMedian (10th percentile) of {options.rounds} rounds in shuffled order, ", end="")
     print(f"torch {torch.__version__}, {torch.get_num_threads()} thread(s).")
-    missed = [case.name for case in cases if case.ratio() > case.bar]
+    missed = [case.name for case in cases if case.missed()]
     if options.check and missed:
         print(f"bars missed: {', '.join(missed)}", file=sys.stderr)
         return 1

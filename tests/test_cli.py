@@ -190,6 +190,8 @@ def test_run_says_what_it_wrote_and_the_same_command_again_leaves_it_alone(
         assert words in said
     for name in ("recipe.yaml", "run.json", "stats.jsonl", "compare.json", "compare.md", "report.html"):
         assert (tiny_run / name).is_file()
+    report = (tiny_run / "report.html").read_text(encoding="utf-8")
+    assert "<td>300</td>" in report.replace(" ", "")  # the pairs that the stages learned from
     shutil.copytree(tiny_run, tmp_path / "out")
     weights = [path.read_bytes() for path in sorted(tiny_run.glob("*/model.safetensors"))]
     # the recipe that the run wrote down, every default filled in, is the same run

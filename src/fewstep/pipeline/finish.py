@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,18 @@ def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
         seed=header.compare.seed,
     )
     print("\n" + table(result))
-    return write_comparison(out, result, models, data, recipe)
+    pairs = {
+        model.name: found
+        for model, folder in zip(models, folders, strict=True)
+        if (found := last_pairs(folder))
+    }
+    return write_comparison(out, result, models, data, recipe, pairs)
+
+
+def last_pairs(folder: Path) -> Path | None:
+    """The pairs that a stage's last round learned from; None for a stage without pairs."""
+    stores = [path.parent for path in (folder / "pairs").glob("*/generated/manifest.json")]
+    return max(stores, key=lambda store: (len(store.parent.name), store.parent.name), default=None)
 
 
 def write_comparison(
@@ -39,6 +50,7 @@ def write_comparison(
     models: Sequence[Generator],
     data: DataSet,
     recipe: Recipe | None = None,
+    pairs: Mapping[str, Path] | None = None,
 ) -> Path:
     """Write the comparison's files; return the report's path."""
     from fewstep.report import write_report
@@ -54,6 +66,7 @@ def write_comparison(
         title=out.resolve().name,
         recipe_text=recipe_file.read_text(encoding="utf-8") if recipe and recipe_file.exists() else None,
         environment=environment(recipe.header.seed if recipe else result["protocol"]["seed"]),
+        pairs=pairs,
         command=" ".join(["fewstep", *sys.argv[1:]]),
         stats=out / "stats.jsonl" if recipe else None,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
@@ -283,13 +283,13 @@ def make_recipe(fields: Any, where: str) -> Recipe:
         raise UserError(f"{where} has no stages: add 'stages:' with at least one named stage.")
     checked: dict[str, Options] = {}
     for name, options in stages.items():
-        checked[str(name)] = _check_stage(str(name), options, checked)
+        checked[str(name)] = _check_stage(str(name), options, checked, [str(other) for other in stages])
     recipe = Recipe(header, checked)
     _check_guidance(recipe)
     return recipe
 
 
-def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options]) -> Options:
+def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: Sequence[str]) -> Options:
     where = f"stage {name!r}"
     if not STAGE_NAME.fullmatch(name):
         raise UserError(f"{where}: a stage's name is a folder's name; use letters, digits, '_' and '-'.")
@@ -309,6 +309,10 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options]) -> Opti
     options: Options = validated(spec.options, fields, where)
     for role, chosen in (("teacher", options.teacher), ("init", options.init)):
         if chosen is not None and chosen not in earlier:
+            if chosen in names and chosen != name:
+                raise UserError(
+                    f"{where}: its {role} {chosen!r} comes later: put that stage before this one."
+                )
             _check_folder(where, role, chosen, earlier)
     return options
 
