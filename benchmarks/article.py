@@ -1,4 +1,4 @@
-"""The article's claims about ReFlow, measured on digits: `python benchmarks/article.py --out runs/article --seeds 0,1,2`.
+"""The article's claims about ReFlow on digits: `python benchmarks/article.py --out runs/article --seeds 0,1,2`.
 
 One teacher per seed; every line of the table is a ReFlow stage learnt from it, equal in samples seen. The same command
 again resumes. Prints a Markdown table of means over seeds (with the largest deviation from the mean).

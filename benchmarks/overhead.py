@@ -75,9 +75,7 @@ class Case:
             values = self.times[side]
             cells.append(f"{statistics.median(values):.2f} ({np.percentile(values, 10):.2f})")
         verdict = " missed" if self.missed() else ""
-        return (
-            f"| {' | '.join(cells)} | {self.ratio():.3f} ({self.low_ratio():.3f}) | {self.bar:.2f}{verdict} |"
-        )
+        return f"| {' | '.join(cells)} | {self.ratio():.3f} ({self.low_ratio():.3f}) | {self.bar:.2f}{verdict} |"
 
 
 class TinyMLP(nn.Module):
@@ -126,9 +124,7 @@ def loop_case(steps: int) -> Case:
     return Case(name, lambda: fs.solve(v, x0, steps=steps), by_hand, steps, bar=1.5, repeats=10)
 
 
-def network_case(
-    name: str, network: nn.Module, x0: Tensor, solver: str, nfe: int, bar: float, repeats: int
-) -> Case:
+def network_case(name: str, network: nn.Module, x0: Tensor, solver: str, nfe: int, bar: float, repeats: int) -> Case:
     """A solve against the same number of bare network calls."""
     steps = nfe // SOLVER_CALLS[solver]
     t = torch.full((len(x0),), 0.5)
@@ -212,10 +208,7 @@ def all_cases() -> list[Case]:
     return [
         loop_case(8),
         loop_case(50),
-        *(
-            network_case("MLP 3x64, batch 64", tiny, points, *plan, 1.12, max(1, 64 // plan[1]))
-            for plan in plans
-        ),
+        *(network_case("MLP 3x64, batch 64", tiny, points, *plan, 1.12, max(1, 64 // plan[1])) for plan in plans),
         training_case(50),
         network_case("U-Net small, 1x28x28, batch 16", unet, torch.randn(16, 1, 28, 28), "euler", 4, 1.05, 1),
     ]

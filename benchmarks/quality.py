@@ -80,7 +80,10 @@ def mixtures(out: Path, seed: int) -> Line:
     random = np.random.default_rng(seed)
     modes = int(random.integers(3, 8))
     weights = random.dirichlet(2 * np.ones(modes))
-    means, widths = 4 * random.normal(size=(modes, 2)), np.exp(random.uniform(np.log(0.05), np.log(0.8), modes))
+    means, widths = (
+        4 * random.normal(size=(modes, 2)),
+        np.exp(random.uniform(np.log(0.05), np.log(0.8), modes)),
+    )
     chosen = random.choice(modes, p=weights, size=20_000)
     x = 10 * (means[chosen] + widths[chosen, None] * random.normal(size=(20_000, 2))) + 100
     out.mkdir(parents=True, exist_ok=True)
@@ -97,14 +100,16 @@ def mixtures(out: Path, seed: int) -> Line:
     reflowed = energies(load(out / "straight"), train, [1])[0]
     distilled = energies(load(out / "onestep"), train, [1])[0]
     bars = [reflowed / (first / 20), reflowed / (3 * many + 0.003), distilled / (1.2 * reflowed)]
-    return [str(modes), *(f"{v:.5f}" for v in (first, many, reflowed, distilled)), *(f"{b:.3f}" for b in bars)]
+    return [
+        str(modes),
+        *(f"{v:.5f}" for v in (first, many, reflowed, distilled)),
+        *(f"{b:.3f}" for b in bars),
+    ]
 
 
 def ot(out: Path, seed: int) -> Line:
     """Sliced W2 of one step from eight Gaussians to moons, for both couplings."""
-    stages = {
-        name: {"method": "flow_matching", "coupling": name, "samples": 200_000} for name in ("independent", "ot")
-    }
+    stages = {name: {"method": "flow_matching", "coupling": name, "samples": 200_000} for name in ("independent", "ot")}
     recipe = make_recipe(
         {"data": "moons", "base": "eight_gaussians", "seed": seed, "stages": stages}, "benchmarks/quality.py"
     )
@@ -119,11 +124,14 @@ TABLES: dict[str, tuple[Any, str]] = {
         "teacher@1 | teacher@50 | straight@1 | onestep@1 | S ratio (≤ .1) | straight@1 / teacher@1 (≤ .05) | "
         "straight@1 / teacher@50 (≤ 2.5) | (onestep − .002) / teacher@50 (≤ 1.3)",
     ),
-    "conditional": (conditional, "held-out data | teacher@50 | teacher@50, w = 2 | straight@1 | onestep@1 (≥ .97)"),
+    "conditional": (
+        conditional,
+        "held-out data | teacher@50 | teacher@50, w = 2 | straight@1 | onestep@1 (≥ .97)",
+    ),
     "mixtures": (
         mixtures,
-        "modes | teacher@1 | teacher@50 | straight@1 | onestep@1 | of bar: teacher@1 / 20 | of bar: 3 teacher@50 + .003 "
-        "| of bar: 1.2 straight@1",
+        "modes | teacher@1 | teacher@50 | straight@1 | onestep@1 | of bar: teacher@1 / 20 | of bar: 3 teacher@50 + .003"
+        " | of bar: 1.2 straight@1",
     ),
     "ot": (ot, "independent | ot"),
 }

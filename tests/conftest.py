@@ -69,9 +69,7 @@ def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = random.normal(size=(500, 2)) * 0.3 + 4.0 * kind[:, None] * [1, 0]
     np.save(folder / "rows.npy", rows.astype(np.float32))
     np.save(folder / "labels.npy", np.array([2, 5, 9])[kind])
-    recipe = LABELLED.replace("rows.npy", str(folder / "rows.npy")).replace(
-        "labels.npy", str(folder / "labels.npy")
-    )
+    recipe = LABELLED.replace("rows.npy", str(folder / "rows.npy")).replace("labels.npy", str(folder / "labels.npy"))
     (folder / "labelled.yaml").write_text(recipe, encoding="utf-8")
     quietly("run", folder / "labelled.yaml", "--out", folder / "out")
     return folder / "out"

@@ -133,9 +133,7 @@ def test_imports_go_down_the_floors(module: str) -> None:
 def test_the_lowest_floor_imports_nothing_of_the_house() -> None:
     assert not own_imports("fewstep.errors")
     assert all(house(name) == "errors" for name, _ in own_imports("fewstep.citations"))
-    assert not [name for name, _ in top_imports("fewstep") if name.startswith("fewstep")], (
-        "names are loaded lazily"
-    )
+    assert not [name for name, _ in top_imports("fewstep") if name.startswith("fewstep")], "names are loaded lazily"
 
 
 def test_there_are_no_circles() -> None:
@@ -158,9 +156,7 @@ def test_there_are_no_circles() -> None:
 @pytest.mark.parametrize("module", [m for m in modules() if house(m) in LIGHT_PACKAGES])
 def test_lower_floors_import_torch_and_numpy_only(module: str) -> None:
     allowed = LIGHT | sys.stdlib_module_names
-    heavy = [
-        f"line {line}: {name}" for name, line in top_imports(module) if name.split(".")[0] not in allowed
-    ]
+    heavy = [f"line {line}: {name}" for name, line in top_imports(module) if name.split(".")[0] not in allowed]
     assert not heavy, f"{module} imports at module top what belongs into the function that uses it: {heavy}"
 
 
@@ -187,10 +183,7 @@ def test_functions_are_short() -> None:
 
 def test_nothing_inherits_from_a_final_class() -> None:
     classes = {
-        node.name: node
-        for tree in modules().values()
-        for node in ast.walk(tree)
-        if isinstance(node, ast.ClassDef)
+        node.name: node for tree in modules().values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
     }
     finals = {
         name

@@ -282,9 +282,7 @@ def test_a_stage_that_is_a_one_step_map_is_refused_as_a_teacher(refused: Check) 
     refused("run", "r.yaml", "--out", "out", words=("'b'", "one-step map"))
 
 
-def test_an_outside_teacher_of_another_shape_is_refused_before_anything_trains(
-    refused: Check, tiny_run: Path
-) -> None:
+def test_an_outside_teacher_of_another_shape_is_refused_before_anything_trains(refused: Check, tiny_run: Path) -> None:
     changes = ("data=wide.npy", f"stages.straight.teacher={tiny_run / 'teacher'}")
     refused("run", "r.yaml", "--out", "out", "--set", changes[0], "--set", changes[1], words="(2,)")
 
@@ -336,9 +334,7 @@ SAMPLE = [
 
 
 @pytest.mark.parametrize(("options", "words"), SAMPLE, ids=[" ".join(options) for options, _ in SAMPLE])
-def test_a_wrong_wish_for_samples_is_refused(
-    refused: Check, tiny_run: Path, options: list[str], words: str
-) -> None:
+def test_a_wrong_wish_for_samples_is_refused(refused: Check, tiny_run: Path, options: list[str], words: str) -> None:
     number = [] if options[0] == "--num" else ["--num", "4"]
     refused("sample", tiny_run / "teacher", *number, *options, "--out", "new/x.npy", words=words)
 
@@ -352,9 +348,7 @@ def test_a_wrong_wish_for_samples_is_refused(
         (["--grid", "shift:3"], "its own sampler"),
     ],
 )
-def test_a_map_refuses_another_sampler(
-    refused: Check, tiny_run: Path, options: list[str], words: str
-) -> None:
+def test_a_map_refuses_another_sampler(refused: Check, tiny_run: Path, options: list[str], words: str) -> None:
     refused("sample", tiny_run / "onestep", "--num", "4", *options, "--out", "x.npy", words=words)
 
 
@@ -389,9 +383,7 @@ def test_guidance_on_a_model_that_has_it_baked_in_is_refused(refused: Check, lab
         ("r.yaml/x.png", "'r.yaml' is a file"),
     ],
 )
-def test_an_unusable_file_for_samples_is_refused(
-    refused: Check, tiny_run: Path, out: str, words: str
-) -> None:
+def test_an_unusable_file_for_samples_is_refused(refused: Check, tiny_run: Path, out: str, words: str) -> None:
     refused("sample", tiny_run / "teacher", "--num", "4", "--out", out, words=words)
 
 
@@ -448,9 +440,7 @@ CONFIGS: list[tuple[str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "words"), CONFIGS, ids=[f"{k}={v!r}" for k, v, _ in CONFIGS])
-def test_a_damaged_config_is_refused(
-    refused: Check, tiny_run: Path, key: str, value: Any, words: str
-) -> None:
+def test_a_damaged_config_is_refused(refused: Check, tiny_run: Path, key: str, value: Any, words: str) -> None:
     copy_model(tiny_run)
     fields = json.loads(Path("model/config.json").read_text(encoding="utf-8"))
     fields[key] = {**fields["network"], **value} if key == "network" and isinstance(value, dict) else value
@@ -537,9 +527,7 @@ def test_a_truncated_checkpoint_is_refused_and_named(here: Path, refused: Check,
     ],
     ids=" ".join,
 )
-def test_a_comparison_that_cannot_be_is_refused(
-    refused: Check, tiny_run: Path, options: list[str], words: str
-) -> None:
+def test_a_comparison_that_cannot_be_is_refused(refused: Check, tiny_run: Path, options: list[str], words: str) -> None:
     refused("compare", tiny_run / "teacher", *options, "--out", "new", words=words)
 
 
@@ -575,9 +563,7 @@ def test_diagnosing_a_map_or_one_noise_is_refused(refused: Check, tiny_run: Path
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_an_unknown_word_is_answered_with_the_likely_one(
-    refused: Check, arguments: list[str], words: str
-) -> None:
+def test_an_unknown_word_is_answered_with_the_likely_one(refused: Check, arguments: list[str], words: str) -> None:
     refused(*arguments, words=words)
 
 
@@ -599,9 +585,7 @@ def test_an_unknown_word_is_answered_with_the_likely_one(
     ],
     ids=lambda value: " ".join(value)[:40] if isinstance(value, list) else "",
 )
-def test_wrong_arguments_are_named(
-    refused: Check, arguments: list[str], words: str | tuple[str, ...]
-) -> None:
+def test_wrong_arguments_are_named(refused: Check, arguments: list[str], words: str | tuple[str, ...]) -> None:
     refused(*arguments, words=words, box=True)
 
 

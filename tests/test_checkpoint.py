@@ -96,8 +96,7 @@ def test_a_run_killed_between_phases_does_not_repeat_the_first(tmp_path: Path) -
     resumed.trainer.train(0, STEPS * BATCH, Regression(again, lambda step: math.nan), Noise(), "test")
     assert resumed.trainer.position == run.trainer.position
     assert all(
-        torch.equal(a, b)
-        for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True)
+        torch.equal(a, b) for a, b in zip(student.state_dict().values(), again.state_dict().values(), strict=True)
     )
 
 

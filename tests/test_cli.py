@@ -182,9 +182,7 @@ def test_diagnose_prints_a_grid_that_sample_takes(tiny_run: Path, tmp_path: Path
     assert np.load(tmp_path / "x.npy").shape == (64, 2)
 
 
-def test_run_says_what_it_wrote_and_the_same_command_again_leaves_it_alone(
-    tiny_run: Path, tmp_path: Path
-) -> None:
+def test_run_says_what_it_wrote_and_the_same_command_again_leaves_it_alone(tiny_run: Path, tmp_path: Path) -> None:
     said = (tiny_run.parent / "said.txt").read_text(encoding="utf-8")
     for words in (f"wrote   {tiny_run}", "report  ", "next    fewstep sample"):
         assert words in said

@@ -61,9 +61,7 @@ def full(n: int, t: float) -> Tensor:
 
 
 ALL = pytest.mark.parametrize("flow", flows(), ids=name)
-WITH_DENSITY = pytest.mark.parametrize(
-    "flow", [f for f in flows() if not isinstance(f, CoupledGaussian)], ids=name
-)
+WITH_DENSITY = pytest.mark.parametrize("flow", [f for f in flows() if not isinstance(f, CoupledGaussian)], ids=name)
 
 
 @ALL
@@ -180,9 +178,7 @@ def test_one_dimensional_map_is_accurate_in_tails_and_gaps() -> None:
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=D), torch.tensor(1.0, dtype=D))
     inner = -3 + 0.1 * normal.icdf(2 * normal.cdf(x[1]))  # the left mode holds the left half
     torch.testing.assert_close(end[1], inner, rtol=1e-9, atol=1e-9)
-    assert float(end[0]) == pytest.approx(
-        -3 - 0.1 * 11.94, abs=0.02
-    )  # F(x) = Phi(-12): 2 Phi(-12) = Phi(-11.94)
+    assert float(end[0]) == pytest.approx(-3 - 0.1 * 11.94, abs=0.02)  # F(x) = Phi(-12): 2 Phi(-12) = Phi(-11.94)
     gap = flow.flow_map(torch.tensor([[1e-12]], dtype=D), full(1, 0.0), full(1, 1.0))
     assert abs(float(gap)) < 3
 
@@ -230,9 +226,7 @@ def test_loss_floor_straightness_and_their_split(rho: float, std: float) -> None
     zt = flow.flow_map(z0, 0 * ones, nodes)
     # Everything is affine in z0 ~ N(0, 1): E f(z0)^2 = (f(1)^2 + f(-1)^2) / 2.
     gap = [
-        flow.flow_map(s * z0, 0 * ones, ones)
-        - s * z0
-        - flow.velocity(flow.flow_map(s * z0, 0 * ones, nodes), nodes)
+        flow.flow_map(s * z0, 0 * ones, ones) - s * z0 - flow.velocity(flow.flow_map(s * z0, 0 * ones, nodes), nodes)
         for s in (1, -1)
     ]
     straightness = float((gap[0] ** 2 + gap[1] ** 2).mean() / 2)
@@ -301,10 +295,7 @@ def test_euler_on_the_angle_grid_obeys_the_cosine_law(rho: float, steps: int) ->
 
 
 def test_cosine_law_figures() -> None:
-    stds = [
-        euler_std(coupled_gaussian(0.0, 1.0, 0.0), coupled_gaussian(0, 1, 0).angle_grid(k))
-        for k in (1, 2, 4, 8)
-    ]
+    stds = [euler_std(coupled_gaussian(0.0, 1.0, 0.0), coupled_gaussian(0, 1, 0).angle_grid(k)) for k in (1, 2, 4, 8)]
     assert stds == pytest.approx([0, 0.5, 0.7286, 0.8562], abs=5e-5)
 
 
@@ -335,9 +326,7 @@ def test_joint_gaussian_velocity_is_the_regression_of_pairs() -> None:
     design = torch.cat([torch.ones(len(x), 1, dtype=D), x], 1)
     fit = torch.linalg.lstsq(design, x1 - x0).solution
     probe = torch.randn(5, 3, generator=generator, dtype=D)
-    exact = joint_gaussian_velocity(
-        probe, full(5, 0.3), mean0, mean1, joint[:3, :3], joint[3:, 3:], joint[3:, :3]
-    )
+    exact = joint_gaussian_velocity(probe, full(5, 0.3), mean0, mean1, joint[:3, :3], joint[3:, 3:], joint[3:, :3])
     torch.testing.assert_close(fit[0] + probe @ fit[1:], exact, rtol=0, atol=0.03)
     std = torch.tensor([0.5, 1.0, 2.0], dtype=D)
     family = coupled_gaussian(mean1, std, 0.4)

@@ -144,9 +144,7 @@ def test_more_samples_than_the_protocol_has_are_not_claimed(tiny_run: Path, moon
 
 def test_models_of_one_name_are_told_apart_by_their_folders() -> None:
     models = [linear(2, stage=name) for name in ("teacher", "teacher", "onestep", "teacher")]
-    name_apart(
-        models, [Path("/r/a/teacher"), Path("/r/b/teacher"), Path("/r/b/onestep"), Path("/q/a/teacher")]
-    )
+    name_apart(models, [Path("/r/a/teacher"), Path("/r/b/teacher"), Path("/r/b/onestep"), Path("/q/a/teacher")])
     assert [model.name for model in models] == ["r/a/teacher", "r/b/teacher", "onestep", "q/a/teacher"]
     models = [linear(2, stage="teacher"), linear(2, stage="teacher")]
     name_apart(models, [Path("/r/a/teacher"), Path("/r/b/teacher")])

@@ -118,9 +118,7 @@ def test_wrong_scalings_are_refused(fields: dict[str, Any], message: str) -> Non
 
 def test_rows_of_another_shape_are_refused() -> None:
     scaling = Scaling(shape=(1, 2, 2), layout="HW")
-    with pytest.raises(
-        UserError, match=r"rows have shape \(3, 2\).* rows of shape \(2, 2\) \(inside the net"
-    ):
+    with pytest.raises(UserError, match=r"rows have shape \(3, 2\).* rows of shape \(2, 2\) \(inside the net"):
         scaling.to_network(np.zeros((5, 3, 2)))
     with pytest.raises(UserError, match=r"rows of shape \(2, 2\) came, and this data has \(1, 2, 2\)"):
         scaling.to_data(torch.zeros(5, 2, 2))
@@ -443,9 +441,7 @@ def fashion_mnist() -> Path:
 
 def test_fashion_mnist_is_read_as_published() -> None:
     folder = fashion_mnist()
-    data = load_data(
-        {"path": folder / "t10k-images-idx3-ubyte.gz", "labels": folder / "t10k-labels-idx1-ubyte.gz"}
-    )
+    data = load_data({"path": folder / "t10k-images-idx3-ubyte.gz", "labels": folder / "t10k-labels-idx1-ubyte.gz"})
     assert (data.rows.shape, data.data_shape, data.classes) == ((10_000, 1, 28, 28), (28, 28), 10)
     assert data.labels is not None
     assert data.labels[:10].tolist() == [9, 2, 1, 1, 6, 1, 4, 6, 5, 7]

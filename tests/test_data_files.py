@@ -43,9 +43,7 @@ def test_npy_keeps_content_and_dtype(tmp_path: Path, dtype: str) -> None:
     assert np.allclose(back.numpy(), rows.astype(np.float32), atol=1e-6)
 
 
-def test_large_npy_files_are_mapped_and_equal_small_ones(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_npy_files_are_mapped_and_equal_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "a.npy", PIXELS)
     small = load_data(str(tmp_path / "a.npy"))
     monkeypatch.setattr("fewstep.data.arrays.LARGE", 1)
@@ -275,9 +273,7 @@ def test_idx_images_and_labels_round_trip(tmp_path: Path, packed: bool) -> None:
         load_data(labels)
 
 
-@pytest.mark.parametrize(
-    ("dtype", "code"), [("i1", 0x09), ("i2", 0x0B), ("i4", 0x0C), ("f4", 0x0D), ("f8", 0x0E)]
-)
+@pytest.mark.parametrize(("dtype", "code"), [("i1", 0x09), ("i2", 0x0B), ("i4", 0x0C), ("f4", 0x0D), ("f8", 0x0E)])
 def test_all_types_of_idx_are_read(tmp_path: Path, dtype: str, code: int) -> None:
     rows = RNG.integers(-100, 100, (5, 3)).astype(dtype)
     (tmp_path / "a.idx").write_bytes(idx_bytes(rows, code))

@@ -112,9 +112,7 @@ def test_the_one_step_gap_of_a_gaussian_flow_is_its_closed_form() -> None:
 
 
 def test_in_one_dimension_a_path_that_never_turns_is_as_long_as_its_chord() -> None:
-    flow = closed_form.mixture(
-        torch.tensor([0.5, 0.5]), torch.tensor([[8.0], [10.0]]), torch.tensor([0.5, 1.0])
-    )
+    flow = closed_form.mixture(torch.tensor([0.5, 0.5]), torch.tensor([[8.0], [10.0]]), torch.tensor([0.5, 1.0]))
     d = fs.diagnose(flow.velocity, standardised(64, 1))
     assert d.path_length_ratio == pytest.approx(1, abs=1e-6)
     assert d.straightness > 0.1  # it changes speed all the same
@@ -228,9 +226,7 @@ def test_difference_and_quadrature_are_exact_for_polynomials() -> None:
         slope = power * times ** max(power - 1, 0)
         np.testing.assert_allclose(difference_matrix(10) @ times**power, slope, atol=1e-12)
     assert simpson_weights(10) @ times**3 == pytest.approx(1 / 4, abs=1e-15)
-    np.testing.assert_allclose(
-        difference_matrix(4) @ np.linspace(0, 1, 5) ** 4, 4 * np.linspace(0, 1, 5) ** 3
-    )
+    np.testing.assert_allclose(difference_matrix(4) @ np.linspace(0, 1, 5) ** 4, 4 * np.linspace(0, 1, 5) ** 3)
 
 
 @pytest.mark.parametrize(

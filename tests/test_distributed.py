@@ -49,9 +49,7 @@ def train_players(out: Path, world: LocalWorld) -> None:
     """Two roles on two phases, with checkpoints."""
     student = Net(dropout=0.0)
     lines: list[dict[str, Any]] = []
-    made = Trainer(
-        student, options(batch_size=16), (0, "gan"), world, Checkpoints(out / "players"), lines.append
-    )
+    made = Trainer(student, options(batch_size=16), (0, "gan"), world, Checkpoints(out / "players"), lines.append)
     for number in range(2):
         made.train(number, 16 * 20, TwoPlayers(student, dropout=0.0), Noise(), "players")
     made.save(keep=1)
@@ -116,9 +114,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def losses(out: Path, stage: str) -> torch.Tensor:
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
-    return torch.tensor(
-        [line["terms"]["loss"] for line in lines if line["stage"] == stage], dtype=torch.float64
-    )
+    return torch.tensor([line["terms"]["loss"] for line in lines if line["stage"] == stage], dtype=torch.float64)
 
 
 @pytest.mark.parametrize("stage", ["flow", "straight"])
@@ -181,7 +177,5 @@ def test_a_batch_that_does_not_divide_is_refused() -> None:
     class Three:
         size, rank, device = 3, 0, torch.device("cpu")
 
-    with pytest.raises(
-        UserError, match="batch_size 64 does not divide among 3 processes: make it a multiple of 3"
-    ):
+    with pytest.raises(UserError, match="batch_size 64 does not divide among 3 processes: make it a multiple of 3"):
         Trainer(Net(), options(batch_size=64), (0, "s"), Three())  # type: ignore[arg-type]

@@ -79,9 +79,7 @@ def test_data_reach_the_disk_before_the_rename_and_the_folder_after(
     assert events == ["file", "replace", "folder"]
 
 
-def test_a_failed_rename_is_a_user_error_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_rename_is_a_user_error_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(source: Path, target: Path) -> None:
         raise OSError(28, "No space left on device")
 

@@ -58,8 +58,7 @@ def test_samples_are_the_solution_from_the_seeds_noise() -> None:
 def test_the_scaling_takes_samples_to_the_datas_units() -> None:
     scaling = Scaling(shift=10.0, scale=4.0, clip=(0.0, 20.0), shape=(2,))
     plain, scaled = (
-        fs.Generator(Affine(), config=Config(shape=(2,), scaling=fields))
-        for fields in (None, scaling.as_dict())
+        fs.Generator(Affine(), config=Config(shape=(2,), scaling=fields)) for fields in (None, scaling.as_dict())
     )
     torch.testing.assert_close(
         scaled.sample(50, seed=1, steps=3), (plain.sample(50, seed=1, steps=3) * 4 + 10).clamp(0, 20)
@@ -145,9 +144,7 @@ def test_a_generator_is_the_same_after_save_and_load(labelled_run: Path, tmp_pat
     after = fs.load(tmp_path / "new/copy")
     assert after.config == before.config
     assert weights_digest(after.module.state_dict()) == weights_digest(before.module.state_dict())
-    torch.testing.assert_close(
-        after.sample(64, steps=4, seed=1), before.sample(64, steps=4, seed=1), rtol=0, atol=0
-    )
+    torch.testing.assert_close(after.sample(64, steps=4, seed=1), before.sample(64, steps=4, seed=1), rtol=0, atol=0)
     assert {path.name for path in (tmp_path / "new/copy").iterdir()} == {
         "config.json",
         "model.safetensors",

@@ -185,3 +185,40 @@ def test_guidance_is_not_baked_in_twice() -> None:
     with pytest.raises(UserError, match=r"already has guidance 2.0 baked in.*Leave guidance out"):
         teacher.guided(1.5)
     assert teacher.guided(1.0) is teacher.velocity
+
+
+@pytest.fixture(scope="module")
+def restoring_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Gaussian with correlated coordinates, in-painted and sharpened."""
+    out = tmp_path_factory.mktemp("restore")
+    z = torch.randn(8000, 2, generator=generator_for("restore"))
+    np.save(out / "x.npy", torch.stack([z[:, 0], 0.8 * z[:, 0] + 0.6 * z[:, 1]], 1).numpy())
+    common = {"method": "flow_matching", "samples": 250_000, "network": {"name": "mlp", "preset": "tiny"}}
+    recipe = make_recipe({"data": str(out / "x.npy"), "stages": {"fill": {**common, "coupling": "inpainting"}}}, "test")
+    run_recipe(recipe, out / "run", LocalWorld(quiet=True))
+    return out / "run"
+
+
+def test_inpainting_draws_the_unknown_given_the_known(restoring_run: Path) -> None:
+    model = load(restoring_run / "fill")
+    noise = torch.randn(4000, 2, generator=generator_for("fill"))
+    known = torch.tensor([1.0, 0.0])  # the first coordinate is known to be 1
+    mask = torch.tensor([1.0, 0.0]).expand(4000, 2)
+    context = torch.cat([mask, mask * known], 1)
+    x = model.draw(noise=mask * known + (1 - mask) * noise, context=context, steps=50).x
+    # standardised data with correlation .8: x2 | x1 = 1 is N(.8, .36)
+    assert x[:, 0].mean().item() == pytest.approx(1.0, abs=0.05)
+    assert x[:, 0].std().item() < 0.1
+    assert x[:, 1].mean().item() == pytest.approx(0.8, abs=0.08)
+    assert x[:, 1].std().item() == pytest.approx(0.6, rel=0.12)
+
+
+def test_a_model_that_starts_from_data_samples_its_examples_and_is_no_teacher(restoring_run: Path) -> None:
+    model = load(restoring_run / "fill")
+    assert model.sample(5, steps=4, seed=0).shape == (5, 2)
+    with pytest.raises(UserError, match="takes a context"):
+        model.sample(noise=torch.zeros(3, 2))
+    stages = {"straight": {"method": "reflow", "teacher": str(restoring_run / "fill")}}
+    recipe = make_recipe({"data": str(restoring_run.parent / "x.npy"), "stages": stages}, "test")
+    with pytest.raises(UserError, match="starts from damaged data"):
+        run_recipe(recipe, restoring_run.parent / "other", LocalWorld(quiet=True))

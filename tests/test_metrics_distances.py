@@ -90,9 +90,7 @@ def test_energy_is_the_v_statistic_with_diagonals() -> None:
 
 def test_energy_of_equal_samples_is_zero_and_of_gaussians_the_closed_form() -> None:
     x, y = normal(4000), normal(4000, seed=1, mean=1.0, std=1.5)
-    exact = (
-        2 * mean_abs(1.0, math.hypot(1.0, 1.5)) - mean_abs(0, math.sqrt(2)) - mean_abs(0, 1.5 * math.sqrt(2))
-    )
+    exact = 2 * mean_abs(1.0, math.hypot(1.0, 1.5)) - mean_abs(0, math.sqrt(2)) - mean_abs(0, 1.5 * math.sqrt(2))
     measured = energy(x, y)
     assert abs(measured.value - exact) < 3 * measured.standard_error < 0.2 * exact
     high = normal(500, 100)
@@ -145,9 +143,7 @@ def test_w2_of_unequal_samples_is_the_optimal_transport(n: int, m: int) -> None:
 def test_sliced_w2_in_one_dimension_is_w2() -> None:
     x, y = normal(4000), normal(3000, seed=1, mean=1.0, std=2.0)
     assert sliced_w2(x, y, projections=3) == pytest.approx(float(squared_w2(x[:, None], y[:, None])) ** 0.5)
-    assert sliced_w2(x, y, projections=3) == pytest.approx(
-        math.sqrt(1.0 + 1.0), rel=0.05
-    )  # (mu, sigma) shifts
+    assert sliced_w2(x, y, projections=3) == pytest.approx(math.sqrt(1.0 + 1.0), rel=0.05)  # (mu, sigma) shifts
 
 
 def test_sliced_w2_of_gaussians_is_the_closed_form_along_its_directions() -> None:
@@ -188,9 +184,7 @@ def test_mmd_of_gaussians_is_the_closed_form(widths: float | list[float]) -> Non
     dim, shift, std = 3, 0.4, 1.3
     exact = np.mean(
         [
-            kernel_mean(dim, 0, 2, h)
-            + kernel_mean(dim, 0, 2 * std**2, h)
-            - 2 * kernel_mean(dim, shift, 1 + std**2, h)
+            kernel_mean(dim, 0, 2, h) + kernel_mean(dim, 0, 2 * std**2, h) - 2 * kernel_mean(dim, shift, 1 + std**2, h)
             for h in np.atleast_1d(widths)
         ]
     )
@@ -200,9 +194,7 @@ def test_mmd_of_gaussians_is_the_closed_form(widths: float | list[float]) -> Non
 
 @pytest.mark.parametrize("shift", [0.0, 0.5])
 def test_mmd_is_unbiased_and_its_standard_error_is_the_spread(shift: float) -> None:
-    draws = [
-        mmd(normal(60, 2, seed=2 * s), normal(90, 2, seed=2 * s + 1, mean=shift), 1.0) for s in range(300)
-    ]
+    draws = [mmd(normal(60, 2, seed=2 * s), normal(90, 2, seed=2 * s + 1, mean=shift), 1.0) for s in range(300)]
     values = np.array([d.value for d in draws])
     exact = 2 * kernel_mean(2, 0, 2, 1.0) - 2 * kernel_mean(2, shift, 2, 1.0)
     assert abs(values.mean() - exact) < 4 * values.std() / math.sqrt(300)

@@ -66,9 +66,7 @@ def test_each_score_is_that_of_its_own_function(gaussian: Scores) -> None:
     fake = moment_matched_gaussian(TRAIN, len(TRAIN))
     whole, held = energy(fake, TRAIN), energy(fake, HELD_OUT)
     assert (gaussian.energy, gaussian.energy_se) == pytest.approx((whole.value, whole.standard_error))
-    assert (gaussian.energy_held_out, gaussian.energy_held_out_se) == pytest.approx(
-        (held.value, held.standard_error)
-    )
+    assert (gaussian.energy_held_out, gaussian.energy_held_out_se) == pytest.approx((held.value, held.standard_error))
     assert gaussian.energy_floor == pytest.approx(energy_floor(TRAIN, len(TRAIN)).value)
     assert gaussian.energy_held_out_floor == pytest.approx(energy_floor(TRAIN, len(TRAIN), 180).value)
     assert gaussian.sliced_w2 == sliced_w2(fake, TRAIN)

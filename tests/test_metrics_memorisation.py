@@ -33,9 +33,7 @@ def test_fresh_samples_of_the_law_are_not_flagged() -> None:
 
 def test_fresh_samples_are_rarely_flagged_over_many_draws_even_in_two_dimensions() -> None:
     flags = [
-        nearest_neighbour_check(
-            mixture(300, 3 * s, 2), mixture(500, 3 * s + 1, 2), mixture(100, 3 * s + 2, 2)
-        ).flagged
+        nearest_neighbour_check(mixture(300, 3 * s, 2), mixture(500, 3 * s + 1, 2), mixture(100, 3 * s + 2, 2)).flagged
         for s in range(100)
     ]
     assert sum(flags) <= 3

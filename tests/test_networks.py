@@ -156,9 +156,7 @@ def test_rows_do_not_depend_on_each_other(config: dict[str, Any], shape: tuple[i
 
 
 @pytest.mark.parametrize(("config", "shape"), CASES)
-def test_a_stored_configuration_and_state_restore_the_network(
-    config: dict[str, Any], shape: tuple[int, ...]
-) -> None:
+def test_a_stored_configuration_and_state_restore_the_network(config: dict[str, Any], shape: tuple[int, ...]) -> None:
     x, t = inputs(shape)
     first = resolve({**config, "dropout": 0.1}, shape, classes=2)
     net = alive(first, shape, classes=2)
@@ -283,9 +281,7 @@ def test_a_preset_gives_way_to_the_image_size(size: tuple[int, int], patch: int,
         ({"name": ["mlp"]}, (2,), "unknown network"),
     ],
 )
-def test_a_wrong_configuration_is_refused(
-    config: dict[str, Any], shape: tuple[int, ...], message: str
-) -> None:
+def test_a_wrong_configuration_is_refused(config: dict[str, Any], shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(UserError, match=message):
         resolve(config, shape)
 

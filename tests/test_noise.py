@@ -14,9 +14,7 @@ from fewstep.flow.noise import BLOCK, Draws, block_rows, generator_for, integer_
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 5)])
-@pytest.mark.parametrize(
-    ("num", "start"), [(1, 0), (7, 3), (BLOCK, 0), (300, 100), (5, BLOCK - 2), (600, 511)]
-)
+@pytest.mark.parametrize(("num", "start"), [(1, 0), (7, 3), (BLOCK, 0), (300, 100), (5, BLOCK - 2), (600, 511)])
 def test_a_row_is_the_same_however_the_table_is_cut(num: int, start: int, shape: tuple[int, ...]) -> None:
     table = noise_rows(5 * BLOCK, shape, seed=3)
     assert torch.equal(noise_rows(num, shape, seed=3, start=start), table[start : start + num])

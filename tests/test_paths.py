@@ -35,9 +35,7 @@ def state(path: AffinePath, shape: tuple[int, ...]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("path", ALL, ids=repr)
 @pytest.mark.parametrize("shape", [(1,), (3,), (5,), (2, 5, 5)])  # five rows: (5,) and (2, 5, 5) have B == D
 @pytest.mark.parametrize(("source", "target"), list(itertools.permutations(KINDS, 2)))
-def test_every_conversion_returns_the_truth(
-    path: AffinePath, shape: tuple[int, ...], source: str, target: str
-) -> None:
+def test_every_conversion_returns_the_truth(path: AffinePath, shape: tuple[int, ...], source: str, target: str) -> None:
     s = state(path, shape)
     converted = getattr(path, f"{source}_to_{target}")(s[source], s["x"], s["t"])
     torch.testing.assert_close(converted, s[target], rtol=1e-10, atol=1e-10)

@@ -40,9 +40,7 @@ def test_a_shipped_recipe_is_planned(name: str, tmp_path: Path) -> None:
     data = load_recipe(name).header.data
     built_in = (data if isinstance(data, str) else data.get("name", "")) in DATA
     change = [] if built_in else ["--set", f"data.path={small_idx(tmp_path / 'x-idx3-ubyte')}"]
-    change += [
-        word for stage in load_recipe(name).stages for word in ("--set", f"stages.{stage}.batch_size=4")
-    ]
+    change += [word for stage in load_recipe(name).stages for word in ("--set", f"stages.{stage}.batch_size=4")]
     said = quietly("run", name, "--out", tmp_path / "out", "--dry", *change)
     for stage in load_recipe(name).stages:
         assert f"\n{stage} " in said

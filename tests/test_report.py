@@ -191,9 +191,7 @@ def test_links_within_the_page_have_a_target(digits_page: Page) -> None:
     assert links <= targets
 
 
-def test_every_row_of_the_comparison_is_in_the_table(
-    digits_page: Page, digits_result: dict[str, Any]
-) -> None:
+def test_every_row_of_the_comparison_is_in_the_table(digits_page: Page, digits_result: dict[str, Any]) -> None:
     shown = digits_page.rows("model")
     for row in digits_result["rows"]:
         scores = row["scores"]
@@ -218,9 +216,7 @@ def test_pictures_decode_to_their_sizes(digits_page: Page) -> None:
     strips = [image for alt, image, _ in digits_page.images() if alt.startswith(("samples of", "images of"))]
     assert len(strips) == 1 + 5  # real data; two flows at two step counts, one map
     assert {image.size for image in strips} == {(16 * 48 + 15 * 2, 48)}
-    figures = [
-        (image, width) for alt, image, width in digits_page.images() if "against" in alt or "loss" in alt
-    ]
+    figures = [(image, width) for alt, image, width in digits_page.images() if "against" in alt or "loss" in alt]
     assert len(figures) == 3
     for image, width in figures:
         assert abs(image.width - 2 * width) <= 1
@@ -228,12 +224,8 @@ def test_pictures_decode_to_their_sizes(digits_page: Page) -> None:
         assert len(image.convert("L").getcolors()) > 20  # something is drawn on it
 
 
-def test_a_strip_shows_the_samples_that_generator_sample_gives(
-    digits_page: Page, trio: list[Generator]
-) -> None:
-    samples = (
-        trio[2].sample(COLUMNS, label=[k % 10 for k in range(COLUMNS)], seed=0).numpy()
-    )  # data units 0 … 16
+def test_a_strip_shows_the_samples_that_generator_sample_gives(digits_page: Page, trio: list[Generator]) -> None:
+    samples = trio[2].sample(COLUMNS, label=[k % 10 for k in range(COLUMNS)], seed=0).numpy()  # data units 0 … 16
     alt, image, _ = next(found for found in digits_page.images() if found[0].startswith("samples of onestep"))
     assert alt == "samples of onestep with 1 call"
     page = np.asarray(image)
@@ -283,9 +275,7 @@ def vectors(size: int) -> DataSet:
     return from_array(np.random.default_rng(1).normal(size=(300, size)) * 3 + 1, name=f"vectors-{size}")
 
 
-@pytest.mark.parametrize(
-    ("kind", "pictures"), [("rgb", 4 + 3), ("one", 1 + 3), ("two", 1 + 3), ("five", 1 + 3)]
-)
+@pytest.mark.parametrize(("kind", "pictures"), [("rgb", 4 + 3), ("one", 1 + 3), ("two", 1 + 3), ("five", 1 + 3)])
 def test_a_single_model_without_diagnosis_is_reported_on_any_kind_of_data(
     kind: str, pictures: int, tmp_path: Path
 ) -> None:
@@ -314,9 +304,7 @@ def test_colour_images_keep_their_colours(tmp_path: Path) -> None:
 def test_maps_alone_have_neither_trajectories_nor_straightness(tmp_path: Path) -> None:
     data = vectors(2)
     only = model(data, "m", 5, kind="map", steps=(1,), default_steps=1)
-    path = write_report(
-        tmp_path / "r.html", result=result_of([only], data), models=[only], data=data, title="one"
-    )
+    path = write_report(tmp_path / "r.html", result=result_of([only], data), models=[only], data=data, title="one")
     page = Page(path)
     assert "Trajectories" not in page.text
     assert "Straightness" not in page.text
@@ -331,9 +319,7 @@ def test_models_that_do_not_fit_the_result_are_refused(
         write_report(tmp_path / "r.html", result={"rows": []}, models=trio, data=digits, title="t")
 
 
-def row(
-    name: str, nfe: int, energy: float, *, se: float = 0.001, method: str = "", **scores: Any
-) -> dict[str, Any]:
+def row(name: str, nfe: int, energy: float, *, se: float = 0.001, method: str = "", **scores: Any) -> dict[str, Any]:
     fields = {
         "energy": energy, "energy_se": se, "energy_floor": 0.0075, "energy_floor_sd": 0.0005,
         "precision": 0.9, "recall": 0.9, "memorised": 0.05, "memorised_flag": False,
@@ -390,9 +376,7 @@ def test_the_headline_says_what_the_numbers_say(rows: list[dict[str, Any]], expe
     assert said([*rows, GAUSSIAN]) == expected
 
 
-def test_the_headlines_numbers_are_those_of_the_result(
-    digits_page: Page, digits_result: dict[str, Any]
-) -> None:
+def test_the_headlines_numbers_are_those_of_the_result(digits_page: Page, digits_result: dict[str, Any]) -> None:
     rows = [r for r in digits_result["rows"] if not r.get("control")]
     one_call = min((r for r in rows if r["nfe"] == 1), key=lambda r: r["scores"]["energy"])
     start = f"One call of {one_call['model']} reaches energy {number(one_call['scores']['energy'])}"
@@ -408,10 +392,7 @@ def test_only_warnings_that_hold_are_given() -> None:
     assert warned(good) == []
     assert warned([*good, {**GAUSSIAN, "scores": GAUSSIAN["scores"] | {"energy": 0.8}}]) == []
     (found,) = warned([*good, GAUSSIAN])
-    assert (
-        "moment-matched Gaussian, which is no model at all, scores 0.016 in energy but precision 0.090"
-        in found
-    )
+    assert "moment-matched Gaussian, which is no model at all, scores 0.016 in energy but precision 0.090" in found
 
 
 def test_losses_that_energy_hides_are_told() -> None:
@@ -450,9 +431,7 @@ def test_the_best_of_a_column_is_marked_and_controls_are_not() -> None:
     ("heights", "expected"),
     [([0.1, 0.5], [0.1, 0.5]), ([0.5, 0.5, 0.5], [0.4, 0.5, 0.6]), ([0.0, 0.02, 0.9], [-0.04, 0.06, 0.9])],
 )
-def test_labels_move_apart_about_their_middle_and_no_further(
-    heights: list[float], expected: list[float]
-) -> None:
+def test_labels_move_apart_about_their_middle_and_no_further(heights: list[float], expected: list[float]) -> None:
     assert spread(heights, 0.1) == pytest.approx(expected)
 
 
@@ -487,9 +466,7 @@ def test_models_of_another_scaling_are_shown_where_their_samples_lie() -> None:
         shown = Plane(data)(reference_units(found.draw(20, steps=2).x, found, data))
         assert np.allclose(shown, found.sample(20, steps=2), atol=1e-4)
     plain = Generator(Turning(), shape=(2,))  # no scaling: it works in the data's own units
-    assert np.allclose(
-        Plane(data)(reference_units(plain.draw(20).x, plain, data)), plain.sample(20), atol=1e-4
-    )
+    assert np.allclose(Plane(data)(reference_units(plain.draw(20).x, plain, data)), plain.sample(20), atol=1e-4)
 
 
 class Turning(nn.Module):
@@ -636,9 +613,7 @@ PLAIN = str.maketrans("äéü", "aeu")
 
 
 def test_citations_come_once_in_the_order_asked_and_typos_are_helped() -> None:
-    keys = re.findall(
-        r"^@\w+\{(\w+),", bibtex(["liu2023flow", "ho2022classifier", "liu2023flow"]), re.MULTILINE
-    )
+    keys = re.findall(r"^@\w+\{(\w+),", bibtex(["liu2023flow", "ho2022classifier", "liu2023flow"]), re.MULTILINE)
     assert keys == ["liu2023flow", "ho2022classifier"]
     with pytest.raises(UserError, match="unknown citation 'liu2023flw': did you mean 'liu2023flow'"):
         bibtex(["liu2023flw"])

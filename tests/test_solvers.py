@@ -37,9 +37,7 @@ def gaussian() -> closed_form.Gaussian:
 
 
 def mixture() -> closed_form.Mixture:
-    return closed_form.mixture(
-        torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.tensor([0.5, 0.6])
-    )
+    return closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.tensor([0.5, 0.6]))
 
 
 FLOWS = {"gaussian": (gaussian, 2), "mixture": (mixture, 1)}
@@ -192,9 +190,7 @@ def test_the_dense_table_of_rk4_equals_the_one_made_by_hand() -> None:
 
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("solver", ORDERS)
-def test_table_rows_sum_to_the_time_gone_by_and_use_only_earlier_rows(
-    solver: str, grid: tuple[float, ...]
-) -> None:
+def test_table_rows_sum_to_the_time_gone_by_and_use_only_earlier_rows(solver: str, grid: tuple[float, ...]) -> None:
     t = table(solver, grid)
     a, b = t.dense
     np.testing.assert_array_equal(a, 1.0)
@@ -212,14 +208,10 @@ def test_the_loop_computes_what_the_dense_table_says(solver: str, grid: tuple[fl
     a, b = t.dense
     velocities: list[Tensor] = []
     for j, time_ in enumerate(t.times):
-        y = a[j] * x0 + sum(
-            (b[j, k] * velocity for k, velocity in enumerate(velocities)), torch.zeros_like(x0)
-        )
+        y = a[j] * x0 + sum((b[j, k] * velocity for k, velocity in enumerate(velocities)), torch.zeros_like(x0))
         velocities.append(nonlinear(y, x0.new_full((7,), time_)))
     end = x0 + sum(b[-1, k] * velocity for k, velocity in enumerate(velocities))
-    torch.testing.assert_close(
-        fs.solve(nonlinear, x0, solver=solver, grid=grid).x, end, rtol=1e-13, atol=1e-13
-    )
+    torch.testing.assert_close(fs.solve(nonlinear, x0, solver=solver, grid=grid).x, end, rtol=1e-13, atol=1e-13)
 
 
 @pytest.mark.parametrize("solver", ORDERS)
@@ -279,9 +271,7 @@ class Net(nn.Module):
 
 @pytest.mark.parametrize(("scale", "factor"), [(None, 1), (2.5, 2), (-1.0, 2), (1.0, 1), (0.0, 1)])
 @pytest.mark.parametrize(("solver", "stages"), [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
-def test_nfe_equals_what_a_forward_hook_counts(
-    solver: str, stages: int, scale: float | None, factor: int
-) -> None:
+def test_nfe_equals_what_a_forward_hook_counts(solver: str, stages: int, scale: float | None, factor: int) -> None:
     net, calls = Net(), []
     net.register_forward_hook(lambda *_: calls.append(1))
     field = net if scale is None else Guided(net, scale)

@@ -94,9 +94,7 @@ def test_the_rate_reaches_the_optimiser() -> None:
             return ("student",) if step == 0 else ()
 
     run.trainer.train(0, 10 * BATCH, OneStep(model), Fixed(*rows), "test")
-    torch.testing.assert_close(
-        (model.weight - before).abs(), torch.full((2, 3), 0.04 * 0.5 / 5), rtol=1e-4, atol=0
-    )
+    torch.testing.assert_close((model.weight - before).abs(), torch.full((2, 3), 0.04 * 0.5 / 5), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6])
@@ -191,9 +189,7 @@ def test_an_infinite_loss_with_finite_gradients_is_a_bad_step() -> None:
         start(model).trainer.train(0, BATCH * 100, Infinite(model), Fixed(*rows), "test")
 
 
-def test_the_last_good_checkpoint_outlives_a_divergence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_last_good_checkpoint_outlives_a_divergence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "CHECKPOINT_SECONDS", (0.0, 0.0))
     student = Net()
     run = start(student, tmp_path)
@@ -219,9 +215,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("precision", "inside"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_sets_the_type_of_matrix_products_and_not_of_weights(
-    precision: str, inside: torch.dtype
-) -> None:
+def test_precision_sets_the_type_of_matrix_products_and_not_of_weights(precision: str, inside: torch.dtype) -> None:
     seen = set()
 
     class Spy(LeastSquares):
@@ -234,9 +228,7 @@ def test_precision_sets_the_type_of_matrix_products_and_not_of_weights(
     run = start(model, precision=precision)
     run.trainer.train(0, BATCH * 3, Spy(model), Fixed(torch.ones(BATCH, 3), torch.zeros(BATCH, 2)), "test")
     assert seen == {inside}
-    assert {value.dtype for value in [*model.parameters(), *run.trainer.ema.state.values()]} == {
-        torch.float32
-    }
+    assert {value.dtype for value in [*model.parameters(), *run.trainer.ema.state.values()]} == {torch.float32}
 
 
 def test_global_random_state_is_left_as_found_and_has_no_influence() -> None:

@@ -117,10 +117,7 @@ class TwoPlayers(Objective):
             with torch.no_grad():
                 fake = batch.x0 + self.modules["student"](batch.x0, start)
             noise = 0.1 * draws.normal((2,))
-            loss = (
-                nn.functional.softplus(judge(fake)).mean()
-                + nn.functional.softplus(-judge(batch.x1 + noise)).mean()
-            )
+            loss = nn.functional.softplus(judge(fake)).mean() + nn.functional.softplus(-judge(batch.x1 + noise)).mean()
         return {"loss": loss if factor is None else loss * factor}
 
 
@@ -142,9 +139,7 @@ def start(
     """A trainer on ``student``; with ``folder``, it resumes what lies there and drops the later ``lines``."""
     kept = [] if lines is None else lines
     checkpoints = None if folder is None else Checkpoints(folder)
-    trainer = Trainer(
-        student, options(**fields), (0, "stage"), LocalWorld(quiet=True), checkpoints, kept.append
-    )
+    trainer = Trainer(student, options(**fields), (0, "stage"), LocalWorld(quiet=True), checkpoints, kept.append)
     trainer.resume()
     kept[:] = [line for line in kept if line["samples"] <= trainer.position.total_samples]
     return Run(trainer, kept)

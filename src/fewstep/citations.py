@@ -82,8 +82,7 @@ CITATIONS: dict[str, Entry] = {
     ),
     "heusel2017gans": (
         "inproceedings",
-        "Heusel, Martin and Ramsauer, Hubert and Unterthiner, Thomas and Nessler, Bernhard and "
-        "Hochreiter, Sepp",
+        "Heusel, Martin and Ramsauer, Hubert and Unterthiner, Thomas and Nessler, Bernhard and Hochreiter, Sepp",
         "{GAN}s Trained by a Two Time-Scale Update Rule Converge to a Local {N}ash Equilibrium",
         _NEURIPS,
         2017,
@@ -116,8 +115,7 @@ CITATIONS: dict[str, Entry] = {
     ),
     "kynkaanniemi2019improved": (
         "inproceedings",
-        'Kynk{\\"a}{\\"a}nniemi, Tuomas and Karras, Tero and Laine, Samuli and '
-        "Lehtinen, Jaakko and Aila, Timo",
+        'Kynk{\\"a}{\\"a}nniemi, Tuomas and Karras, Tero and Laine, Samuli and Lehtinen, Jaakko and Aila, Timo',
         "Improved Precision and Recall Metric for Assessing Generative Models",
         _NEURIPS,
         2019,

@@ -110,20 +110,16 @@ def diagnose(options: arguments.Diagnose) -> int:
     model = load(options.model)
     if model.config.kind != "velocity":
         raise UserError(
-            f"{options.model} is a one-step map, and has no velocity along t: diagnose the flow it was "
-            "distilled from."
+            f"{options.model} is a one-step map, and has no velocity along t: diagnose the flow it was distilled from."
         )
     if options.out is not None:
         check_place(options.out)
     draw = model.draw(options.num, steps=1, seed=options.seed)
-    cond = {} if draw.label is None else {"label": draw.label}
+    cond = draw.conditions(model.device)
     d = measure(model.module, draw.x0, cond=cond)
     dimensions = int(np.prod(model.config.shape))
     print(f"model            {options.model}")
-    print(
-        f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over "
-        f"{dimensions} dimensions"
-    )
+    print(f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {dimensions} dimensions")
     print(f"                 {d.relative_straightness:.4f} of the squared displacement (0 is straight)")
     print(f"one-step gap     {d.one_step_gap:.4g}, {d.relative_gap:.3f} of the displacement")
     print(f"path length      {d.path_length_ratio:.3f} × the chord")
@@ -178,9 +174,7 @@ def step_list(words: str) -> Sequence[int]:
     try:
         steps = [int(word) for word in words.split(",")]
     except ValueError as error:
-        raise UserError(
-            f"--steps {words!r} is not a list of whole numbers: write for example 1,2,4,8."
-        ) from error
+        raise UserError(f"--steps {words!r} is not a list of whole numbers: write for example 1,2,4,8.") from error
     if min(steps) < 1:
         raise UserError(f"--steps {words!r}: every step count must be at least 1.")
     return steps

@@ -48,9 +48,7 @@ def refuse_dtype(dtype: np.dtype[Any], what: str) -> None:
             "Stack the parts as features: numpy.stack([x.real, x.imag], axis=-1)."
         )
     if dtype.kind not in "fiub":
-        raise UserError(
-            f"{what} has dtype {dtype}, and numbers are needed. Convert it, e.g. astype('float32')."
-        )
+        raise UserError(f"{what} has dtype {dtype}, and numbers are needed. Convert it, e.g. astype('float32').")
 
 
 def _check_header(path: Path) -> int:

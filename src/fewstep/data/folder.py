@@ -21,9 +21,7 @@ from fewstep.errors import UserError
 
 __all__ = ["IMAGE_SUFFIXES", "ImageFolder", "read_folder"]
 
-IMAGE_SUFFIXES = frozenset(
-    (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-)
+IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
 _GREY = ("1", "L", "LA")
 
 
@@ -45,9 +43,7 @@ def _image_paths(folder: Path) -> list[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         here = Path(parent).relative_to(folder)
         found += [
-            here / name
-            for name in files
-            if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
+            here / name for name in files if not name.startswith(".") and Path(name).suffix.lower() in IMAGE_SUFFIXES
         ]
     if not found:
         raise UserError(
@@ -67,9 +63,7 @@ def _read(path: Path, mode: str | None) -> Any:
         with Image.open(path) as image:
             return (image.size, image.mode) if mode is None else np.asarray(image.convert(mode))
     except Exception as error:  # decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise UserError(
-            f"cannot read the image {str(path)!r}: {error}. Remove it or write it again."
-        ) from error
+        raise UserError(f"cannot read the image {str(path)!r}: {error}. Remove it or write it again.") from error
 
 
 def _common_mode(folder: Path, paths: list[Path]) -> tuple[tuple[int, int], str]:

@@ -40,8 +40,7 @@ def check_labels(
         )
     if len(array) != num:
         raise UserError(
-            f"{what} has {len(array)} labels and {rows_what} has {num} rows. Give one label per row, "
-            "in the same order."
+            f"{what} has {len(array)} labels and {rows_what} has {num} rows. Give one label per row, in the same order."
         )
     wrong = np.flatnonzero(array != np.rint(array)) if array.dtype.kind == "f" else np.empty(0, np.intp)
     if not wrong.size and array.dtype.kind == "f":

@@ -80,9 +80,7 @@ def from_array(
 def _fields(spec: Any) -> dict[str, Any]:
     """The mapping that a bare name or path stands for."""
     if not isinstance(spec, (str, os.PathLike)):
-        raise UserError(
-            f"data must be a built-in name, a path or a mapping with 'path' or 'name', got {spec!r}."
-        )
+        raise UserError(f"data must be a built-in name, a path or a mapping with 'path' or 'name', got {spec!r}.")
     return {"name": spec} if isinstance(spec, str) and spec in DATA else {"path": spec}
 
 
@@ -191,9 +189,7 @@ def _read_file(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
         return read_npy(path), None
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"{str(path)!r} is one image. Give the folder that holds the images.")
-    raise UserError(
-        f"{str(path)!r} is of a kind that is not read (it begins with {head!r}). Give {_FORMATS}."
-    )
+    raise UserError(f"{str(path)!r} is of a kind that is not read (it begins with {head!r}). Give {_FORMATS}.")
 
 
 def _read_labels(source: Any) -> tuple[ArrayLike, str]:

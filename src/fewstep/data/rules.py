@@ -152,9 +152,7 @@ def _range(low: NDArray[np.float64], high: NDArray[np.float64], shared: bool) ->
     return {"shift": _plain(low / 2 + high / 2), "scale": _plain(half), "clip": clip if one else None}
 
 
-def choose_scaling(
-    rows: NDArray[Any], layout: Layout, scale: str | None, what: str
-) -> tuple[Scaling, float | None]:
+def choose_scaling(rows: NDArray[Any], layout: Layout, scale: str | None, what: str) -> tuple[Scaling, float | None]:
     """Return the scaling of finite rows ``(N, *shape)`` and the quantum in network units.
 
     Args:

@@ -48,9 +48,7 @@ def _numbers(name: str, value: Any) -> float | tuple[float, ...]:
     try:
         numbers = tuple(float(item) for item in (value if many else [value]))
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"scaling: {name} must be a number or a flat list of numbers, got {value!r}."
-        ) from error
+        raise UserError(f"scaling: {name} must be a number or a flat list of numbers, got {value!r}.") from error
     if not numbers or not all(map(math.isfinite, numbers)):
         raise UserError(f"scaling: {name} must be finite, got {value!r}.")
     if name == "scale" and min(numbers) <= 0:
@@ -105,9 +103,7 @@ class Scaling:
             raise UserError(f"scaling: layout HW has one channel, and the shape {self.shape} has more.")
         for name, value in (("shift", self.shift), ("scale", self.scale)):
             if isinstance(value, tuple) and (self.shape is None or len(value) != math.prod(self.shape)):
-                raise UserError(
-                    f"scaling: {name} has {len(value)} numbers, and the rows have shape {self.shape}."
-                )
+                raise UserError(f"scaling: {name} has {len(value)} numbers, and the rows have shape {self.shape}.")
 
     @property
     def data_shape(self) -> tuple[int, ...] | None:

@@ -88,15 +88,10 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return {
-            name: value.tolist() if isinstance(value, np.ndarray) else value
-            for name, value in vars(self).items()
-        }
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
 
-def diagnose(
-    v: Velocity, x0: Tensor, *, cond: Mapping[str, Any] | None = None, nodes: int = NODES
-) -> Diagnosis:
+def diagnose(v: Velocity, x0: Tensor, *, cond: Mapping[str, Any] | None = None, nodes: int = NODES) -> Diagnosis:
     """Measure a velocity field along the trajectories that start at ``x0``.
 
     Args:
@@ -119,8 +114,7 @@ def diagnose(
     for name, value in cond.items():
         if isinstance(value, Tensor) and value.shape[:1] != x0.shape[:1]:
             raise UserError(
-                f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per "
-                "sample."
+                f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per sample."
             )
     field = as_field(v)
     before = field.calls

@@ -38,9 +38,7 @@ def coupled_gaussian(
     if bool((s <= 0).any()):
         raise UserError("coupled_gaussian: std must be positive everywhere.")
     if not -1 < rho <= 1:
-        raise UserError(
-            f"coupled_gaussian: rho = {rho} must be in (-1, 1]: at -1 all paths meet in one point."
-        )
+        raise UserError(f"coupled_gaussian: rho = {rho} must be in (-1, 1]: at -1 all paths meet in one point.")
     return CoupledGaussian(*broadcast(m, s, shape), rho=float(rho))
 
 
@@ -109,9 +107,7 @@ class CoupledGaussian:
         theta = math.acos(self.rho)
         grid = [0.0]
         for k in range(1, steps):
-            near, far = (
-                (k, steps - k) if theta == 0 else (_sine(theta, k, steps), _sine(theta, steps - k, steps))
-            )
+            near, far = (k, steps - k) if theta == 0 else (_sine(theta, k, steps), _sine(theta, steps - k, steps))
             grid.append(near / (near + s * far))
         return (*grid, 1.0)
 
@@ -186,7 +182,5 @@ def broadcast(m: Tensor, s: Tensor, shape: tuple[int, ...] | None) -> tuple[Tens
 def fits(shape: torch.Size, x: Tensor) -> None:
     """The closed form's shape must broadcast to that of the data, not the other way round."""
     data = tuple(x.shape[1:])
-    if len(shape) > len(data) or any(
-        a not in (1, b) for a, b in zip(reversed(shape), reversed(data), strict=False)
-    ):
+    if len(shape) > len(data) or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(data), strict=False)):
         raise UserError(f"x has shape {tuple(x.shape)} but mean and std are {tuple(shape)} per data point.")

@@ -111,9 +111,7 @@ class EmpiricalSource(Source):
 
     def __post_init__(self) -> None:
         if self.rows.ndim < 2 or len(self.rows) == 0:
-            raise UserError(
-                f"the base data have shape {tuple(self.rows.shape)}: give at least one row, as (N, ...)."
-            )
+            raise UserError(f"the base data have shape {tuple(self.rows.shape)}: give at least one row, as (N, ...).")
 
     @property
     def gaussian(self) -> bool:
@@ -181,9 +179,7 @@ class MinibatchOT(Coupling):
 
     def __post_init__(self) -> None:
         if self.batch_size is not None and self.batch_size < 2:
-            raise UserError(
-                f"batch_size = {self.batch_size}: optimal transport permutes rows, so it needs at least 2."
-            )
+            raise UserError(f"batch_size = {self.batch_size}: optimal transport permutes rows, so it needs at least 2.")
 
     @property
     def facts(self) -> Facts:
@@ -259,8 +255,7 @@ class SuperResolution(Coupling):
             raise UserError(f"super-resolution factor = {self.factor}: it must be a whole number from 2 up.")
         if not 0 < self.sigma < math.inf:
             raise UserError(
-                f"super-resolution sigma = {self.sigma}: without noise the base has no density; "
-                "give sigma > 0."
+                f"super-resolution sigma = {self.sigma}: without noise the base has no density; give sigma > 0."
             )
 
     @property
@@ -301,9 +296,7 @@ class Paired(Coupling):
             raise UserError("stored pairs need their noise: give it as cond['x0'], one row per row of x1.")
         x0 = kept.pop("x0")
         if x0.shape != x1.shape:
-            raise UserError(
-                f"cond['x0'] has shape {tuple(x0.shape)} but x1 has {tuple(x1.shape)}: they must be equal."
-            )
+            raise UserError(f"cond['x0'] has shape {tuple(x0.shape)} but x1 has {tuple(x1.shape)}: they must be equal.")
         return Pair(x0.to(x1), x1, kept)
 
 
@@ -313,9 +306,7 @@ def random_mask(x1: Tensor, generator: torch.Generator) -> Tensor:
         return _coordinate_mask(x1.shape[0], x1.shape[1], generator).to(x1)
     if x1.ndim == 4:
         return _rectangle_mask(x1.shape[0], x1.shape[2], x1.shape[3], generator).to(x1)
-    raise UserError(
-        f"x1 has shape {tuple(x1.shape)}: masks are made for vectors (B, D) and images (B, C, H, W)."
-    )
+    raise UserError(f"x1 has shape {tuple(x1.shape)}: masks are made for vectors (B, D) and images (B, C, H, W).")
 
 
 def inpainting_base(x1: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

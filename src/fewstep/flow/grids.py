@@ -68,15 +68,11 @@ def explicit_times(spec: GridSpec) -> Grid | None:
     elif isinstance(spec, Iterable):
         words = list(spec)
     else:
-        raise UserError(
-            f"grid {spec!r} is neither a name ('uniform', 'shift:3') nor a list of times ('0,0.2,1')."
-        )
+        raise UserError(f"grid {spec!r} is neither a name ('uniform', 'shift:3') nor a list of times ('0,0.2,1').")
     try:
         times = tuple(float(w) for w in words)
     except (TypeError, ValueError) as error:
-        raise UserError(
-            f"grid {spec!r} is not a list of times: {error}. Write for example '0,0.2,1'."
-        ) from error
+        raise UserError(f"grid {spec!r} is not a list of times: {error}. Write for example '0,0.2,1'.") from error
     check_times(times)
     return times
 

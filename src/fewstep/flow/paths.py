@@ -305,9 +305,7 @@ def _combine(coefficients: tuple[Tensor, Tensor], x: Tensor, v: Tensor) -> Tenso
     return expand_time(a, x) * x + expand_time(b, x) * v
 
 
-def _solve(
-    coefficients: tuple[Tensor, Tensor], x: Tensor, y: Tensor, t: Tensor, what: str, reason: str
-) -> Tensor:
+def _solve(coefficients: tuple[Tensor, Tensor], x: Tensor, y: Tensor, t: Tensor, what: str, reason: str) -> Tensor:
     """The v of a x + b v = y; refuses b = 0."""
     _same_shape("the converted quantity", x, "x", y)
     a, b = coefficients
@@ -325,6 +323,4 @@ def _refuse(singular: Tensor, t: Tensor, what: str, reason: str) -> None:
 def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Broadcasting between states hides mistakes: shapes must be equal."""
     if a.shape != b.shape:
-        raise UserError(
-            f"{name_a} has shape {tuple(a.shape)} but {name_b} has {tuple(b.shape)}: they must be equal."
-        )
+        raise UserError(f"{name_a} has shape {tuple(a.shape)} but {name_b} has {tuple(b.shape)}: they must be equal.")

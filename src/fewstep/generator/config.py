@@ -32,7 +32,8 @@ class Config:
         class_weights: share of every class in the data; empty when unconditional.
         label_names: the labels as the data names them, when they are not 0 … classes - 1.
         guidance: guidance baked into the weights, None when there is none.
-        base: ``gaussian``, or ``empirical`` with the rows kept in ``base.safetensors``.
+        base: ``gaussian``; ``empirical``, drawn from the rows in ``base.safetensors``; ``examples``, made from
+            data (in-painting, super-resolution), with damaged held-out rows and their contexts kept there.
         coupling: facts of the coupling it was trained on.
         method, stage, data: where it comes from.
     """
@@ -48,7 +49,7 @@ class Config:
     class_weights: tuple[float, ...] = ()
     label_names: tuple[str | int, ...] | None = None
     guidance: float | None = None
-    base: Literal["gaussian", "empirical"] = "gaussian"
+    base: Literal["gaussian", "empirical", "examples"] = "gaussian"
     coupling: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     stage: str | None = None
@@ -63,9 +64,7 @@ def read_config(folder: Path) -> Config:
         raise UserError(f"{folder} is no model: it {what}. Give a stage's folder, such as runs/demo/teacher.")
     values = read_json(path)
     if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
-        raise UserError(
-            f"{path} is not a fewstep model's config, or of a newer version (format {FORMAT} is known)."
-        )
+        raise UserError(f"{path} is not a fewstep model's config, or of a newer version (format {FORMAT} is known).")
     known = [entry.name for entry in fields(Config)]
     for key in values:
         if key not in known:
@@ -83,9 +82,7 @@ def _checked_config(values: dict[str, Any], path: Path) -> Config:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
         message = first["msg"].replace("Input should be", "must be").replace("Field required", "is missing")
-        raise UserError(
-            f"{path} is damaged: {place!r} {message}. Restore the file or run the recipe again."
-        ) from error
+        raise UserError(f"{path} is damaged: {place!r} {message}. Restore the file or run the recipe again.") from error
     network, weights = config.network or {}, config.class_weights
     conflict = None
     if not config.shape or min(config.shape) < 1:
@@ -95,9 +92,7 @@ def _checked_config(values: dict[str, Any], path: Path) -> Config:
     elif weights and not (all(0 <= w < math.inf for w in weights) and sum(weights) > 0):
         conflict = "class_weights must be shares of classes"
     elif network and list(network.get("shape", config.shape)) != list(config.shape):
-        conflict = (
-            f"the network is for samples of shape {network['shape']}, the model for {list(config.shape)}"
-        )
+        conflict = f"the network is for samples of shape {network['shape']}, the model for {list(config.shape)}"
     elif network and network.get("classes", len(weights)) != len(weights):
         conflict = f"the network has {network['classes']} classes, and class_weights {len(weights)}"
     elif config.scaling is not None and Scaling.from_dict(config.scaling).shape not in (None, config.shape):

@@ -16,7 +16,11 @@ from fewstep.store.files import make_folder, write_bytes, write_json, write_text
 
 
 def save_model(
-    folder: str | Path, state: Mapping[str, Tensor], config: Config, base_rows: Tensor | None = None
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: Config,
+    base_rows: Tensor | None = None,
+    base_context: Tensor | None = None,
 ) -> Path:
     """Write a model folder. ``config.json`` comes last, so a folder that has it is whole."""
     from safetensors.torch import save
@@ -25,18 +29,22 @@ def save_model(
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     write_bytes(folder / "model.safetensors", save(_unshared(tensors)))
     if base_rows is not None:
-        write_bytes(folder / "base.safetensors", save({"rows": base_rows.contiguous()}))
+        base = {"rows": base_rows.contiguous()}
+        if base_context is not None:
+            base["context"] = base_context.contiguous()
+        write_bytes(folder / "base.safetensors", save(base))
     write_text(folder / "README.md", model_card(config, sum(value.numel() for value in tensors.values())))
     write_json(folder / "config.json", {"format": FORMAT, **asdict(config)})
     return folder
 
 
-def read_base(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """Rows of an empirical base."""
-    rows = read_tensors(path).get("rows")
+def read_base(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+    """Rows of a base that is kept with the model, and their contexts where they have any."""
+    base = read_tensors(path)
+    rows = base.get("rows")
     if rows is None or tuple(rows.shape[1:]) != shape or not len(rows):
         raise UserError(f"{path} holds no base rows of shape {shape}: copy the folder again.")
-    return rows
+    return rows, base.get("context")
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

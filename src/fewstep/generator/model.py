@@ -38,12 +38,19 @@ class Draw:
         x0: the base samples they come from.
         label: ``(num,)`` or None.
         nfe: network evaluations per sample, counted.
+        context: what the network was shown of the data, or None.
     """
 
     x: Tensor
     x0: Tensor
     label: Tensor | None
     nfe: int
+    context: Tensor | None = None
+
+    def conditions(self, device: torch.device) -> dict[str, Tensor]:
+        """The keyword arguments that the network was called with."""
+        given = {"label": self.label, "context": self.context}
+        return {name: value.to(device) for name, value in given.items() if value is not None}
 
 
 @final
@@ -54,7 +61,8 @@ class Generator:
         module: ``v(x, t, **cond)``; put into eval mode.
         shape: shape of one sample; left out when ``config`` is given.
         config: everything else; see :class:`Config`.
-        base_rows: rows of an empirical base, network units.
+        base_rows: rows of an empirical base, or the kept examples of one made from data, network units.
+        base_context: the examples' contexts.
     """
 
     def __init__(
@@ -64,6 +72,7 @@ class Generator:
         *,
         config: Config | None = None,
         base_rows: Tensor | None = None,
+        base_context: Tensor | None = None,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise UserError(
@@ -81,6 +90,7 @@ class Generator:
         self.module = module.eval()
         self.config = config
         self.base_rows = base_rows
+        self.base_context = base_context
         self.name = config.stage or type(module).__name__
 
     @property
@@ -111,6 +121,7 @@ class Generator:
         guidance: float | None = None,
         seed: int = 0,
         noise: Tensor | None = None,
+        context: Tensor | None = None,
         batch_size: int = 256,
     ) -> Tensor:
         """Draw samples in the data's own units.
@@ -124,6 +135,7 @@ class Generator:
             guidance: guidance weight of a conditional velocity model (two network calls per evaluation).
             seed: sample ``i`` is a function of (seed, i) alone.
             noise: base samples ``(num, *shape)`` in network units, instead of drawing them.
+            context: with ``noise``, what the network is shown of the data (in-painting, super-resolution).
             batch_size: rows per network call; it does not change the samples.
 
         Returns:
@@ -142,6 +154,7 @@ class Generator:
             guidance=guidance,
             seed=seed,
             noise=noise,
+            context=context,
             batch_size=batch_size,
         )
         return self.to_data(draw.x)
@@ -163,12 +176,13 @@ class Generator:
         guidance: float | None = None,
         seed: int = 0,
         noise: Tensor | None = None,
+        context: Tensor | None = None,
         batch_size: int = 256,
     ) -> Draw:
         """As :meth:`sample`, in network units and with the count of network evaluations."""
         solver, grid, steps = self._how(solver, grid, steps)
         field_ = self._field(guidance)
-        x0 = self._starts(num, noise, seed)
+        x0, shown = self._starts(num, noise, context, seed)
         labels = self._labels(len(x0), label, seed)
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
@@ -176,6 +190,8 @@ class Generator:
         for first in range(0, len(x0), batch_size):
             rows = slice(first, first + batch_size)
             cond = {} if labels is None else {"label": labels[rows].to(self.device)}
+            if shown is not None:
+                cond["context"] = shown[rows].to(self.device, self.dtype)
             start = x0[rows].to(self.device, self.dtype)
             solution = solve(field_, start, solver=solver, steps=steps, grid=grid, cond=cond)
             parts.append(solution.x.cpu())
@@ -187,11 +203,9 @@ class Generator:
                 f"{int((~finite).sum())} of {len(x)} samples of {self.name!r} are NaN or infinite: its "
                 "weights are damaged or its training diverged, or the guidance is too large."
             )
-        return Draw(x, x0, labels, nfe)
+        return Draw(x, x0, labels, nfe, shown)
 
-    def _how(
-        self, solver: str | None, grid: GridSpec | None, steps: int | None
-    ) -> tuple[str, GridSpec, int | None]:
+    def _how(self, solver: str | None, grid: GridSpec | None, steps: int | None) -> tuple[str, GridSpec, int | None]:
         """The solver, grid and steps to use; a map refuses what it was not made for."""
         config = self.config
         if config.kind == "map":
@@ -228,31 +242,37 @@ class Generator:
         if not self.conditional:
             raise UserError(f"guidance needs a class-conditional model, and {self.name!r} takes no labels.")
         if self.config.kind == "map":
-            raise UserError(
-                f"{self.name!r} is a one-step map; guidance must be baked in when it is distilled."
-            )
+            raise UserError(f"{self.name!r} is a one-step map; guidance must be baked in when it is distilled.")
         return Guided(self.module, guidance)
 
-    def _starts(self, num: int | None, noise: Tensor | None, seed: int) -> Tensor:
-        """Base samples: the user's, or rows of the seed's table."""
+    def _starts(
+        self, num: int | None, noise: Tensor | None, context: Tensor | None, seed: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """Base samples and their contexts: the user's, or rows of the seed's table."""
         shape = self.config.shape
+        if noise is None and context is not None:
+            raise UserError("a context belongs to its noise: pass noise=x0 with it.")
         if noise is not None:
             check_start(noise)
             if tuple(noise.shape[1:]) != shape:
                 raise UserError(f"noise has rows of shape {tuple(noise.shape[1:])}, the model needs {shape}.")
             if num not in (None, len(noise)):
-                raise UserError(
-                    f"num={num} and noise of {len(noise)} rows contradict each other: leave num out."
-                )
-            return noise
+                raise UserError(f"num={num} and noise of {len(noise)} rows contradict each other: leave num out.")
+            needed = (self.config.network or {}).get("context", 0)
+            if (context is None and needed) or (context is not None and len(context) != len(noise)):
+                raise UserError(f"{self.name!r} takes a context: pass one row of it per row of noise, context=c.")
+            return noise, context
         if not isinstance(num, int | np.integer) or isinstance(num, bool) or num < 1:
             raise UserError(f"the number of samples must be a whole number of at least 1, got {num!r}.")
         _check_memory(num, shape)
         if self.config.base == "gaussian":
-            return noise_rows(num, shape, seed=seed)
+            return noise_rows(num, shape, seed=seed), None
         if self.base_rows is None:
             raise UserError(f"{self.name!r} starts from data and its base rows are missing: pass noise=x0.")
-        return self.base_rows[integer_rows(num, len(self.base_rows), seed=seed)]
+        if self.config.base == "empirical":
+            return self.base_rows[integer_rows(num, len(self.base_rows), seed=seed)], None
+        rows = torch.arange(num) % len(self.base_rows)  # the kept examples in order, whatever the seed
+        return self.base_rows[rows], None if self.base_context is None else self.base_context[rows]
 
     def _labels(self, num: int, label: Label | None, seed: int) -> Tensor | None:
         if not self.conditional:
@@ -265,9 +285,7 @@ class Generator:
             uniform = block_rows(
                 num,
                 0,
-                lambda block: torch.rand(
-                    BLOCK, dtype=torch.float64, generator=generator_for(seed, block, LABEL_DRAW)
-                ),
+                lambda block: torch.rand(BLOCK, dtype=torch.float64, generator=generator_for(seed, block, LABEL_DRAW)),
                 empty=torch.empty(0),
             )
             return torch.searchsorted(edges / edges[-1], uniform, right=True).clamp_max(classes - 1)
@@ -276,17 +294,13 @@ class Generator:
             raise UserError(f"{len(labels)} labels for {num} samples: give one, or one per sample.")
         bad = labels[(labels < 0) | (labels >= classes)]
         if len(bad):
-            raise UserError(
-                f"label {int(bad[0])} is out of range: {self.name!r} has classes 0 … {classes - 1}."
-            )
+            raise UserError(f"label {int(bad[0])} is out of range: {self.name!r} has classes 0 … {classes - 1}.")
         return labels.expand(num)
 
     def _label_numbers(self, label: Label) -> Tensor:
         """Class numbers ``(n,)`` of one label or of several, which may be names."""
         names = self.config.label_names
-        given = (
-            label.flatten().tolist() if isinstance(label, Tensor) else np.asarray(label).flatten().tolist()
-        )
+        given = label.flatten().tolist() if isinstance(label, Tensor) else np.asarray(label).flatten().tolist()
         wrong = [n for n in given if isinstance(n, bool) or not isinstance(n, int | str)]
         if wrong:
             raise UserError(f"labels must be whole numbers or the data's names, got {wrong[0]!r}.")
@@ -310,12 +324,10 @@ class Generator:
 
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a card to a folder, atomically file by file."""
-        return save_model(folder, self.module.state_dict(), self.config, self.base_rows)
+        return save_model(folder, self.module.state_dict(), self.config, self.base_rows, self.base_context)
 
 
-def load(
-    folder: str | Path, module: nn.Module | None = None, device: str | torch.device = "cpu"
-) -> Generator:
+def load(folder: str | Path, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Generator:
     """Load a model folder.
 
     Args:
@@ -346,8 +358,11 @@ def load(
             f"the weights in {folder} do not fit the network: {what[0].rstrip('.')}{more}. They belong to "
             "another network than config.json describes: copy the folder again."
         ) from error
-    rows = read_base(folder / "base.safetensors", config.shape) if config.base == "empirical" else None
-    generator = Generator(module.to(device).requires_grad_(False), config=config, base_rows=rows)
+    rows, context = None, None
+    if config.base != "gaussian":
+        rows, context = read_base(folder / "base.safetensors", config.shape)
+    module = module.to(device).requires_grad_(False)
+    generator = Generator(module, config=config, base_rows=rows, base_context=context)
     generator.name = config.stage or folder.name
     return generator
 

@@ -22,6 +22,7 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, Pair, Source
 from fewstep.flow.field import Guided, Velocity
 from fewstep.flow.noise import Draws
+from fewstep.solvers.tables import find_solver
 
 
 class Options(BaseModel):
@@ -30,7 +31,7 @@ class Options(BaseModel):
     Progress is measured in samples seen: ``samples`` is the stage's total over all its phases.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     method: str
     teacher: str | None = Field(None, description="the stage this one learns from")
@@ -59,6 +60,15 @@ class PairOptions(Options):
     def _needs_teacher(self) -> PairOptions:
         if self.teacher is None:
             raise ValueError(f"method {self.method!r} learns from a teacher: add 'teacher: STAGE'")
+        return self
+
+    @model_validator(mode="after")
+    def _known_solver(self) -> PairOptions:
+        calls = len(find_solver(self.solver).b)
+        if self.nfe is not None and self.nfe % calls:
+            raise ValueError(
+                f"nfe = {self.nfe} is no multiple of the {calls} calls that a step of {self.solver!r} makes"
+            )
         return self
 
 
@@ -232,6 +242,7 @@ class Spec:
         needs: what it learns from, in words.
         cite: keys into :mod:`fewstep.citations`.
         context: context values or channels its networks take, from the options and the data's shape.
+        makes: ``velocity``, which later stages can learn from, or ``map``, which they cannot.
     """
 
     options: type[Options]
@@ -240,3 +251,4 @@ class Spec:
     needs: str
     cite: tuple[str, ...]
     context: Callable[[Any, tuple[int, ...]], int] = lambda options, shape: 0
+    makes: Literal["velocity", "map"] = "velocity"

@@ -12,7 +12,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from fewstep.methods.base import Batches, Objective, PairOptions, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.base import (
+    Batches,
+    Objective,
+    PairOptions,
+    Phase,
+    Plan,
+    SampleRule,
+    Spec,
+    Stage,
+    Teacher,
+)
 from fewstep.methods.batches import StoredBatches
 from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
 from fewstep.methods.straight_line import EndpointRegression
@@ -45,5 +55,6 @@ SPEC = Spec(
     plan=plan,
     summary="one-step student that regresses the teacher's endpoints",
     needs="teacher, pairs",
+    makes="map",
     cite=("liu2023flow",),
 )

@@ -10,10 +10,17 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fewstep.errors import UserError
-from fewstep.flow.couplings import Coupling, GaussianSource, Independent, Inpainting, MinibatchOT, SuperResolution
+from fewstep.flow.couplings import (
+    Coupling,
+    GaussianSource,
+    Independent,
+    Inpainting,
+    MinibatchOT,
+    SuperResolution,
+)
 from fewstep.flow.noise import generator_for
 from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
@@ -36,13 +43,19 @@ class FlowMatchingOptions(Options):
     loss: Literal["l2", "l1", "huber"] = "l2"
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of null labels, for guidance")
 
+    @model_validator(mode="after")
+    def _known_words(self) -> FlowMatchingOptions:
+        make_path(self.path)
+        make_time_law(self.time)
+        if self.ot_batch_size is not None and self.coupling != "ot":
+            raise ValueError("ot_batch_size belongs to 'coupling: ot': set that, or leave it out")
+        return self
+
 
 def make_coupling(options: FlowMatchingOptions, stage: Stage) -> Coupling:
     """The coupling the options name."""
     if options.coupling == "ot":
         return MinibatchOT(stage.source, batch_size=options.ot_batch_size)
-    if options.ot_batch_size is not None:
-        raise UserError("ot_batch_size belongs to 'coupling: ot': set that, or leave it out.")
     if options.coupling == "independent":
         return Independent(stage.source)
     if not isinstance(stage.source, GaussianSource):

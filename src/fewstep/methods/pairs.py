@@ -62,9 +62,7 @@ def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
     """
     maker = _Maker(stage, request)
     world = stage.world
-    store = PairStore(
-        stage.folder / "pairs" / request.tag / request.direction, maker.description(), request.rows
-    )
+    store = PairStore(stage.folder / "pairs" / request.tag / request.direction, maker.description(), request.rows)
     if world.rank == 0:
         store.open(maker.settle)
     world.barrier()
@@ -198,16 +196,12 @@ class _Maker:
             self._judge_law(law)
         return checks
 
-    def _judge_origin(
-        self, store: PairStore, known: Tensor, found: Tensor, cond: Mapping[str, Tensor]
-    ) -> None:
+    def _judge_origin(self, store: PairStore, known: Tensor, found: Tensor, cond: Mapping[str, Tensor]) -> None:
         """Refuse pairs that this teacher, solved as the manifest says, does not make."""
         if relative_error(self.carry(known, cond, self.steps), found) <= SAME:
             return
         swapped = relative_error(self.carry(found, cond, self.steps), known) <= SAME
-        what = (
-            "have x0 and x1 swapped" if swapped else "are not what the teacher makes of their starting points"
-        )
+        what = "have x0 and x1 swapped" if swapped else "are not what the teacher makes of their starting points"
         raise UserError(
             f"the pairs in {store.folder} {what}: delete that folder, and the same command makes them again."
         )
@@ -217,8 +211,7 @@ class _Maker:
         if error <= tolerance:
             return
         what = (
-            f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with "
-            "twice the steps"
+            f"{self.request.direction} pairs are off by {error:.3g} of their spread when re-solved with twice the steps"
         )
         if options.nfe is not None or not error <= 0.5:
             raise UserError(

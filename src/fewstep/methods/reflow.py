@@ -25,7 +25,17 @@ from torch import nn
 from fewstep.flow.couplings import Facts, Independent
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import make_time_law
-from fewstep.methods.base import Batches, Objective, PairOptions, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.base import (
+    Batches,
+    Objective,
+    PairOptions,
+    Phase,
+    Plan,
+    SampleRule,
+    Spec,
+    Stage,
+    Teacher,
+)
 from fewstep.methods.batches import DataBatches, MixedBatches, StoredBatches
 from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
 from fewstep.methods.straight_line import VelocityRegression
@@ -50,11 +60,18 @@ class ReflowOptions(PairOptions):
         return (value,) if isinstance(value, int | float | str) else value
 
     @model_validator(mode="after")
+    def _known_time(self) -> ReflowOptions:
+        make_time_law(self.time)
+        return self
+
+    @model_validator(mode="after")
     def _mix_in_range(self) -> ReflowOptions:
         if not self.mix or any(not 0.0 < p <= 1.0 for p in self.mix):
             raise ValueError(f"mix must hold probabilities in (0, 1], got {list(self.mix)}")
         if len(self.mix) > 2 and len(self.mix) != self.rounds:
-            raise ValueError(f"mix has {len(self.mix)} values for {self.rounds} rounds: give one, two, or one per round")
+            raise ValueError(
+                f"mix has {len(self.mix)} values for {self.rounds} rounds: give one, two, or one per round"
+            )
         return self
 
     def shares(self) -> list[float]:
@@ -84,9 +101,7 @@ def plan(options: ReflowOptions, stage: Stage) -> Plan:
         samples = min(per_round, options.samples - per_round * (number - 1))
         last = number == options.rounds
         law = share_law(p, samples, anneal=last and options.real == "anneal")
-        phases.append(
-            Phase(f"round-{number}", samples, _preparer(options, stage, student, number, p, law))
-        )
+        phases.append(Phase(f"round-{number}", samples, _preparer(options, stage, student, number, p, law)))
     deterministic = shares[-1] == 1.0 or options.real in ("inverted", "anneal")
     facts = Facts(
         independent=False,
@@ -98,7 +113,12 @@ def plan(options: ReflowOptions, stage: Stage) -> Plan:
 
 
 def _preparer(
-    options: ReflowOptions, stage: Stage, student: nn.Module, number: int, p: float, law: Callable[[int], float]
+    options: ReflowOptions,
+    stage: Stage,
+    student: nn.Module,
+    number: int,
+    p: float,
+    law: Callable[[int], float],
 ) -> Callable[[Teacher | None], tuple[Objective, Batches]]:
     """What the round does before it trains: make its pairs."""
 
@@ -130,9 +150,7 @@ def make_buffer(
         request = PairRequest("inverted", rows, options, teacher, tag)
         real = StoredBatches(build_pairs(stage, request), facts, (*key, "inverted"))
     else:
-        real = DataBatches(
-            stage.data, Independent(stage.source), stage.conditional, stage.dequantise, (*key, "real")
-        )
+        real = DataBatches(stage.data, Independent(stage.source), stage.conditional, stage.dequantise, (*key, "real"))
         facts = replace(facts, deterministic=False)
     return MixedBatches(synthetic, real, law, facts)
 

@@ -37,7 +37,7 @@ def l1(x: Tensor, y: Tensor) -> Tensor:
 
 
 def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
-    """``(sqrt(|e|^2 + c^2) - c) / D`` per sample with ``c = 0.03 sqrt(D)`` (Song & Dhariwal, arXiv:2310.14189, sec. 3.3)."""
+    """``(sqrt(|e|^2 + c^2) - c) / D`` per sample, ``c = 0.03 sqrt(D)`` (arXiv:2310.14189, sec. 3.3)."""
     e = (x - y).flatten(1)
     c = 0.03 * math.sqrt(e.shape[1])
     return ((e.square().sum(1) + c * c).sqrt() - c).mean() / e.shape[1]
@@ -114,5 +114,3 @@ class EndpointRegression(Objective):
         start = torch.zeros(len(batch.x0), dtype=batch.x0.dtype, device=batch.x0.device)
         endpoint = batch.x0 + self.modules["student"](batch.x0, start, **batch.cond)
         return {"loss": self.distance(endpoint, batch.x1)}
-
-

@@ -266,7 +266,5 @@ def median_distance(y: Samples, most: int = 1000) -> float:
     upper = torch.triu_indices(n, n, offset=1, device=rows.device)
     median = math.sqrt(float(d2[upper[0], upper[1]].median()))
     if median == 0.0:
-        raise UserError(
-            "more than half of the rows of y are equal, so their median distance is 0: give a bandwidth."
-        )
+        raise UserError("more than half of the rows of y are equal, so their median distance is 0: give a bandwidth.")
     return median

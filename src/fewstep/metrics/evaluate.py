@@ -193,9 +193,7 @@ class _HeldOut:
     size: int
 
 
-def _against_held_out(
-    y: Tensor, train: Tensor, held_out: Samples, inside: Within, reference: Within
-) -> _HeldOut:
+def _against_held_out(y: Tensor, train: Tensor, held_out: Samples, inside: Within, reference: Within) -> _HeldOut:
     """Compare generated rows with held-out data; the floor's law is the reference's, which is larger."""
     z = as_pair(y, held_out, ("fake", "held_out"))[1]
     return _HeldOut(
@@ -212,9 +210,7 @@ def extract(features: Features, samples: Tensor, batch: int = 500) -> Tensor:
         parts = [features(part) for part in samples.split(batch)]
     sizes = [part.shape[0] for part in parts]
     if sum(sizes) != samples.shape[0]:
-        raise UserError(
-            f"features gave {sum(sizes)} rows for {samples.shape[0]} samples: one row per sample needed."
-        )
+        raise UserError(f"features gave {sum(sizes)} rows for {samples.shape[0]} samples: one row per sample needed.")
     return as_rows(torch.cat(parts), "features")
 
 

@@ -63,9 +63,7 @@ def frechet_distance(fake: Samples, real: Samples) -> Frechet:
     (mean_a, root_a), (mean_b, root_b) = moments(a), moments(b)
     trace_a, trace_b = float(root_a.square().sum()), float(root_b.square().sum())
     if trace_b == 0.0:
-        raise UserError(
-            "the real features are all equal, so a distance relative to their spread means nothing."
-        )
+        raise UserError("the real features are all equal, so a distance relative to their spread means nothing.")
     cross = float(torch.linalg.svdvals(root_a @ root_b.T).sum())
     mean_term = float((mean_a - mean_b).square().sum())
     covariance_term = max(trace_a + trace_b - 2.0 * cross, 0.0)

@@ -52,9 +52,7 @@ def prdc(real: Samples, fake: Samples, k: int = 5) -> PRDC:
         UserError: ``k`` below 1, too few samples, other dimensions, values that are not finite.
     """
     if k < 1:
-        raise UserError(
-            f"k = {k}: the radius is the distance to the k-th nearest neighbour, so k is at least 1."
-        )
+        raise UserError(f"k = {k}: the radius is the distance to the k-th nearest neighbour, so k is at least 1.")
     x, y = as_pair(real, fake, ("real", "fake"), least=k + 1)
     real_radius, fake_radius = neighbour_radius(x, k), neighbour_radius(y, k)
     precise = torch.zeros(y.shape[0], dtype=torch.bool, device=x.device)
@@ -111,7 +109,5 @@ def expected_coverage(real: int, fake: int, k: int = 5) -> float:
     smaller than N.
     """
     if not 1 <= k < real or fake < 1:
-        raise UserError(
-            f"coverage needs 1 <= k < real and fake >= 1, got k = {k}, real = {real}, fake = {fake}."
-        )
+        raise UserError(f"coverage needs 1 <= k < real and fake >= 1, got k = {k}, real = {real}, fake = {fake}.")
     return 1.0 - math.prod((real - j) / (real + fake - j) for j in range(1, k + 1))

@@ -67,15 +67,11 @@ def as_tensor(samples: Samples, name: str) -> Tensor:
         return torch.from_numpy(samples if samples.flags.writeable else samples.copy())
     if isinstance(samples, Tensor) and not samples.is_complex():
         return samples.detach()
-    kind = (
-        f"of {samples.dtype}" if isinstance(samples, Tensor | np.ndarray) else f"a {type(samples).__name__}"
-    )
+    kind = f"of {samples.dtype}" if isinstance(samples, Tensor | np.ndarray) else f"a {type(samples).__name__}"
     raise UserError(f"{name} must be a tensor or an array (N, ...) of real numbers, and is {kind}.")
 
 
-def as_pair(
-    x: Samples, y: Samples, names: tuple[str, str] = ("x", "y"), least: int = 2
-) -> tuple[Tensor, Tensor]:
+def as_pair(x: Samples, y: Samples, names: tuple[str, str] = ("x", "y"), least: int = 2) -> tuple[Tensor, Tensor]:
     """Two sets of rows of equal dimension, on the device of the first."""
     a, b = as_rows(x, names[0], least), as_rows(y, names[1], least)
     if a.shape[1] != b.shape[1]:

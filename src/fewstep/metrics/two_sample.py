@@ -116,7 +116,5 @@ def standard_error(x: Within, y: Within, cross: Between) -> float:
     """Standard error of ``T`` (module docstring), the U- or the V-statistic alike."""
     n, m = x.size, y.size
     first = float((2.0 * (cross.rows - x.rows)).var()) / n + float((2.0 * (cross.cols - y.rows)).var()) / m
-    second = (
-        2.0 * x.centred_square / n**2 + 2.0 * y.centred_square / m**2 + 4.0 * cross.centred_square / (n * m)
-    )
+    second = 2.0 * x.centred_square / n**2 + 2.0 * y.centred_square / m**2 + 4.0 * cross.centred_square / (n * m)
     return math.sqrt(max(first - second, second, 0.0))

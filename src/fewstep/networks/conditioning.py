@@ -99,9 +99,7 @@ def join_context(x: Tensor, context: Tensor | None, wanted: int) -> Tensor:
     """
     if not wanted:
         if context is not None:
-            raise UserError(
-                "context was given, but this network has context=0; drop context= or build with it."
-            )
+            raise UserError("context was given, but this network has context=0; drop context= or build with it.")
         return x
     expected = (x.shape[0], wanted, *x.shape[2:])
     if context is None:

@@ -100,9 +100,7 @@ class MLP(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(
-        self, x: Tensor, t: Tensor, label: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """v(x, t): x (B, *shape), t (B,), label (B,) or None (null), context (B, ...) or None."""
         check_inputs(self.shape, self.classes, x, t, label)
         values = None if context is None else context.flatten(1)

@@ -76,9 +76,7 @@ def _choose(given: dict[str, Any], shape: list[int]) -> tuple[str, dict[str, Any
     return name, presets[preset]
 
 
-def resolve(
-    config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, context: int = 0
-) -> dict[str, Any]:
+def resolve(config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, context: int = 0) -> dict[str, Any]:
     """Complete and check a network configuration.
 
     Args:

@@ -217,9 +217,7 @@ class UNet(nn.Module):
         for parameter in (*self.output.parameters(), *self.gain.parameters()):
             nn.init.zeros_(parameter)
 
-    def forward(
-        self, x: Tensor, t: Tensor, label: Tensor | None = None, context: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
         """v(x, t): x (B, C, H, W), t (B,), label (B,) or None (null), context (B, context, H, W) or None."""
         check_inputs(self.shape, self.classes, x, t, label)
         h = F.pixel_unshuffle(join_context(x, context, self.context), self.patch)

@@ -23,6 +23,7 @@ GAUSSIAN, TRAINING = "moment-matched Gaussian", "training data"
 LEAST_ROWS = 6  # k-nearest-neighbour metrics (k = 5) need more rows than neighbours
 TIMED_ROWS = 64
 TIMED_REPEATS = 5
+TIMED_SECONDS = 0.05
 DIAGNOSED = 256  # noises for straightness
 
 Say = Callable[[str], None]
@@ -83,9 +84,7 @@ def compare(
         "data": {"name": data.name, "fingerprint": data.fingerprint, "shape": list(data.shape)},
         "rows": rows,
         "diagnosis": {
-            model.name: diagnose_model(model, seed).as_dict()
-            for model in models
-            if model.config.kind == "velocity"
+            model.name: diagnose_model(model, seed).as_dict() for model in models if model.config.kind == "velocity"
         },
     }
 
@@ -125,9 +124,7 @@ def check_count(samples: int | None, reference: int, say: Say) -> int:
     if samples is None:
         return most
     if samples < LEAST_ROWS:
-        raise UserError(
-            f"a comparison needs at least {LEAST_ROWS} samples, got {samples}: leave samples out."
-        )
+        raise UserError(f"a comparison needs at least {LEAST_ROWS} samples, got {samples}: leave samples out.")
     if samples > most:
         say(f"  samples: {most} of the {samples} asked for; the protocol takes min(4000, training rows)")
     return min(samples, most)
@@ -193,23 +190,32 @@ def add_times(rows: list[dict[str, Any]], models: Sequence[Generator], seed: int
     Absolute times on a shared machine mean little; ratios from one interleaved run do.
     """
     by_name = {model.name: model for model in models}
+    repeats = [_draws_per_timing(by_name[line["model"]], line["steps"], seed) for line in rows]
     times: list[list[float]] = [[] for _ in rows]
     order = [k for k in range(len(rows)) for _ in range(TIMED_REPEATS)]
     random.Random(seed).shuffle(order)
     for k in order:
         model = by_name[rows[k]["model"]]
         start = time.perf_counter()
-        model.draw(TIMED_ROWS, steps=rows[k]["steps"], seed=seed)
-        times[k].append(time.perf_counter() - start)
+        for _ in range(repeats[k]):
+            model.draw(TIMED_ROWS, steps=rows[k]["steps"], seed=seed)
+        times[k].append((time.perf_counter() - start) / repeats[k])
     medians = [statistics.median(values) for values in times]
     for line, median in zip(rows, medians, strict=True):
         line["relative_time"] = median / max(medians)
 
 
+def _draws_per_timing(model: Generator, steps: int, seed: int) -> int:
+    """How often a quick draw is repeated within one timing, so that the clock and other processes weigh little."""
+    start = time.perf_counter()
+    model.draw(TIMED_ROWS, steps=steps, seed=seed)
+    return max(1, min(50, int(TIMED_SECONDS / (time.perf_counter() - start))))
+
+
 def diagnose_model(model: Generator, seed: int) -> Any:
     """Straightness and its kin of a velocity model, on the seed's noises."""
     draw = model.draw(DIAGNOSED, steps=1, seed=seed)
-    cond = {} if draw.label is None else {"label": draw.label.to(model.device)}
+    cond = draw.conditions(model.device)
     return diagnose(model.module, draw.x0.to(model.device), cond=cond)
 
 

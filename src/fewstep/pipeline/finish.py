@@ -30,11 +30,7 @@ def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
         seed=header.compare.seed,
     )
     print("\n" + table(result))
-    pairs = {
-        model.name: found
-        for model, folder in zip(models, folders, strict=True)
-        if (found := last_pairs(folder))
-    }
+    pairs = {model.name: found for model, folder in zip(models, folders, strict=True) if (found := last_pairs(folder))}
     return write_comparison(out, result, models, data, recipe, pairs)
 
 

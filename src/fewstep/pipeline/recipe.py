@@ -33,9 +33,7 @@ class CompareOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4, 8, 50)
-    samples: int | None = Field(
-        default=None, gt=5, description="generated samples; default min(4000, reference)"
-    )
+    samples: int | None = Field(default=None, gt=5, description="generated samples; default min(4000, reference)")
     seed: int = Field(default=0, ge=0, lt=2**63)
 
     @field_validator("steps", mode="before")
@@ -58,9 +56,7 @@ class Header(BaseModel):
     base: str | dict[str, Any] = "gaussian"
     network: str | dict[str, Any] = Field(default_factory=dict)
     seed: int = Field(0, ge=0, lt=2**63)
-    conditional: bool | None = Field(
-        None, description="use the labels; default: when the recipe names a label file"
-    )
+    conditional: bool | None = Field(None, description="use the labels; default: when the recipe names a label file")
     dequantise: float | None = Field(None, ge=0, description="noise added to discrete data, network units")
     compare: CompareOptions = CompareOptions()
 
@@ -75,12 +71,7 @@ class Header(BaseModel):
     @classmethod
     def _known_base(cls, value: str | dict[str, Any]) -> str | dict[str, Any]:
         words = ["gaussian", *DATA]
-        if (
-            isinstance(value, str)
-            and value not in words
-            and re.fullmatch(r"\w+", value)
-            and not os.path.exists(value)
-        ):
+        if isinstance(value, str) and value not in words and re.fullmatch(r"\w+", value) and not os.path.exists(value):
             raise unknown("base", value, words)
         return value
 
@@ -133,8 +124,7 @@ def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
         )
     loader.flatten_mapping(node)
     return {
-        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True)
-        for key, value in node.value
+        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value
     }
 
 
@@ -215,9 +205,7 @@ def load_recipe(path: str | Path, changes: Iterable[str] = ()) -> Recipe:
         raise UserError(f"{where} cannot be read: {error.strerror}.") from error
     fields = parse_yaml(text, where)
     if fields is None:
-        raise UserError(
-            f"{where} is empty: it must hold data and stages; 'fewstep list recipes' names examples."
-        )
+        raise UserError(f"{where} is empty: it must hold data and stages; 'fewstep list recipes' names examples.")
     for change in changes:
         apply_change(fields, change)
     return make_recipe(fields, where)
@@ -228,9 +216,7 @@ def apply_change(fields: Any, change: str) -> None:
     key, equals, value = change.partition("=")
     parts = key.strip().split(".")
     if not equals or not all(parts):
-        raise UserError(
-            f"--set {change!r} is not KEY=VALUE: write for example --set stages.teacher.samples=100000."
-        )
+        raise UserError(f"--set {change!r} is not KEY=VALUE: write for example --set stages.teacher.samples=100000.")
     at = fields
     for depth, part in enumerate(parts[:-1]):
         _make_room(fields, at, parts[:depth], part, parts[depth + 1])
@@ -310,10 +296,13 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: 
     for role, chosen in (("teacher", options.teacher), ("init", options.init)):
         if chosen is not None and chosen not in earlier:
             if chosen in names and chosen != name:
-                raise UserError(
-                    f"{where}: its {role} {chosen!r} comes later: put that stage before this one."
-                )
+                raise UserError(f"{where}: its {role} {chosen!r} comes later: put that stage before this one.")
             _check_folder(where, role, chosen, earlier)
+        elif chosen is not None and find_method(earlier[chosen].method).makes == "map":
+            raise UserError(
+                f"{where}: the {role} {chosen!r} is a one-step map, not a velocity field: learn from the "
+                "flow it was distilled from."
+            )
     return options
 
 

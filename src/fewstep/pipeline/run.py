@@ -25,6 +25,7 @@ from fewstep.generator import Config, Generator, load, save_model, weights_diges
 from fewstep.methods.base import Options, Plan, Stage, Teacher
 from fewstep.methods.registry import find_method
 from fewstep.networks import build, default_network, resolve
+from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.recipe import Recipe
 from fewstep.store.files import clean_temporaries, make_folder, read_json, write_json, write_text
 from fewstep.training.checkpoint import Checkpoints
@@ -66,6 +67,7 @@ def open_run(recipe: Recipe, out: Path, world: LocalWorld) -> Run:
         raise UserError(
             f"conditional: true, but the data {data.name!r} has no labels: name them, data: {{path: …, labels: …}}."
         )
+    check_reference(data, data.train_rows())
     source, rows = make_source(header.base, data)
     return Run(recipe, out, data, source, rows, world)
 
@@ -89,7 +91,9 @@ def run_recipe(recipe: Recipe, out: Path, world: LocalWorld | None = None) -> li
     world = world or LocalWorld()
     run = open_run(recipe, Path(out), world)
     check_networks(run)
+    check_models(run)
     if world.rank == 0:
+        check_begun(run)
         make_folder(run.out)
         write_text(run.out / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
         write_json(run.out / "run.json", environment(recipe.header.seed))
@@ -108,6 +112,28 @@ def check_networks(run: Run) -> None:
             raise UserError(f"stage {name!r}: {error}") from error
 
 
+def check_models(run: Run) -> None:
+    """Load every teacher from outside the recipe once, before the first stage trains."""
+    for name, options in run.recipe.stages.items():
+        for chosen in (options.teacher, options.init):
+            if chosen is not None and chosen not in run.recipe.stages:
+                try:
+                    load_teacher(run, chosen)
+                except UserError as error:
+                    raise UserError(f"stage {name!r}: {error}") from error
+
+
+def check_begun(run: Run) -> None:
+    """Check the stages begun in this folder against the recipe, before ``recipe.yaml`` is written over."""
+    for name, options in run.recipe.stages.items():
+        if (run.out / name / "stage.json").exists():
+            inputs = stage_inputs(run, options, network_of(run, options))
+            begun = read_json(run.out / name / "stage.json").get("inputs", {})
+            # the weights of a teacher that is still to be trained are checked when the stage begins
+            later = {key: value for key, value in begun.items() if key.endswith("_weights")}
+            check_inputs(run.out / name, inputs | later)
+
+
 def network_of(run: Run, options: Options) -> dict[str, Any]:
     """The resolved network configuration of a stage."""
     chosen = options.network if options.network is not None else run.recipe.header.network
@@ -115,7 +141,8 @@ def network_of(run: Run, options: Options) -> dict[str, Any]:
     if not config:
         config = dict(default_network(run.data.shape))
     classes = run.data.classes if run.recipe.conditional else 0
-    return resolve(config, run.data.shape, classes=classes)
+    context = find_method(options.method).context(options, run.data.shape)
+    return resolve(config, run.data.shape, classes=classes, context=context)
 
 
 def environment(seed: int) -> dict[str, Any]:
@@ -139,7 +166,11 @@ def run_stage(run: Run, name: str, options: Options) -> None:
     teacher = load_teacher(run, options.teacher) if options.teacher else None
     initial = load_teacher(run, options.init) if options.init else teacher
     network = network_of(run, options)
-    inputs = stage_inputs(run, options, network, teacher, initial)
+    weights = {
+        "teacher_weights": teacher.digest if teacher else None,
+        "initial_weights": initial.digest if initial else None,
+    }
+    inputs = stage_inputs(run, options, network) | weights
     if run.world.rank == 0:
         make_folder(folder)
         for below in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
@@ -191,17 +222,20 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         last = number == len(plan.phases) - 1
         kept = stage.folder / "rounds" / phase.name
         if number < trainer.position.phase:
-            previous = frozen(load(kept), f"{stage.name}, {phase.name}")
+            previous = frozen(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
             continue
         objective, batches = phase.prepare(previous)
         label = stage.name if len(plan.phases) == 1 else f"{stage.name}, {phase.name}"
         trainer.train(number, phase.samples, objective, batches, label)
         if run.world.rank == 0:
             trainer.save(keep=1 if last else 2)
-            save_model(stage.folder if last else kept, trainer.ema.state, config, run.base_rows)
+            rows, context = run.base_rows, None
+            if plan.examples is not None:
+                rows, context = plan.examples.x0, plan.examples.cond.get("context")
+            save_model(stage.folder if last else kept, trainer.ema.state, config, rows, context)
         run.world.barrier()
         if not last:
-            previous = frozen(load(kept), f"{stage.name}, {phase.name}")
+            previous = frozen(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
 
 
 def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher | None) -> nn.Module:
@@ -231,6 +265,11 @@ def frozen(generator: Generator, name: str) -> Teacher:
     """A generator as a teacher."""
     if generator.config.kind != "velocity":
         raise UserError(f"{name!r} is a one-step map, not a velocity field: learn from the flow it was distilled from.")
+    if generator.config.base == "examples":
+        raise UserError(
+            f"{name!r} starts from damaged data (in-painting, super-resolution), and pairs need a base that can be "
+            "drawn: learn from a model with a Gaussian base, or sample this one in a few steps."
+        )
     state = generator.module.state_dict()
     return Teacher(
         velocity=generator.module,
@@ -263,7 +302,7 @@ def stage_config(
         class_weights=weights,
         label_names=run.data.label_names if run.recipe.conditional else None,
         guidance=guidance,
-        base="gaussian" if run.base_rows is None else "empirical",
+        base="examples" if plan.examples else "gaussian" if run.base_rows is None else "empirical",
         coupling={**vars(plan.facts)},
         method=options.method,
         stage=name,
@@ -271,10 +310,8 @@ def stage_config(
     )
 
 
-def stage_inputs(
-    run: Run, options: Options, network: dict[str, Any], teacher: Teacher | None, initial: Teacher | None
-) -> dict[str, Any]:
-    """Everything that decides a stage's weights; a folder begun with other inputs is refused."""
+def stage_inputs(run: Run, options: Options, network: dict[str, Any]) -> dict[str, Any]:
+    """What decides a stage's weights, beside its teacher's; a folder begun with other inputs is refused."""
     header = run.recipe.header
     return {
         "options": options.model_dump(mode="json"),
@@ -285,8 +322,6 @@ def stage_inputs(
         "seed": header.seed,
         "conditional": run.recipe.conditional,
         "dequantise": run.dequantise,
-        "teacher_weights": teacher.digest if teacher else None,
-        "initial_weights": initial.digest if initial else None,
     }
 
 
@@ -353,4 +388,3 @@ class Statistics:
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": self.stage, **fields}, sort_keys=True) + "\n")
-

@@ -87,9 +87,7 @@ def _by_model(result: Mapping[str, Any]) -> list[tuple[int, tuple[str, list[Row]
     return list(enumerate(ordered.items()))
 
 
-def _curve(
-    ax: Any, name: str, rows: Sequence[Row], key: str, colour: str, number: int
-) -> tuple[float, Mark] | None:
+def _curve(ax: Any, name: str, rows: Sequence[Row], key: str, colour: str, number: int) -> tuple[float, Mark] | None:
     """Draw one model's line; return where it ends and its label, None when there is nothing to draw."""
     kept = [(row, float(y)) for row in rows if (y := value_of(row, key)) is not None]
     if key == "energy":  # a logarithmic axis
@@ -122,9 +120,7 @@ def _gaussian_line(ax: Any, result: Mapping[str, Any], key: str) -> list[Mark]:
     return []
 
 
-def _name_lines(
-    ax: Any, ends: Sequence[tuple[float, Mark] | None], marks: Sequence[Mark], gap: float = 0.075
-) -> None:
+def _name_lines(ax: Any, ends: Sequence[tuple[float, Mark] | None], marks: Sequence[Mark], gap: float = 0.075) -> None:
     """Names at the right border for lines that reach it, beside the marker for those that end before."""
     known = [end for end in ends if end is not None]
     furthest = max((x for x, _ in known), default=1)

@@ -59,9 +59,7 @@ def model_colours(names: Sequence[str]) -> dict[str, str]:
     return {name: COLOURS[k % len(COLOURS)] for k, name in enumerate(names)}
 
 
-def panels(
-    rows: int, columns: int, width: float, height: float, *, sharex: bool = False
-) -> tuple[Figure, Array]:
+def panels(rows: int, columns: int, width: float, height: float, *, sharex: bool = False) -> tuple[Figure, Array]:
     """A figure of ``width`` by ``height`` inches and its axes ``(rows, columns)``."""
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine

@@ -67,9 +67,7 @@ def write_report(
 
     named = {model.name: model for model in models}
     check(result, named)
-    environment_ = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
+    environment_ = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     source = resources.files("fewstep.report").joinpath("report.html.j2").read_text(encoding="utf-8")
     fields = content(result, named, data, seed, pairs or {}, stats)
     page = environment_.from_string(source).render(

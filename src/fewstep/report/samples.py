@@ -136,9 +136,7 @@ def real_columns(data: DataSet, classes: Tensor | None, seed: int) -> Array:
     return np.array(chosen)
 
 
-def image_strips(
-    result: Mapping[str, Any], models: Mapping[str, Generator], data: DataSet, seed: int
-) -> Samples:
+def image_strips(result: Mapping[str, Any], models: Mapping[str, Generator], data: DataSet, seed: int) -> Samples:
     """One strip per model and step count, and one of training images (of the same classes)."""
     classes = class_columns(models, COLUMNS)
     limits = grey_limits(data)

@@ -49,15 +49,11 @@ def write_sheet(
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise UserError(
-            f"a sheet is a PNG file, and {str(path)!r} ends otherwise: give a name such as samples.png."
-        )
+        raise UserError(f"a sheet is a PNG file, and {str(path)!r} ends otherwise: give a name such as samples.png.")
     array = finite(x)
     if array.ndim == 2:
         if limits is not None or columns is not None:
-            raise UserError(
-                "limits and columns are for images, and these samples are vectors: leave them out."
-            )
+            raise UserError("limits and columns are for images, and these samples are vectors: leave them out.")
         return scatter_sheet(array, path)
     return sheet(array, path, limits=limits, columns=columns)
 
@@ -141,9 +137,7 @@ def tile(tiles: Array, columns: int, cell: int = CELL, largest: int = LARGEST) -
     tiles = resize(tiles, cell, largest)
     count, height, width, channels = tiles.shape
     rows = -(-count // columns)
-    page = np.full(
-        (rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), PAPER, dtype=np.uint8
-    )
+    page = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), PAPER, dtype=np.uint8)
     for k, image in enumerate(tiles):
         top, left = (k // columns) * (height + GAP), (k % columns) * (width + GAP)
         page[top : top + height, left : left + width] = image
@@ -160,11 +154,7 @@ def resize(tiles: Array, cell: int, largest: int) -> Array:
         return tiles.repeat(factor, axis=1).repeat(factor, axis=2)
     height, width = (max(1, round(length * largest / side)) for length in tiles.shape[1:3])
     reduced = [
-        np.asarray(
-            Image.fromarray(t[..., 0] if t.shape[-1] == 1 else t).resize(
-                (width, height), Image.Resampling.BOX
-            )
-        )
+        np.asarray(Image.fromarray(t[..., 0] if t.shape[-1] == 1 else t).resize((width, height), Image.Resampling.BOX))
         for t in tiles
     ]
     return np.stack(reduced).reshape(len(tiles), height, width, tiles.shape[-1])
@@ -178,9 +168,7 @@ def principal_directions(points: Array, count: int = 2) -> Array:
     signs = np.sign(basis[np.arange(len(basis)), np.abs(basis).argmax(1)])
     directions = (basis * signs[:, None]).T
     return (
-        directions
-        if directions.shape[1] == count
-        else np.pad(directions, ((0, 0), (0, count - directions.shape[1])))
+        directions if directions.shape[1] == count else np.pad(directions, ((0, 0), (0, count - directions.shape[1])))
     )
 
 

@@ -66,12 +66,10 @@ def trajectories(
     plane = Plane(data)
     real = data.network_rows(pick_rows(data, REAL_POINTS, seed))
     first = next(iter(flows.values()))
-    shown = [_independent(reference_units(_starts(first, seed)[0], first, data), real, plane, seed)]
+    shown = [_independent(reference_units(_noise(first, seed), first, data), real, plane, seed)]
     for name, model in flows.items():
         states, chord = follow(model, seed, pairs.get(name))
-        curve, line = (
-            _lay([reference_units(x, model, data) for x in part], plane) for part in (states, chord)
-        )
+        curve, line = (_lay([reference_units(x, model, data) for x in part], plane) for part in (states, chord))
         ratio = diagnoses(result).get(name, {}).get("path_length_ratio")
         note = f"length / chord {ratio:.3f}" if ratio else ""
         shown.append(Paths(name, colours[name], line, curve, note))
@@ -99,9 +97,9 @@ def _independent(noise: Tensor, real: Tensor, plane: Plane, seed: int) -> Paths:
     return Paths("independent pairs", SOFT, line, line)
 
 
-def _starts(model: Generator, seed: int) -> tuple[Tensor, Tensor | None]:
-    draw = model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed)
-    return draw.x0, draw.label
+def _noise(model: Generator, seed: int) -> Tensor:
+    """Where the trajectories of a model start."""
+    return model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed).x0
 
 
 def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Tensor]:
@@ -109,13 +107,13 @@ def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Ten
 
     With the model's training pairs, trajectories start at the pairs' noise and the chords are the pairs.
     """
-    x0, label = _starts(model, seed)
-    ends = None
+    draw = model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed)
+    x0, cond, ends = draw.x0, draw.conditions(model.device), None
     if pairs is not None:
         stored = open_pairs(pairs).training_rows()
         columns = stored.columns(torch.arange(min(LINES, len(stored))))
-        x0, ends, label = columns["x0"], columns["x1"], columns.get("label")
-    cond = {} if label is None or not model.conditional else {"label": label.to(model.device)}
+        x0, ends = columns["x0"], columns["x1"]
+        cond = {"label": columns["label"].to(model.device)} if model.conditional else {}
     solution = solve(model.module, x0.to(model.device), solver="rk4", steps=STEPS, cond=cond, trajectory=True)
     assert solution.trajectory is not None
     states = solution.trajectory.float().cpu()
@@ -147,9 +145,7 @@ def _panel(ax: Any, paths: Paths, background: Array, limits: Frame) -> None:
 
     ax.set_axis_on()
     ax.scatter(*background.T, s=2.5, color=FAINT, linewidths=0, zorder=0)
-    ax.add_collection(
-        LineCollection(list(paths.chord.swapaxes(0, 1)), colors=CHORD, linewidths=0.9, zorder=1)
-    )
+    ax.add_collection(LineCollection(list(paths.chord.swapaxes(0, 1)), colors=CHORD, linewidths=0.9, zorder=1))
     if paths.curve is not paths.chord:
         lines = list(paths.curve.swapaxes(0, 1))
         ax.add_collection(LineCollection(lines, colors=paths.colour, linewidths=1.2, alpha=0.85, zorder=2))

@@ -203,9 +203,7 @@ def _lost(rows: Sequence[Row]) -> list[Markup]:
     if fast["model"] == beside["model"]:
         return []
     return [
-        Markup(
-            "<b>{}</b> with {} has {} {}, <b>{}</b> with {} has {}: the energy does not show this loss."
-        ).format(
+        Markup("<b>{}</b> with {} has {} {}, <b>{}</b> with {} has {}: the energy does not show this loss.").format(
             fast["model"],
             calls(fast["nfe"]),
             name,
@@ -222,9 +220,7 @@ def _lost(rows: Sequence[Row]) -> list[Markup]:
 def diagnoses(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """The velocity models' diagnoses, in the order of the rows (JSON files sort their keys)."""
     found = result.get("diagnosis") or {}
-    return {
-        name: found[name] for name in dict.fromkeys(r["model"] for r in model_rows(result)) if name in found
-    }
+    return {name: found[name] for name in dict.fromkeys(r["model"] for r in model_rows(result)) if name in found}
 
 
 def _not_straighter(result: Mapping[str, Any]) -> list[Markup]:
@@ -239,7 +235,5 @@ def _not_straighter(result: Mapping[str, Any]) -> list[Markup]:
             name, first, number(values["straightness"]), number(diagnosis[first]["straightness"])
         )
         for name, values in diagnosis.items()
-        if name != first
-        and method.get(name) == "reflow"
-        and values["straightness"] >= diagnosis[first]["straightness"]
+        if name != first and method.get(name) == "reflow" and values["straightness"] >= diagnosis[first]["straightness"]
     ]

@@ -126,9 +126,7 @@ def _solve(
     before = field.calls
     with contextlib.nullcontext() if grad else torch.no_grad():
         end, states = run(plan, field, x, cond or {}, trajectory=trajectory)
-        return Solution(
-            end, field.calls - before, plan.table.grid, torch.stack(states) if trajectory else None
-        )
+        return Solution(end, field.calls - before, plan.table.grid, torch.stack(states) if trajectory else None)
 
 
 def check_start(x: Tensor) -> None:
@@ -138,9 +136,7 @@ def check_start(x: Tensor) -> None:
         raise UserError(f"the start must be a floating-point tensor of shape (B, ...), got {what}.")
     shape = x.shape
     if len(shape) < 2 or 0 in shape:
-        raise UserError(
-            f"the start must have shape (B, ...) with B >= 1 and no empty side, got {tuple(shape)}."
-        )
+        raise UserError(f"the start must have shape (B, ...) with B >= 1 and no empty side, got {tuple(shape)}.")
     # One cheap reduction settles the usual case; an overflowing sum is looked at again row by row.
     if not math.isfinite(x.sum().item()) and not torch.isfinite(x).all():
         rows = int((~torch.isfinite(x)).flatten(1).any(1).sum())

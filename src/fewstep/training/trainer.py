@@ -177,13 +177,10 @@ class Trainer:
         for module in self._modules.values():
             module.to(self.world.device).train()
         self._parameters = {
-            role: [p for p in module.parameters() if p.requires_grad]
-            for role, module in self._modules.items()
+            role: [p for p in module.parameters() if p.requires_grad] for role, module in self._modules.items()
         }
         self.optimisers = {
-            role: torch.optim.AdamW(
-                parameters, lr=self.options.lr, weight_decay=self.options.weight_decay, fused=True
-            )
+            role: torch.optim.AdamW(parameters, lr=self.options.lr, weight_decay=self.options.weight_decay, fused=True)
             for role, parameters in self._parameters.items()
         }
         loaded, self._loaded = self._loaded, None
@@ -302,11 +299,7 @@ def learning_rate(options: Options, seen: int, samples: int) -> float:
     position = seen + options.batch_size / 2  # the middle of the step's batch
     if position < begin:
         return options.lr * position / begin
-    return (
-        options.lr
-        * 0.5
-        * (1.0 + math.cos(math.pi * min(1.0, (position - begin) / max(1.0, samples - begin))))
-    )
+    return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (position - begin) / max(1.0, samples - begin))))
 
 
 def _rows_of(world: LocalWorld, batch: int) -> slice | None:
@@ -315,8 +308,7 @@ def _rows_of(world: LocalWorld, batch: int) -> slice | None:
         return None
     if batch % world.size:
         raise UserError(
-            f"batch_size {batch} does not divide among {world.size} processes: make it a multiple of "
-            f"{world.size}."
+            f"batch_size {batch} does not divide among {world.size} processes: make it a multiple of {world.size}."
         )
     each = batch // world.size
     return slice(world.rank * each, (world.rank + 1) * each)

@@ -34,9 +34,7 @@ class LocalWorld:
         self._state = PartialState(cpu=_on_cpu(), timeout=WAIT)
         started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else self.size
         if started != self.size:
-            raise UserError(
-                f"{started} processes were started, and accelerate sees {self.size}: use torchrun."
-            )
+            raise UserError(f"{started} processes were started, and accelerate sees {self.size}: use torchrun.")
         if self.size > 1:
             atexit.register(_leave)
         self.quiet = quiet
