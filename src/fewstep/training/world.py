@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import sys
 import time
@@ -144,7 +145,11 @@ class Progress:
 
 
 def _leave() -> None:
-    """Leave the process group: its threads must not outlive Python."""
+    """Leave the process group: its threads must not outlive Python.
+
+    Wrapped modules hold the group, so those in reference cycles are collected first.
+    """
+    gc.collect()
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
