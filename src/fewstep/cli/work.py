@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,9 @@ from fewstep.cli import arguments
 from fewstep.errors import UserError, unknown
 from fewstep.store.files import atomic_file, make_folder, write_array, write_json
 from fewstep.training.world import LocalWorld, set_threads
+
+if TYPE_CHECKING:
+    from fewstep.generator import Generator
 
 
 def check_place(folder: Path) -> None:
@@ -70,13 +73,13 @@ def sample(options: arguments.Sample) -> int:
         seed=options.seed,
         batch_size=options.batch_size,
     )
-    write(x)
+    write(x, model)
     print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
     print(f"next  fewstep compare {options.model} --data {model.config.data.get('name') or 'DATA'}")
     return 0
 
 
-def writer(path: Path) -> Callable[[torch.Tensor], None]:
+def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
     """How samples are written to a file of this name; checked before anything is sampled."""
     if path.is_dir():
         raise UserError(f"--out {path} is a folder: give a file's name, such as {path / 'samples.npy'}.")
@@ -85,7 +88,7 @@ def writer(path: Path) -> Callable[[torch.Tensor], None]:
         raise UserError(f"--out {path}: samples are written as .npy, .npz or .png, by the file's ending.")
     check_place(path.parent)
 
-    def write(x: torch.Tensor) -> None:
+    def write(x: torch.Tensor, model: Generator) -> None:
         if suffix == ".npy":
             write_array(path, x.numpy())
         elif suffix == ".npz":
@@ -94,7 +97,9 @@ def writer(path: Path) -> Callable[[torch.Tensor], None]:
         else:
             from fewstep.report import write_sheet
 
-            write_sheet(x, path)
+            # black and white are the ends of the data's range, not of these samples'
+            clip = (model.config.scaling or {}).get("clip")
+            write_sheet(x, path, limits=tuple(clip) if clip and x.ndim > 2 else None)
 
     return write
 
