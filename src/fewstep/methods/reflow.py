@@ -144,6 +144,10 @@ def make_buffer(
     synthetic = StoredBatches(build_pairs(stage, request), facts, (*key, "generated"))
     if p == 1.0:
         return synthetic
+    if options.guidance != 1.0 or teacher.guidance not in (None, 1.0):
+        # a guided flow does not end at the data's law, so data have no noise of their own under it
+        stage.world.say("note: guided endpoints follow another law than the data: real endpoints are left out.")
+        return synthetic
     real: Batches
     if options.real == "inverted":
         rows = options.real_pairs or min(len(stage.data.train), options.pairs)
