@@ -20,7 +20,7 @@ from fewstep.flow.closed_form import gaussian
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource
 from fewstep.methods import pairs as making
 from fewstep.methods.base import PairOptions, Stage, Teacher
-from fewstep.methods.pairs import PairRequest, build_pairs, relative_error
+from fewstep.methods.pairs import PairRequest, build_pairs, has_base_law, noise_law, relative_error
 from fewstep.store import pairs as storing
 from fewstep.store.pairs import PairStore, held_out_mask
 from fewstep.training.world import LocalWorld
@@ -247,11 +247,31 @@ def test_inverted_data_have_the_law_of_the_base(tmp_path: Path) -> None:
     assert abs(law["neighbour_correlation"]) < 0.1
 
 
-@pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_a_teacher_of_another_scale_is_refused_by_the_law_of_its_noise(tmp_path: Path, factor: float) -> None:
-    wrong = stage(tmp_path, data=data(STD * factor))  # inverted noise has standard deviation ``factor``
+def test_a_teacher_of_another_scale_is_refused_by_the_law_of_its_noise(tmp_path: Path) -> None:
+    wrong = stage(tmp_path, data=data(STD * 2.0))  # inverted noise has standard deviation 2
     with pytest.raises(UserError, match=r"noise of mean square .* instead of 1: the teacher was trained on other data"):
         build_pairs(wrong, request("inverted"))
+
+
+def test_noise_too_small_for_the_base_is_found_and_does_not_stop_the_run(tmp_path: Path) -> None:
+    narrow = stage(tmp_path, data=data(STD * 0.5))  # as data that the teacher has memorised
+    store = build_pairs(narrow, request("inverted"))
+    assert store.manifest["checks"]["noise_law"]["mean_square"] == pytest.approx(0.25, rel=0.15)
+    assert not has_base_law(store)
+    assert has_base_law(build_pairs(stage(tmp_path / "right"), request("inverted")))
+
+
+def test_coordinates_that_hardly_vary_have_no_say_in_the_law(tmp_path: Path) -> None:
+    x1 = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
+    x0 = torch.randn(400, 3, generator=torch.Generator().manual_seed(1))
+    x1[:, 1] *= 0.01
+    x0[:, 1] = 0.0
+    store = PairStore(tmp_path / "pairs", {}, 400)
+    store.open(dict)
+    store.write_shard(0, {"x0": x0, "x1": x1})
+    law = noise_law(store.training_rows())
+    assert law["mean_square"] == pytest.approx(1.0, abs=0.15)
+    assert law["worst_variance"] == pytest.approx(1.0, abs=0.25)
 
 
 def test_an_empirical_base_gives_its_own_rows(tmp_path: Path) -> None:

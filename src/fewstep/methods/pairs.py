@@ -29,6 +29,8 @@ from fewstep.solvers.tables import find_solver
 from fewstep.store.pairs import Columns, PairRows, PairStore
 
 PILOT = 256
+MOST_SQUARE, LEAST_SQUARE = 2.0, 0.5  # mean square of inverted noise: refused above, left out below
+LEAST_SPREAD = 0.05  # standard deviation in network units from which a coordinate of the data counts as varying
 LADDER = (16, 32, 64, 128)  # network calls per pair that the error gate tries
 SAME = 0.01  # relative difference of two equal solves, on whatever machines
 
@@ -221,7 +223,7 @@ class _Maker:
         self.stage.world.say(f"warning: {what}, even at {LADDER[-1]} calls (tolerance {tolerance:g}).")
 
     def _judge_law(self, law: Mapping[str, float]) -> None:
-        if not 0.5 < law["mean_square"] < 2.0:
+        if law["mean_square"] > MOST_SQUARE:
             raise UserError(
                 f"stage {self.stage.name!r}: the data inverted to noise of mean square "
                 f"{law['mean_square']:.3g} instead of 1: the teacher was trained on other data, or too "
@@ -232,6 +234,15 @@ class _Maker:
                 f"note: inverted noise has variance {law['worst_variance']:.2f} in its worst coordinate "
                 "(1 expected); a longer-trained teacher brings it closer."
             )
+
+
+def has_base_law(store: PairStore) -> bool:
+    """Whether a store of inverted pairs has noise that can stand for the base's.
+
+    Data that the teacher has memorised lie at the centres of large cells of noise, and invert to too small a norm.
+    """
+    law = store.manifest["checks"].get("noise_law")
+    return law is None or bool(law["mean_square"] >= LEAST_SQUARE)
 
 
 def base_rows(stage: Stage, count: int, *, seed: int, start: int) -> Tensor:
@@ -261,9 +272,13 @@ def noise_law(stored: PairRows) -> dict[str, float]:
     Returns:
         ``mean_square`` (1 for N(0, I)), ``worst_mean`` (largest coordinate mean in absolute value),
         ``worst_variance`` (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation``
-        (between adjacent entries).
+        (between adjacent entries). Coordinates in which the data hardly vary are left out: the flow has
+        squeezed their noise into nothing, and no inversion brings it back.
     """
-    flat = stored.columns(torch.arange(min(8192, len(stored))))["x0"].double().flatten(1)
+    columns = stored.columns(torch.arange(min(8192, len(stored))))
+    varies = columns["x1"].double().flatten(1).std(0) > LEAST_SPREAD
+    flat = columns["x0"].double().flatten(1)
+    flat = flat[:, varies] if varies.any() else flat
     variance = flat.var(0)
     worst = variance[(variance.clamp_min(1e-12).log().abs()).argmax()]
     standard = (flat - flat.mean(0)) / flat.std(0).clamp_min(1e-12)

@@ -37,7 +37,7 @@ from fewstep.methods.base import (
     Teacher,
 )
 from fewstep.methods.batches import DataBatches, MixedBatches, StoredBatches
-from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
+from fewstep.methods.pairs import PairRequest, build_pairs, has_base_law, pair_facts
 from fewstep.methods.straight_line import VelocityRegression
 
 
@@ -152,7 +152,14 @@ def make_buffer(
     if options.real == "inverted":
         rows = options.real_pairs or min(len(stage.data.train), options.pairs)
         request = PairRequest("inverted", rows, options, teacher, tag)
-        real = StoredBatches(build_pairs(stage, request), facts, (*key, "inverted"))
+        store = build_pairs(stage, request)
+        if not has_base_law(store):
+            stage.world.say(
+                "warning: the data invert to noise much smaller than the base's, as memorised data do: real "
+                "endpoints are left out. More data, or a teacher trained for less, would bring them in."
+            )
+            return synthetic
+        real = StoredBatches(store, facts, (*key, "inverted"))
     else:
         real = DataBatches(stage.data, Independent(stage.source), stage.conditional, stage.dequantise, (*key, "real"))
         facts = replace(facts, deterministic=False)
