@@ -262,11 +262,11 @@ def test_noise_too_small_for_the_base_is_found_and_does_not_stop_the_run(tmp_pat
 
 
 def test_coordinates_that_hardly_vary_have_no_say_in_the_law(tmp_path: Path) -> None:
-    x1 = torch.randn(400, 3, generator=torch.Generator().manual_seed(0))
-    x0 = torch.randn(400, 3, generator=torch.Generator().manual_seed(1))
+    x1 = torch.randn(256, 3, generator=torch.Generator().manual_seed(0))
+    x0 = torch.randn(256, 3, generator=torch.Generator().manual_seed(1))
     x1[:, 1] *= 0.01
     x0[:, 1] = 0.0
-    store = PairStore(tmp_path / "pairs", {}, 400)
+    store = PairStore(tmp_path / "pairs", {}, 256)
     store.open(dict)
     store.write_shard(0, {"x0": x0, "x1": x1})
     law = noise_law(store.training_rows())
