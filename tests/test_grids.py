@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 
@@ -9,7 +11,8 @@ from fewstep.errors import UserError
 from fewstep.flow.grids import GRIDS, check_steps, check_times, explicit_times, make_grid
 
 NAMED = ["uniform", "shift", "shift:0.1", "shift:0.3", "shift:7", "shift:100", "quadratic", "quadratic:-2"]
-NAMED += ["quadratic:0.5", "quadratic:3", "quadratic:-1.5"]
+NAMED += ["quadratic:0.5", "quadratic:3", "quadratic:-1.5", "karras", "karras:3", "karras:7,20,0.01"]
+NAMED += ["logit_normal", "logit_normal:-1,0.7", "logit_normal:0.5", "uniform_lambda", "uniform_lambda:-3,7"]
 
 
 def logit(t: np.ndarray) -> np.ndarray:
@@ -63,6 +66,30 @@ def test_quadratic_is_dense_near_noise_or_near_data() -> None:
     np.testing.assert_allclose(make_grid("quadratic:-2.5", 12), mirrored, atol=1e-15)
 
 
+def test_karras_is_the_formula_of_its_paper() -> None:
+    """(arXiv:2206.00364, eq. 5): sigma_i = (smax^(1/rho) + i/(N-1) (smin^(1/rho) - smax^(1/rho)))^rho, sigma_N = 0."""
+    i, n = np.arange(1, 10), 10
+    sigma = (80 ** (1 / 7) + i / (n - 1) * (0.002 ** (1 / 7) - 80 ** (1 / 7))) ** 7
+    np.testing.assert_allclose(make_grid("karras", n), [0, *(1 / (1 + sigma)), 1], rtol=1e-13)
+    assert make_grid("karras", 3)[2] == pytest.approx(1 / 1.002)
+    ratio = 1 / np.array(make_grid("karras:1,4,1", 4)[1:-1]) - 1
+    np.testing.assert_allclose(ratio, [3, 2, 1])  # rho = 1: even steps in sigma / alpha
+
+
+@pytest.mark.parametrize(("mu", "s"), [(0.0, 1.0), (-0.8, 0.6), (1.0, 2.0)])
+def test_logit_normal_grids_are_the_laws_quantiles(mu: float, s: float) -> None:
+    """logit(t_k) is normal with mean mu and deviation s: its distribution function at t_k is k/N."""
+    inner = logit(np.array(make_grid(f"logit_normal:{mu},{s}", 12)[1:-1]))
+    levels = [NormalDist(mu, s).cdf(value) for value in inner]
+    np.testing.assert_allclose(levels, np.arange(1, 12) / 12, atol=1e-12)
+
+
+def test_uniform_lambda_steps_evenly_in_log_snr() -> None:
+    np.testing.assert_allclose(logit(np.array(make_grid("uniform_lambda", 10)[1:-1])), np.arange(-4, 5), atol=1e-12)
+    np.testing.assert_allclose(logit(np.array(make_grid("uniform_lambda:-1,3", 4)[1:-1])), [0, 1, 2], atol=1e-12)
+    assert make_grid("uniform_lambda:2", 7) == make_grid("uniform_lambda:-2,2", 7)
+
+
 @pytest.mark.parametrize(
     "spec",
     [
@@ -107,6 +134,15 @@ def test_names_are_not_taken_for_times() -> None:
         ("shift:inf", 4, "must be finite"),
         ("shift:1e-300", 4, "squeezes times together"),
         ("quadratic:0", 4, "non-zero power"),
+        ("shift:3,4", 4, "at most 1 value, got 'shift:3,4'"),
+        ("logit_normal:0,1,2", 4, "at most 2 values"),
+        ("logit_normal:0,", 4, "'' is not a number"),
+        ("logit_normal:0,0", 4, "s = 0.0 is a standard deviation and must be positive"),
+        ("logit_normal:0,1e9", 9, "squeezes times together"),
+        ("karras:0", 4, "needs rho > 0"),
+        ("karras:7,1,2", 4, "largest > smallest"),
+        ("uniform_lambda:-5", 4, "needs lambda to grow, got 5 to -5"),
+        ("uniform_lambda:0,4000", 4, "squeezes times together"),
         ("quadratic:5000", 4, "squeezes times together"),
         ("0,0.5,1", 3, "steps=3 and the explicit grid of 2 steps contradict each other"),
         ((0, 0.5, 1), 1, "contradict each other"),

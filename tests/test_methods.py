@@ -222,3 +222,47 @@ def test_a_model_that_starts_from_data_samples_its_examples_and_is_no_teacher(re
     recipe = make_recipe({"data": str(restoring_run.parent / "x.npy"), "stages": stages}, "test")
     with pytest.raises(UserError, match="starts from damaged data"):
         run_recipe(recipe, restoring_run.parent / "other", LocalWorld(quiet=True))
+
+
+@pytest.mark.parametrize("coupling", ["inpainting", "super_resolution"])
+def test_couplings_with_a_context_work_on_images_with_the_default_network(tmp_path: Path, coupling: str) -> None:
+    stages = {"restore": {"method": "flow_matching", "coupling": coupling, "samples": 512}}
+    run_recipe(make_recipe({"data": "digits", "stages": stages}, "test"), tmp_path / "run", LocalWorld(quiet=True))
+    model = load(tmp_path / "run" / "restore")
+    assert model.base_rows is not None
+    x = model.draw(20, steps=1).x
+    # what one step makes of an example lies nearer to its own start than to another's
+    own = (x - model.base_rows[:20]).square().flatten(1).sum(1)
+    other = (x - model.base_rows[20:40]).square().flatten(1).sum(1)
+    assert own.mean() < other.mean()
+
+
+def test_guidance_is_refused_where_nothing_was_learned_without_labels(tmp_path: Path) -> None:
+    stages = {"teacher": {"method": "flow_matching", "samples": 512, "label_dropout": 0.0}}
+    recipe = make_recipe({"data": "digits", "conditional": True, "stages": stages}, "test")
+    run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
+    with pytest.raises(UserError, match="never learned without labels"):
+        load(tmp_path / "run" / "teacher").sample(3, guidance=2.0)
+
+
+def test_a_model_keeps_its_path_and_data_form_solvers_use_it(tmp_path: Path) -> None:
+    stages = {"teacher": {"method": "flow_matching", "samples": 512, "path": "cosine"}}
+    run_recipe(make_recipe({"data": "moons", "stages": stages}, "test"), tmp_path / "run", LocalWorld(quiet=True))
+    model = load(tmp_path / "run" / "teacher")
+    noise = torch.randn(50, 2, generator=generator_for("path"))
+    x = model.draw(noise=noise, solver="dpm++2m", steps=4).x
+    cosine = fs.solve(model.module, noise, solver="dpm++2m", steps=4, path="cosine").x
+    linear = fs.solve(model.module, noise, solver="dpm++2m", steps=4).x
+    assert torch.allclose(x, cosine, atol=1e-6)
+    assert (x - linear).abs().max() > 1e-3
+
+
+def test_a_teacher_from_outside_must_speak_of_the_same_units(tmp_path: Path) -> None:
+    np.save(tmp_path / "x.npy", 5.0 + torch.randn(300, 2, generator=generator_for("units")).numpy())
+    data = str(tmp_path / "x.npy")
+    stages = {"teacher": {"method": "flow_matching", "samples": 512}}
+    run_recipe(make_recipe({"data": data, "stages": stages}, "test"), tmp_path / "run", LocalWorld(quiet=True))
+    learning = {"straight": {"method": "reflow", "teacher": str(tmp_path / "run" / "teacher")}}
+    other = make_recipe({"data": {"path": data, "scale": "range"}, "stages": learning}, "test")
+    with pytest.raises(UserError, match="scaled otherwise"):
+        run_recipe(other, tmp_path / "other", LocalWorld(quiet=True))

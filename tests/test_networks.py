@@ -107,7 +107,7 @@ def test_labels_condition_and_none_is_the_null_label(config: dict[str, Any], sha
     ("config", "shape", "context_shape"),
     [
         (MLP, (5,), (3,)),
-        (MLP, (1, 2, 2), (1, 3)),
+        (MLP, (1, 2, 2), (3, 2, 2)),
         (UNET, (1, 8, 8), (3, 8, 8)),
         (PATCHED, (1, 16, 16), (3, 16, 16)),
     ],
@@ -299,14 +299,14 @@ def test_a_call_that_does_not_fit_is_refused(config: dict[str, Any]) -> None:
     x, t = inputs(shape)
     label = torch.zeros(4, dtype=torch.long)
     net, plain = build(resolve(config, shape, 2, context=3)), build(resolve(config, shape))
-    context = torch.zeros(4, 3) if config is MLP else torch.zeros(4, 3, 8, 8)
+    context = torch.zeros(4, 3, *shape[1:])
     refused: list[tuple[nn.Module, tuple[Any, ...], str]] = [
         (plain, (x[:, :, :4], t), "x has shape"),
         (plain, (x, t[:3]), "t has shape"),
         (plain, (x, torch.tensor(0.5)), "t has shape"),
         (plain, (x, t, label), "classes=0"),
         (plain, (x, t, None, context), "context=0"),
-        (net, (x, t, label), "context=3"),
+        (net, (x, t, label), "pass context="),
         (net, (x, t, label[:2], context), "label has shape"),
         (net, (x, t, label, context[:, :2]), "context has shape"),
     ]

@@ -13,7 +13,7 @@ import torch
 from fewstep.cli import arguments
 from fewstep.errors import UserError, unknown
 from fewstep.store.files import atomic_file, make_folder, write_array, write_json
-from fewstep.training.world import LocalWorld, set_threads
+from fewstep.training.world import LocalWorld, default_device, set_threads
 
 if TYPE_CHECKING:
     from fewstep.generator import Generator
@@ -62,7 +62,7 @@ def sample(options: arguments.Sample) -> int:
 
     set_threads()
     write = writer(options.out)
-    model = load(options.model)
+    model = load(options.model, device=default_device())
     x = model.sample(
         options.num,
         steps=options.steps,
@@ -112,7 +112,7 @@ def diagnose(options: arguments.Diagnose) -> int:
     set_threads()
     if options.num < 2:
         raise UserError(f"--num must be at least 2, got {options.num}.")
-    model = load(options.model)
+    model = load(options.model, device=default_device())
     if model.config.kind != "velocity":
         raise UserError(
             f"{options.model} is a one-step map, and has no velocity along t: diagnose the flow it was distilled from."
@@ -121,7 +121,7 @@ def diagnose(options: arguments.Diagnose) -> int:
         check_place(options.out)
     draw = model.draw(options.num, steps=1, seed=options.seed)
     cond = draw.conditions(model.device)
-    d = measure(model.module, draw.x0, cond=cond)
+    d = measure(model.module, draw.x0.to(model.device), cond=cond)
     dimensions = int(np.prod(model.config.shape))
     print(f"model            {options.model}")
     print(f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {dimensions} dimensions")
@@ -160,7 +160,7 @@ def compare(options: arguments.Compare) -> int:
         raise UserError(f"--samples must be at least 1, got {options.samples}.")
     if options.out is not None:
         check_place(options.out)
-    models = [load(folder) for folder in options.models]
+    models = [load(folder, device=default_device()) for folder in options.models]
     name_apart(models, options.models)
     data = load_data(options.data)
     result = measure(models, data, steps=steps, samples=options.samples, seed=options.seed)
@@ -214,7 +214,7 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
     if what == "solvers":
         from fewstep.solvers.tables import SOLVERS
 
-        return [(name, f"order {s.order}, {len(s.b)} network call(s) a step") for name, s in SOLVERS.items()]
+        return [(name, f"order {s.order}, {s.calls} network call(s) a step") for name, s in SOLVERS.items()]
     if what == "grids":
         from fewstep.flow.grids import GRIDS
 
@@ -237,7 +237,6 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
 
 def doctor(options: arguments.Doctor) -> int:
     """Say what this machine can do."""
-    import importlib.metadata as metadata
     import platform
 
     threads = set_threads()
@@ -247,23 +246,8 @@ def doctor(options: arguments.Doctor) -> int:
     print(f"device      {device}")
     print(f"cores       {os.cpu_count()}, {threads} thread(s) used; set FEWSTEP_THREADS to change")
     print(f"bf16        {'yes' if bf16_is_fast() else 'slower than fp32 here'}")
-    for extra, package in EXTRAS.items():
-        try:
-            print(f"{extra:11} {package} {metadata.version(package)}")
-        except metadata.PackageNotFoundError:
-            print(f"{extra:11} {package} is not installed: pip install 'fewstep[{extra}]'")
     print("\nnext        fewstep demo")
     return 0
-
-
-EXTRAS = {
-    "ot": "POT",
-    "adaptive": "torchdiffeq",
-    "perceptual": "lpips",
-    "fidelity": "torch-fidelity",
-    "diffusers": "diffusers",
-    "export": "onnx",
-}
 
 
 def bf16_is_fast() -> bool:

@@ -1,61 +1,109 @@
 """Time grids ``0 = t_0 < t_1 < … < t_N = 1`` for solvers, as float64 tuples.
 
-A grid is a name (``uniform``), a name with a value (``shift:3``) or explicit times (``0,0.2,1`` or a
-sequence). Explicit times fix the number of steps and may run in either direction; named grids run from noise
-to data.
+A grid is a name (``uniform``), a name with values (``shift:3``, ``logit_normal:0,1``) or explicit times
+(``0,0.2,1`` or a sequence). Explicit times fix the number of steps and may run in either direction; named grids
+run from noise to data.
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
+import torch
 
 from fewstep.errors import UserError, unknown
+from fewstep.flow.time_laws import LogitNormal
 
 GridSpec = str | Sequence[float]
 Grid = tuple[float, ...]
 
 
-def uniform(steps: int, value: float | None = None) -> np.ndarray:
+def uniform(steps: int) -> np.ndarray:
     """``t_k = k / N``."""
-    if value is not None:
-        raise UserError("grid 'uniform' takes no value: write 'uniform'.")
     return np.arange(steps + 1) / steps
 
 
-def shift(steps: int, value: float | None = None) -> np.ndarray:
+def shift(steps: int, s: float = 3.0) -> np.ndarray:
     """Shift the noise level ``sigma = 1 - t``: ``sigma' = s sigma / (1 + (s - 1) sigma)``.
 
     (Stable Diffusion 3, arXiv:2403.03206, eq. 23.) In ``lambda = logit t`` it is a shift by ``-log s``:
     ``s > 1`` puts more steps near noise, ``s < 1`` near data; ``s = 1`` is uniform. Default 3.
     """
-    s = 3.0 if value is None else value
     if not s > 0:
         raise UserError(f"grid 'shift' needs a positive value, got {s}: write for example 'shift:3'.")
     t = uniform(steps)
     return t / (t + s * (1.0 - t))  # 1 - sigma', written so that both ends are exact
 
 
-def quadratic(steps: int, value: float | None = None) -> np.ndarray:
+def quadratic(steps: int, p: float = 2.0) -> np.ndarray:
     """``(k/N)^p`` for ``p > 0``, ``1 - (1 - k/N)^|p|`` for ``p < 0``; default 2.
 
     For ``|p| > 1`` the steps are dense near noise with ``p > 0`` and near data with ``p < 0``.
     """
-    p = 2.0 if value is None else value
     if p == 0:
         raise UserError("grid 'quadratic' needs a non-zero power: 'quadratic:2' or 'quadratic:-2'.")
     u = uniform(steps)
     return u**p if p > 0 else 1.0 - (1.0 - u) ** (-p)
 
 
-GRIDS: dict[str, Callable[[int, float | None], np.ndarray]] = {
+def karras(steps: int, rho: float = 7.0, largest: float = 80.0, smallest: float = 0.002) -> np.ndarray:
+    """``1 / (1 + s_k)``, ``s_k^(1/rho)`` evenly spaced from 80 down to .002; first 0, and 1 appended.
+
+    (Karras et al., arXiv:2206.00364, eq. 5 with ``k = 0, …, N - 1``; ``s = sigma / alpha = (1 - t) / t`` on the
+    linear path.) Values: rho, largest and smallest ``s``; defaults 7, 80, .002. Dense near data.
+    """
+    if not (rho > 0 and largest > smallest > 0):
+        raise UserError(
+            f"grid 'karras' needs rho > 0 and largest > smallest > 0, got {rho:g},{largest:g},{smallest:g}: "
+            "write for example 'karras:7,80,0.002'."
+        )
+    ratio = np.linspace(largest ** (1.0 / rho), smallest ** (1.0 / rho), max(steps, 2))[:steps] ** rho
+    return _between(1.0 / (1.0 + ratio[1:]))
+
+
+def logit_normal(steps: int, mu: float = 0.0, s: float = 1.0) -> np.ndarray:
+    """Quantiles of the logit-normal law: ``sigmoid(mu + s Phi^-1(k/N))``; ``mu, s`` default 0, 1.
+
+    (The law of arXiv:2403.03206, eq. 19, as a grid; the ends are 0 and 1.) Dense where the law is: in the middle
+    for ``mu = 0``, near noise for ``mu < 0``, near data for ``mu > 0``.
+    """
+    law = LogitNormal(mu, s)
+    return _between(law.sample(torch.from_numpy(uniform(steps)[1:-1])).numpy())
+
+
+def uniform_lambda(steps: int, low: float = 5.0, high: float | None = None) -> np.ndarray:
+    """``sigmoid(lambda_k)``, ``lambda_k`` even between ``-L`` and ``L``, ends moved to 0 and 1; ``L = 5``.
+
+    (Uniform log-signal-to-noise steps of DPM-Solver, arXiv:2206.00927, sec. 3.4; ``lambda = logit t`` on the linear
+    path.) One value is ``L``, two are the first and the last lambda.
+    """
+    if high is None:
+        low, high = -low, low
+    if not low < high:
+        raise UserError(
+            f"grid 'uniform_lambda' needs lambda to grow, got {low:g} to {high:g}: write for example "
+            "'uniform_lambda:5' or 'uniform_lambda:-5,7'."
+        )
+    return _between(1.0 / (1.0 + np.exp(-np.linspace(low, high, steps + 1)[1:-1])))
+
+
+def _between(inner: np.ndarray) -> np.ndarray:
+    """Times strictly inside, with exact ends."""
+    return np.array([0.0, *inner, 1.0])
+
+
+GRIDS: dict[str, Callable[..., np.ndarray]] = {
     "uniform": uniform,
     "shift": shift,
     "quadratic": quadratic,
+    "karras": karras,
+    "logit_normal": logit_normal,
+    "uniform_lambda": uniform_lambda,
 }
 
 
@@ -135,7 +183,8 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
         raise unknown("grid", name, GRIDS)
     if steps is None:
         raise UserError(f"grid {name!r} needs the number of steps: pass steps=N.")
-    times = tuple(GRIDS[name](steps, _number(spec, value)).tolist())
+    with np.errstate(over="ignore", under="ignore"):  # what overflows here coincides, and is refused below
+        times = tuple(GRIDS[name](steps, *_values(name, spec, value)).tolist())
     if not all(t < s for t, s in itertools.pairwise(times)):
         raise UserError(
             f"grid {spec!r} with {steps} steps squeezes times together until they coincide: take a milder "
@@ -144,13 +193,21 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
     return times
 
 
-def _number(spec: str, value: str) -> float | None:
-    if not value:
-        return None
+def _values(name: str, spec: str, words: str) -> list[float]:
+    """The numbers after the colon."""
+    values = [_number(spec, word.strip()) for word in words.split(",")] if words else []
+    most = len(inspect.signature(GRIDS[name]).parameters) - 1
+    if len(values) > most:
+        takes = f"at most {most} value{'s' if most > 1 else ''}" if most else "no value"
+        raise UserError(f"grid {name!r} takes {takes}, got {spec!r}: write for example {name!r}.")
+    return values
+
+
+def _number(spec: str, word: str) -> float:
     try:
-        number = float(value)
+        number = float(word)
     except ValueError as error:
-        raise UserError(f"grid {spec!r}: {value!r} is not a number. Write for example 'shift:3'.") from error
+        raise UserError(f"grid {spec!r}: {word!r} is not a number. Write for example 'shift:3'.") from error
     if not math.isfinite(number):
         raise UserError(f"grid {spec!r}: the value must be finite.")
     return number

@@ -32,6 +32,8 @@ class Config:
         class_weights: share of every class in the data; empty when unconditional.
         label_names: the labels as the data names them, when they are not 0 … classes - 1.
         guidance: guidance baked into the weights, None when there is none.
+        guidable: whether the network has learned without labels too, which guidance compares with.
+        path: the affine path it was trained on: ``linear``, ``cosine`` or ``vp``.
         base: ``gaussian``; ``empirical``, drawn from the rows in ``base.safetensors``; ``examples``, made from
             data (in-painting, super-resolution), with damaged held-out rows and their contexts kept there.
         coupling: facts of the coupling it was trained on.
@@ -49,6 +51,8 @@ class Config:
     class_weights: tuple[float, ...] = ()
     label_names: tuple[str | int, ...] | None = None
     guidance: float | None = None
+    guidable: bool = True
+    path: str = "linear"
     base: Literal["gaussian", "empirical", "examples"] = "gaussian"
     coupling: dict[str, Any] = field(default_factory=dict)
     method: str | None = None

@@ -193,7 +193,7 @@ class Generator:
             if shown is not None:
                 cond["context"] = shown[rows].to(self.device, self.dtype)
             start = x0[rows].to(self.device, self.dtype)
-            solution = solve(field_, start, solver=solver, steps=steps, grid=grid, cond=cond)
+            solution = solve(field_, start, solver=solver, steps=steps, grid=grid, cond=cond, path=self.config.path)
             parts.append(solution.x.cpu())
             nfe = solution.nfe
         x = torch.cat(parts)
@@ -243,6 +243,11 @@ class Generator:
             raise UserError(f"guidance needs a class-conditional model, and {self.name!r} takes no labels.")
         if self.config.kind == "map":
             raise UserError(f"{self.name!r} is a one-step map; guidance must be baked in when it is distilled.")
+        if not self.config.guidable and guidance != 1.0:
+            raise UserError(
+                f"{self.name!r} never learned without labels, and guidance compares the two: guide its teacher, or "
+                "bake the guidance in with 'guidance:' in the recipe."
+            )
         return Guided(self.module, guidance)
 
     def _starts(

@@ -64,7 +64,7 @@ class PairOptions(Options):
 
     @model_validator(mode="after")
     def _known_solver(self) -> PairOptions:
-        calls = len(find_solver(self.solver).b)
+        calls = find_solver(self.solver).calls
         if self.nfe is not None and self.nfe % calls:
             raise ValueError(
                 f"nfe = {self.nfe} is no multiple of the {calls} calls that a step of {self.solver!r} makes"
@@ -109,6 +109,8 @@ class Teacher:
         velocity: ``v(x, t, **cond)``.
         digest: hash of its weights.
         guidance: guidance already baked into its weights, or None.
+        guidable: whether it has learned without labels too.
+        path: the affine path it was trained on.
         name: what to call it in messages.
     """
 
@@ -118,6 +120,8 @@ class Teacher:
     name: str = "teacher"
     state: Mapping[str, Tensor] = field(default_factory=dict)
     network: Mapping[str, Any] = field(default_factory=dict)
+    guidable: bool = True
+    path: str = "linear"
 
     def guided(self, scale: float) -> Velocity:
         """The velocity with guidance ``scale``; refuses to guide twice."""
@@ -127,6 +131,11 @@ class Teacher:
             raise UserError(
                 f"guidance {scale} asked of {self.name!r}, which already has guidance {self.guidance} baked in: "
                 "guiding twice is wrong. Leave guidance out of this stage, or learn from the unguided teacher."
+            )
+        if not self.guidable:
+            raise UserError(
+                f"guidance {scale} asked of {self.name!r}, which never learned without labels: guidance compares the "
+                "two. Bake it in from the teacher that was trained with label_dropout."
             )
         return Guided(self.velocity, scale)
 
@@ -221,6 +230,8 @@ class Plan:
         rule: how the result is sampled.
         facts: what is true of the coupling the result was trained on.
         examples: for a base made from data: starts and contexts to sample from, kept with the model.
+        null_trained: whether the network has learned without labels too, which guidance needs.
+        path: the affine path it was trained on, which data- and noise-form solvers need.
     """
 
     student: nn.Module
@@ -228,6 +239,8 @@ class Plan:
     rule: SampleRule
     facts: Facts
     examples: Pair | None = None
+    null_trained: bool = False
+    path: str = "linear"
 
 
 @final

@@ -45,6 +45,8 @@ class FlowMatchingOptions(Options):
 
     @model_validator(mode="after")
     def _known_words(self) -> FlowMatchingOptions:
+        if self.teacher is not None:
+            raise ValueError("it learns from data: leave 'teacher' out, or write 'init' to start from its weights")
         make_path(self.path)
         make_time_law(self.time)
         if self.ot_batch_size is not None and self.coupling != "ot":
@@ -93,9 +95,11 @@ def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
 
     examples = None
     if context_size(options, stage.data.shape):
-        rows = stage.data.held_out_rows()[:EXAMPLES]
+        rows = stage.data.network_rows(stage.data.held_out[:EXAMPLES])
         examples = coupling.pair(rows, {}, generator_for(stage.seed, stage.name, "examples"))
-    return Plan(student, [Phase("train", options.samples, prepare)], SampleRule(), coupling.facts, examples)
+    null_trained = stage.conditional and options.label_dropout > 0.0
+    phases = [Phase("train", options.samples, prepare)]
+    return Plan(student, phases, SampleRule(), coupling.facts, examples, null_trained, options.path)
 
 
 SPEC = Spec(

@@ -96,7 +96,7 @@ class _Maker:
         self.train = torch.as_tensor(stage.data.train)
         self.order = EpochOrder(len(self.train), (self.seed, "rows"))
         self.labels = stage.data.label_rows(stage.data.train) if stage.conditional else None
-        self.stages = len(find_solver(request.options.solver).b)
+        self.stages = find_solver(request.options.solver).calls
         self.steps = 0
 
     def description(self) -> dict[str, Any]:
@@ -143,7 +143,8 @@ class _Maker:
         device = self.stage.world.device
         cond = {name: value.to(device) for name, value in cond.items()}
         solver = self.request.options.solver
-        return run(self.velocity, x.to(device), solver=solver, steps=steps, cond=cond).x.cpu()
+        path = self.request.teacher.path
+        return run(self.velocity, x.to(device), solver=solver, steps=steps, cond=cond, path=path).x.cpu()
 
     def rows(self, start: int, count: int, bar: Any) -> Columns:
         """Columns of one shard, solved in chunks of 256 rows."""

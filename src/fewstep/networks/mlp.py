@@ -16,6 +16,7 @@ bounded features fits badly. (A skip connection weighted by the noise level: arX
 
 from __future__ import annotations
 
+import math
 from typing import Any, final
 
 import torch
@@ -70,7 +71,7 @@ class MLP(nn.Module):
     Args:
         shape: Shape of one sample; flattened inside.
         classes: Number of labels; label ``classes`` is the null label. 0: no labels.
-        context: Number of context values per sample, concatenated to x. 0: none.
+        context: Context channels of shape ``shape[1:]`` each (values, for vectors), concatenated to x. 0: none.
         width: Width of the residual stream.
         blocks: Number of residual blocks.
         embedding: Width of the conditioning vector.
@@ -92,7 +93,8 @@ class MLP(nn.Module):
         self.shape, self.classes, self.context = tuple(shape), classes, context
         size = options.features(shape)
         self.conditioning = Conditioning(embedding, classes)
-        self.input = nn.Linear(size + context, width)
+        self._context_values = context * math.prod(shape[1:])
+        self.input = nn.Linear(size + self._context_values, width)
         self.blocks = nn.ModuleList(Block(width, embedding, dropout) for _ in range(blocks))
         self.output = nn.Linear(width, size)
         self.gain = nn.Linear(embedding, size)
@@ -104,7 +106,7 @@ class MLP(nn.Module):
         """v(x, t): x (B, *shape), t (B,), label (B,) or None (null), context (B, ...) or None."""
         check_inputs(self.shape, self.classes, x, t, label)
         values = None if context is None else context.flatten(1)
-        h = self.input(join_context(x.flatten(1), values, self.context))
+        h = self.input(join_context(x.flatten(1), values, self._context_values))
         c = self.conditioning(t, label)
         for block in self.blocks:
             h = block(h, c)

@@ -56,7 +56,7 @@ def compare(
     """
     check_models(models, data)
     train, held_out = data.train_rows(), data.held_out_rows()
-    check_reference(data, train)
+    check_reference(data)
     count = check_count(samples, len(train), say)
     beside = held_out if len(held_out) >= LEAST_ROWS else None
     rows: list[dict[str, Any]] = []
@@ -105,14 +105,17 @@ def check_models(models: Sequence[Generator], data: DataSet) -> None:
         raise UserError(f"two models are called {twice[0]!r}: give them different names.")
 
 
-def check_reference(data: DataSet, train: Tensor) -> None:
+def check_reference(data: DataSet) -> None:
     """Refuse data that no distance can be measured to."""
-    if len(train) < LEAST_ROWS:
+    if len(data.train) < LEAST_ROWS:
         raise UserError(
-            f"the data {data.name!r} has {len(train)} training rows (a tenth is held out), and a comparison "
+            f"the data {data.name!r} has {len(data.train)} training rows (a tenth is held out), and a comparison "
             f"needs at least {LEAST_ROWS}: give more rows."
         )
-    if bool((train == train[:1]).all()):
+    first = data.rows[data.train[0]]
+    # rows are read piece by piece, and seldom more than one: large data stay on disk
+    pieces = (data.train[i : i + 1024] for i in range(0, len(data.train), 1024))
+    if all(bool((data.rows[piece] == first).all()) for piece in pieces):
         raise UserError(
             f"all training rows of {data.name!r} are equal: there is no distribution to learn or to compare."
         )
@@ -192,9 +195,9 @@ def add_times(rows: list[dict[str, Any]], models: Sequence[Generator], seed: int
     by_name = {model.name: model for model in models}
     repeats = [_draws_per_timing(by_name[line["model"]], line["steps"], seed) for line in rows]
     times: list[list[float]] = [[] for _ in rows]
-    order = [k for k in range(len(rows)) for _ in range(TIMED_REPEATS)]
-    random.Random(seed).shuffle(order)
-    for k in order:
+    shuffled = random.Random(seed)
+    # full rounds, each in its own order: a busy spell falls on all rows alike
+    for k in [k for _ in range(TIMED_REPEATS) for k in shuffled.sample(range(len(rows)), len(rows))]:
         model = by_name[rows[k]["model"]]
         start = time.perf_counter()
         for _ in range(repeats[k]):
@@ -265,6 +268,7 @@ def _cell(line: dict[str, Any], key: str) -> str:
         return "–"
     if isinstance(value, int):
         return str(value)
+    value = 0.0 if abs(value) < 5e-7 else value  # no negative zero
     if key in ("precision", "recall", "coverage", "memorised"):
         return f"{value:.3f}"
     if key == "relative_time":

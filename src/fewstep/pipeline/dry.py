@@ -14,7 +14,7 @@ from fewstep.methods.pairs import LADDER
 from fewstep.methods.reflow import ReflowOptions
 from fewstep.networks import build, parameter_count
 from fewstep.pipeline.recipe import Recipe
-from fewstep.pipeline.run import Run, network_of, open_run, stage_done
+from fewstep.pipeline.run import Run, check_begun, check_models, check_networks, network_of, open_run, stage_done
 from fewstep.training.world import LocalWorld
 
 TIMED_STEPS = 4
@@ -23,6 +23,9 @@ TIMED_STEPS = 4
 def show_plan(recipe: Recipe, out: Path) -> str:
     """The plan in words. Nothing is written; every network is built once and timed for a few steps."""
     run = open_run(recipe, out, LocalWorld(quiet=True))
+    check_networks(run)
+    check_models(run)
+    check_begun(run)
     data = run.data
     kind = f"{data.classes} classes" if recipe.conditional else "unconditional"
     lines = [
@@ -70,16 +73,18 @@ def estimate(run: Run, options: Options, module: nn.Module) -> float:
     """Minutes of a stage: training steps and pair calls, at the speed of a few timed ones."""
     x = run.data.network_rows(run.data.train[: options.batch_size])
     t = torch.linspace(0, 1, len(x))
+    context = network_of(run, options)["context"]
+    cond = {"context": torch.zeros(len(x), context, *run.data.shape[1:])} if context else {}
     bf16 = options.precision == "bf16"
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            out: torch.Tensor = module(x, t).square().mean()
+            out: torch.Tensor = module(x, t, **cond).square().mean()
         return out
 
     trained = _seconds(lambda: forward().backward()) / len(x)
     with torch.no_grad():
-        called = _seconds(lambda: module(x, t)) / len(x)
+        called = _seconds(lambda: module(x, t, **cond)) / len(x)
     calls = 0
     if isinstance(options, PairOptions):
         calls = pair_count(run, options) * (options.nfe or 2 * LADDER[0])

@@ -14,13 +14,14 @@ from fewstep.pipeline.compare import compare, table
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.run import environment
 from fewstep.store.files import write_json, write_text
+from fewstep.training.world import default_device
 
 
 def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
     """Compare a run's stages and write ``compare.json``, ``compare.md`` and ``report.html``."""
     header = recipe.header
     data = load_data(header.data, seed=header.seed)
-    models = [load(folder) for folder in folders]
+    models = [load(folder, device=default_device()) for folder in folders]
     print("compare")
     result = compare(
         models,

@@ -27,6 +27,7 @@ from fewstep.methods.registry import find_method
 from fewstep.networks import build, default_network, resolve
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.recipe import Recipe
+from fewstep.pipeline.statistics import Statistics
 from fewstep.store.files import clean_temporaries, make_folder, read_json, write_json, write_text
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.trainer import Trainer
@@ -67,7 +68,7 @@ def open_run(recipe: Recipe, out: Path, world: LocalWorld) -> Run:
         raise UserError(
             f"conditional: true, but the data {data.name!r} has no labels: name them, data: {{path: …, labels: …}}."
         )
-    check_reference(data, data.train_rows())
+    check_reference(data)
     source, rows = make_source(header.base, data)
     return Run(recipe, out, data, source, rows, world)
 
@@ -258,7 +259,27 @@ def load_teacher(run: Run, chosen: str) -> Teacher:
         raise UserError(
             f"the model {folder} has samples of shape {generator.config.shape}, and the data {run.data.shape}."
         )
+    if chosen not in run.recipe.stages:
+        check_foreign(run, folder, generator.config)
     return frozen(generator, chosen)
+
+
+def check_foreign(run: Run, folder: Path, config: Config) -> None:
+    """Refuse a model from outside the recipe whose units, classes or base are not this run's."""
+    if config.scaling is not None and config.scaling != _plain(run.data.scaling.as_dict()):
+        raise UserError(
+            f"the model {folder} was trained on data scaled otherwise than {run.data.name!r} is here: use the same "
+            "data with the same 'scale', so that both speak of the same units."
+        )
+    classes = run.data.classes if run.recipe.conditional else 0
+    if len(config.class_weights) != classes and (classes or not config.class_weights):
+        raise UserError(
+            f"the model {folder} has {len(config.class_weights)} classes, and this recipe {classes}: set "
+            "'conditional' and the labels as they were when it was trained."
+        )
+    base = "gaussian" if run.base_rows is None else "empirical"
+    if config.base not in (base, "examples"):  # examples are refused as teachers, with their own reason
+        raise UserError(f"the model {folder} has a base of kind {config.base!r}, and this recipe {base!r}: set 'base'.")
 
 
 def frozen(generator: Generator, name: str) -> Teacher:
@@ -275,6 +296,8 @@ def frozen(generator: Generator, name: str) -> Teacher:
         velocity=generator.module,
         digest=weights_digest(state),
         guidance=generator.config.guidance,
+        guidable=generator.config.guidable,
+        path=generator.config.path,
         name=name,
         state=state,
         network=generator.config.network or {},
@@ -291,7 +314,9 @@ def stage_config(
         assert labels is not None
         counts = torch.bincount(labels, minlength=run.data.classes)
         weights = tuple((counts.double() / counts.sum()).tolist())
-    guidance = plan.facts.guidance or (teacher.guidance if teacher else None)
+    guidance = plan.facts.guidance
+    if guidance is None and teacher is not None:
+        guidance = teacher.guidance
     return Config(
         shape=run.data.shape,
         kind=plan.rule.kind,
@@ -302,6 +327,8 @@ def stage_config(
         class_weights=weights,
         label_names=run.data.label_names if run.recipe.conditional else None,
         guidance=guidance,
+        guidable=plan.null_trained,
+        path=plan.path,
         base="examples" if plan.examples else "gaussian" if run.base_rows is None else "empirical",
         coupling={**vars(plan.facts)},
         method=options.method,
@@ -333,7 +360,8 @@ def stage_done(folder: Path) -> bool:
 def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Begin a stage, or check that the one begun here is the same."""
     path = folder / "stage.json"
-    if not path.exists():
+    # a stage that was refused at the door has left nothing but its inputs, and may begin again with others
+    if not path.exists() or not any((folder / part).exists() for part in ("checkpoints", "pairs", "config.json")):
         write_json(path, {"inputs": inputs, "done": False})
         return
     found = _flat(read_json(path).get("inputs", {}))
@@ -358,33 +386,3 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     for key, item in value.items():
         out |= _flat(item, f"{prefix}{key}.")
     return out
-
-
-@final
-class Statistics:
-    """``stats.jsonl``: one line per log point and stage, never the same step twice."""
-
-    def __init__(self, path: Path, stage: str, writes: bool) -> None:
-        self.path, self.stage, self.writes = path, stage, writes
-
-    def keep_until(self, samples: int) -> None:
-        """Drop this stage's lines beyond ``samples``: they are about to be written again."""
-        if not self.writes or not self.path.exists():
-            return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = []
-        for line in lines:
-            try:
-                fields = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run may be cut off
-            if fields["stage"] != self.stage or fields["samples"] <= samples:
-                kept.append(line.rstrip("\n") + "\n")
-        if kept != lines:
-            write_text(self.path, "".join(kept))
-
-    def write(self, fields: dict[str, Any]) -> None:
-        """Append one line."""
-        if self.writes:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": self.stage, **fields}, sort_keys=True) + "\n")

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.flow.field import Field
-from fewstep.solvers.tables import Atom, Combination, Table
+from fewstep.solvers.tables import Table
+from fewstep.solvers.tape import Atom, Combination
 
 CACHED_SHAPES = 8  # batch shapes whose time tensors a plan keeps
 CACHED_NUMBERS = 1 << 20  # larger blocks of times are made anew for every solve

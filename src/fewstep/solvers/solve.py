@@ -15,8 +15,9 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.flow.field import Velocity, as_field
 from fewstep.flow.grids import Grid, GridSpec, check_steps, explicit_times, make_grid
+from fewstep.flow.paths import AffinePath, make_path
 from fewstep.solvers.loop import Plan, run
-from fewstep.solvers.tables import find_solver, table
+from fewstep.solvers.tables import LINEAR, find_solver, table
 
 DEFAULT_STEPS = 50
 
@@ -46,6 +47,7 @@ def solve(
     solver: str = "euler",
     steps: int | None = None,
     grid: GridSpec = "uniform",
+    path: AffinePath | str = LINEAR,
     cond: Mapping[str, Any] | None = None,
     trajectory: bool = False,
     grad: bool = False,
@@ -56,9 +58,11 @@ def solve(
         v: any callable ``v(x, t, **cond)``; ``x`` (B, ...), ``t`` (B,) in x's dtype. It is called exactly NFE
             times; its result is taken in x's dtype.
         x0: start, (B, ...), floating point; its dtype is kept.
-        solver: ``euler``, ``midpoint``, ``heun`` or ``rk4``.
+        solver: a name of :data:`fewstep.solvers.tables.SOLVERS`; ``fewstep list solvers`` shows them.
         steps: solver steps (default 50 on a named grid). An explicit grid fixes them.
         grid: a grid's name, ``name:value``, or explicit times; decreasing times run towards noise.
+        path: the path that ``v`` was trained on, or its name. Solvers that work with the data or the noise
+            prediction (``ddim``, ``deis*``, ``dpm++*``, ``unipc*``) need it; the others do not look at it.
         cond: keyword arguments handed to every call of ``v``.
         trajectory: keep the states at the grid's times.
         grad: build the autograd graph through the solve.
@@ -67,10 +71,10 @@ def solve(
         A :class:`Solution`.
 
     Raises:
-        UserError: unknown solver or grid, steps and grid in conflict, non-finite or integer ``x0``, a
+        UserError: unknown solver, grid or path, steps and grid in conflict, non-finite or integer ``x0``, a
             velocity that is no tensor or of another shape than its input.
     """
-    return _solve(v, x0, plan(solver, grid, steps), cond, trajectory, grad)
+    return _solve(v, x0, plan(solver, grid, steps, path=path), cond, trajectory, grad)
 
 
 def invert(
@@ -80,6 +84,7 @@ def invert(
     solver: str = "euler",
     steps: int | None = None,
     grid: GridSpec = "uniform",
+    path: AffinePath | str = LINEAR,
     cond: Mapping[str, Any] | None = None,
     trajectory: bool = False,
     grad: bool = False,
@@ -88,10 +93,17 @@ def invert(
 
     A grid given in decreasing times is run as it stands.
     """
-    return _solve(v, x1, plan(solver, grid, steps, backward=True), cond, trajectory, grad)
+    return _solve(v, x1, plan(solver, grid, steps, path=path, backward=True), cond, trajectory, grad)
 
 
-def plan(solver: str, grid: GridSpec, steps: int | None, *, backward: bool = False) -> Plan:
+def plan(
+    solver: str,
+    grid: GridSpec,
+    steps: int | None,
+    *,
+    path: AffinePath | str = LINEAR,
+    backward: bool = False,
+) -> Plan:
     """The plan of a solver on a grid, from the cache where it was made before.
 
     What the cache would take for equal (``True`` and 1) or cannot hold (tensors) is settled first.
@@ -99,18 +111,26 @@ def plan(solver: str, grid: GridSpec, steps: int | None, *, backward: bool = Fal
     find_solver(solver)
     key = grid if isinstance(grid, str) else explicit_times(grid)
     assert key is not None, "times that are no string are explicit"
-    return _plan(solver, key, None if steps is None else check_steps(steps), backward)
+    return _plan(solver, key, None if steps is None else check_steps(steps), _affine(path), backward)
 
 
 @lru_cache(maxsize=64)
-def _plan(solver: str, grid: str | Grid, steps: int | None, backward: bool) -> Plan:
+def _plan(solver: str, grid: str | Grid, steps: int | None, path: AffinePath, backward: bool) -> Plan:
     """Cached, as making a plan costs more than a small network's call."""
     if steps is None and explicit_times(grid) is None:
         steps = DEFAULT_STEPS
     times = make_grid(grid, steps)
     if backward and times[0] < times[-1]:
         times = times[::-1]
-    return Plan(table(solver, times))
+    return Plan(table(solver, times, path))
+
+
+def _affine(path: AffinePath | str) -> AffinePath:
+    if isinstance(path, AffinePath):
+        return path
+    if not isinstance(path, str):
+        raise UserError(f"path must be a path or its name ('linear', 'cosine', 'vp'), got {type(path).__name__}.")
+    return make_path(path)
 
 
 def _solve(

@@ -6,14 +6,18 @@ every explicit fixed-step solver is a list of rows
     y_j = sum_i a_ji y_i + sum_k b_jk v_k   (i, k < j),      v_j = v(y_j, t_j),
 
 with ``y_0 = x_0`` and an end point of the same form. The table is computed in float64 by running the solver's
-own formulas once on a :class:`Tape`, which records the linear combinations instead of evaluating a network.
-NFE is the number of rows. Substituting earlier states gives the dense lower-triangular form over
-``(x_0, v_0, v_1, …)`` (:meth:`Table.dense`), in which equal solvers are equal matrices.
+own formulas once on a :class:`~fewstep.solvers.tape.Tape`, which records the linear combinations instead of
+evaluating a network. NFE is the number of rows. Substituting earlier states gives the dense lower-triangular form
+over ``(x_0, v_0, v_1, …)`` (:meth:`Table.dense`), in which equal solvers are equal matrices.
+
+Names: a number is how many values the predictor uses; ``-rho`` and ``-t`` name the variable of the polynomial where
+it is not the usual one (``t`` for DEIS, ``lambda`` for UniPC), ``-bh1`` UniPC's other B, ``-reference`` the form
+without the factor 2 that public DPM-Solver++(3M) code has. ``abm2`` is Adams-Bashforth 2 with the Adams-Moulton
+corrector of order three, evaluated once per step (PEC): the call at the predicted state serves both.
 """
 
 from __future__ import annotations
 
-import itertools
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
@@ -22,46 +26,11 @@ import numpy as np
 
 from fewstep.errors import unknown
 from fewstep.flow.grids import Grid, check_times
-
-Atom = tuple[str, int]  # ("y", j): the state of row j; ("v", j): the velocity evaluated there
-
-
-@final
-@dataclass(frozen=True)
-class Combination:
-    """A linear combination of states and velocities: ``terms`` maps each atom to its coefficient."""
-
-    terms: dict[Atom, float]
-
-    def __add__(self, other: Combination) -> Combination:
-        terms = dict(self.terms)
-        for atom, coefficient in other.terms.items():
-            terms[atom] = terms.get(atom, 0.0) + coefficient
-        return Combination(terms)
-
-    def __mul__(self, factor: float) -> Combination:
-        return Combination({atom: coefficient * factor for atom, coefficient in self.terms.items()})
-
-    __rmul__ = __mul__
-
-    def __sub__(self, other: Combination) -> Combination:
-        return self + other * -1.0
-
-
-@final
-class Tape:
-    """Records a solver's formulas; see :class:`Table` for the result."""
-
-    def __init__(self) -> None:
-        self.points: list[Combination] = []
-        self.times: list[float] = []
-
-    def evaluate(self, point: Combination, t: float) -> tuple[Combination, Combination]:
-        """Record a network call at ``(point, t)``; return the state and the velocity as new atoms."""
-        j = len(self.points)
-        self.points.append(point)
-        self.times.append(float(t))
-        return Combination({("y", j): 1.0}), Combination({("v", j): 1.0})
+from fewstep.flow.paths import AffinePath, Linear
+from fewstep.solvers.forms import DataInLambda, DataInTime, NoiseInRho, NoiseInTime, VelocityInTime
+from fewstep.solvers.multistep import Multistep, bh1, bh2, without_two
+from fewstep.solvers.runge_kutta import RungeKutta
+from fewstep.solvers.tape import Combination, Solver, Tape
 
 
 @final
@@ -104,77 +73,46 @@ class Table:
         return a, b
 
 
-@final
-@dataclass(frozen=True)
-class RungeKutta:
-    """An explicit Runge-Kutta method by its Butcher tableau; it validates itself.
+LINEAR = Linear()
 
-    Attributes:
-        a: the stages' rows (the first is empty).
-        b: the weights.
-        order: its nominal order of convergence.
-    """
-
-    a: tuple[tuple[float, ...], ...]
-    b: tuple[float, ...]
-    order: int
-
-    def __post_init__(self) -> None:
-        assert len(self.a) == len(self.b), "one row per stage"
-        assert all(len(row) == i for i, row in enumerate(self.a)), "explicit: row i uses stages before i"
-        assert abs(sum(self.b) - 1.0) < 1e-14, "consistent: weights sum to one"
-
-    @property
-    def c(self) -> tuple[float, ...]:
-        """The stages' times within a step: ``c_i = sum_j a_ij``."""
-        return tuple(sum(row) for row in self.a)
-
-    def step(self, tape: Tape, x: Combination, t: float, s: float) -> Combination:
-        """One step from ``(x, t)`` to time ``s``."""
-        h = s - t
-        slopes: list[Combination] = []
-        for i, (row, c) in enumerate(zip(self.a, self.c, strict=True)):
-            point = x
-            for weight, slope in zip(row, slopes, strict=True):
-                if weight:
-                    point = point + (h * weight) * slope
-            # the last stage of Heun and RK4 lies at s exactly, not at t + (s - t)
-            state, slope = tape.evaluate(point, s if c == 1.0 else t + c * h)
-            slopes.append(slope)
-            if i == 0:
-                x = state
-        end = x
-        for weight, slope in zip(self.b, slopes, strict=True):
-            if weight:
-                end = end + (h * weight) * slope
-        return end
-
-    def nodes(self, tape: Tape, x: Combination, grid: Grid) -> list[Combination]:
-        """The states at every grid time after the first."""
-        nodes = []
-        for t, s in itertools.pairwise(grid):
-            x = self.step(tape, x, t, s)
-            nodes.append(x)
-        return nodes
-
-
-SOLVERS: dict[str, RungeKutta] = {
+SOLVERS: dict[str, Solver] = {
     "euler": RungeKutta(a=((),), b=(1.0,), order=1),
     "midpoint": RungeKutta(a=((), (0.5,)), b=(0.0, 1.0), order=2),
     "heun": RungeKutta(a=((), (1.0,)), b=(0.5, 0.5), order=2),
     "rk4": RungeKutta(a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), order=4),
+    "ab2": Multistep(VelocityInTime, values=2, order=2),
+    "ab3": Multistep(VelocityInTime, values=3, order=3),
+    "ab4": Multistep(VelocityInTime, values=4, order=4),
+    "abm2": Multistep(VelocityInTime, values=2, order=3, corrector=True),
+    "ddim": Multistep(DataInLambda, values=1, order=1),
+    "deis2": Multistep(NoiseInTime, values=2, order=2),
+    "deis3": Multistep(NoiseInTime, values=3, order=3),
+    "deis2-rho": Multistep(NoiseInRho, values=2, order=2),
+    "deis3-rho": Multistep(NoiseInRho, values=3, order=3),
+    "dpm++2m": Multistep(DataInLambda, values=2, order=2, rule=bh2),
+    "dpm++3m": Multistep(DataInLambda, values=3, order=3, rule=bh2),
+    "dpm++3m-reference": Multistep(DataInLambda, values=3, order=2, rule=without_two),
+    "unipc1": Multistep(DataInLambda, values=1, order=2, corrector=True, rule=bh2),
+    "unipc2": Multistep(DataInLambda, values=2, order=3, corrector=True, rule=bh2),
+    "unipc3": Multistep(DataInLambda, values=3, order=4, corrector=True, rule=bh2),
+    "unipc1-bh1": Multistep(DataInLambda, values=1, order=2, corrector=True, rule=bh1),
+    "unipc2-bh1": Multistep(DataInLambda, values=2, order=3, corrector=True, rule=bh1),
+    "unipc3-bh1": Multistep(DataInLambda, values=3, order=4, corrector=True, rule=bh1),
+    "unipc1-t": Multistep(DataInTime, values=1, order=2, corrector=True),
+    "unipc2-t": Multistep(DataInTime, values=2, order=3, corrector=True),
+    "unipc3-t": Multistep(DataInTime, values=3, order=4, corrector=True),
 }
 
 
-def find_solver(name: str) -> RungeKutta:
+def find_solver(name: str) -> Solver:
     """Look a solver up by name."""
     if not isinstance(name, str) or name not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
     return SOLVERS[name]
 
 
-def table(solver: str, grid: Grid) -> Table:
-    """Compute the table of ``solver`` on ``grid`` (times in either direction).
+def table(solver: str, grid: Grid, path: AffinePath = LINEAR) -> Table:
+    """Compute the table of ``solver`` on ``grid`` (times in either direction) for fields trained on ``path``.
 
     Raises:
         UserError: unknown solver; a grid that turns round or leaves [0, 1].
@@ -183,5 +121,5 @@ def table(solver: str, grid: Grid) -> Table:
     check_times(grid)
     tape = Tape()
     start = Combination({("y", 0): 1.0})
-    nodes = method.nodes(tape, start, grid)
+    nodes = method.nodes(tape, start, grid, path)
     return Table(solver, grid, tuple(tape.times), tuple(tape.points), tuple(nodes))

@@ -121,10 +121,10 @@ class Progress:
             )
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
         if self._bar is not None:
             self._bar.close()
-        if self._shown:
+        if self._shown and failed is None:
             seconds = time.monotonic() - self._began
             print(f"  {self.label}: {self.done:,} samples, {seconds:.1f} s {self.note}".rstrip(), flush=True)
 
@@ -158,6 +158,11 @@ def _on_cpu() -> bool:
     """Whether this machine has no accelerator, or it is not wanted (``ACCELERATE_USE_CPU``)."""
     wish = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     return wish in ("1", "true", "yes") or not torch.accelerator.is_available()
+
+
+def default_device() -> str:
+    """Where models are sampled: this machine's accelerator, if it has one and it is wanted."""
+    return "cpu" if _on_cpu() else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
 
 
 def set_threads() -> int:

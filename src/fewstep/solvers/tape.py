@@ -1,0 +1,75 @@
+"""What every solver is written with: linear combinations of states and velocities, and the tape recording them.
+
+A solver's formulas are run once on a :class:`Tape`, which hands out atoms instead of evaluating a network; see
+:mod:`fewstep.solvers.tables` for the result.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import final
+
+from fewstep.flow.grids import Grid
+from fewstep.flow.paths import AffinePath
+
+Atom = tuple[str, int]  # ("y", j): the state of row j; ("v", j): the velocity evaluated there
+
+
+@final
+@dataclass(frozen=True)
+class Combination:
+    """A linear combination of states and velocities: ``terms`` maps each atom to its coefficient."""
+
+    terms: dict[Atom, float]
+
+    def __add__(self, other: Combination) -> Combination:
+        terms = dict(self.terms)
+        for atom, coefficient in other.terms.items():
+            terms[atom] = terms.get(atom, 0.0) + coefficient
+        return Combination(terms)
+
+    def __mul__(self, factor: float) -> Combination:
+        return Combination({atom: coefficient * factor for atom, coefficient in self.terms.items()})
+
+    __rmul__ = __mul__
+
+    def __sub__(self, other: Combination) -> Combination:
+        return self + other * -1.0
+
+
+@final
+class Tape:
+    """Records a solver's formulas; see :class:`~fewstep.solvers.tables.Table` for the result."""
+
+    def __init__(self) -> None:
+        self.points: list[Combination] = []
+        self.times: list[float] = []
+
+    def evaluate(self, point: Combination, t: float) -> tuple[Combination, Combination]:
+        """Record a network call at ``(point, t)``; return the state and the velocity as new atoms."""
+        j = len(self.points)
+        self.points.append(point)
+        self.times.append(float(t))
+        return Combination({("y", j): 1.0}), Combination({("v", j): 1.0})
+
+
+class Solver(ABC):
+    """A fixed-step solver: formulas that can be run on a tape.
+
+    Attributes:
+        order: order of convergence on smooth fields, away from singular ends and after start-up.
+        b: weights of a step's calls on a constant field; they sum to one.
+    """
+
+    order: int
+    b: tuple[float, ...]
+
+    @property
+    def calls(self) -> int:
+        """Network calls per step."""
+        return len(self.b)
+
+    @abstractmethod
+    def nodes(self, tape: Tape, x: Combination, grid: Grid, path: AffinePath) -> list[Combination]:
+        """Run on ``tape`` from state ``x`` at ``grid[0]``; return the states at every later grid time."""
