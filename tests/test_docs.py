@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,13 @@ def test_methods_table_names_every_method() -> None:
 
     text = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
     assert [name for name in METHODS if f"| `{name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
+def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(example))["main"](300)
+    printed = capsys.readouterr().out
+    errors = [float(number) for number in re.findall(r"steps: ([\d.]+) from", printed)]
+    # even a short training beats standing still: the data lie about two units from the noise
+    assert len(errors) == 4
+    assert min(errors) < 1.0
