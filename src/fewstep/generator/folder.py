@@ -13,6 +13,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.generator.config import FORMAT, Config
 from fewstep.store.files import make_folder, write_bytes, write_json, write_text
+from fewstep.store.tensors import unshared
 
 
 def save_model(
@@ -26,8 +27,8 @@ def save_model(
     from safetensors.torch import save
 
     folder = make_folder(Path(folder))
-    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_bytes(folder / "model.safetensors", save(_unshared(tensors)))
+    tensors = unshared({name: value.cpu() for name, value in state.items()})
+    write_bytes(folder / "model.safetensors", save(tensors))
     if base_rows is not None:
         base = {"rows": base_rows.contiguous()}
         if base_context is not None:
@@ -105,14 +106,3 @@ def model_card(config: Config, parameters: int) -> str:
 def words(numbers: Sequence[int] | None) -> str:
     """``1, 2, 4``."""
     return ", ".join(map(str, numbers or ()))
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies of tensors that share storage, which safetensors refuses."""
-    seen: set[int] = set()
-    out = {}
-    for name, value in tensors.items():
-        pointer = value.untyped_storage().data_ptr()
-        out[name] = value.clone() if pointer in seen else value
-        seen.add(pointer)
-    return out

@@ -37,8 +37,9 @@ def show_plan(recipe: Recipe, out: Path) -> str:
     ]
     total = 0.0
     for name, options in recipe.stages.items():
-        module = build(network_of(run, options))
-        minutes = estimate(run, options, module)
+        network = network_of(run, options)
+        module = build(network)
+        minutes = estimate(run, options, module, network["context"])
         done = stage_done(out / name)
         total += 0.0 if done else minutes
         lines.append(
@@ -69,11 +70,10 @@ def pair_calls(run: Run, options: Options) -> str:
     return f"{pairs * LADDER[0] * guided / 1e6:.1f}–{pairs * LADDER[-1] * guided / 1e6:.1f} M"
 
 
-def estimate(run: Run, options: Options, module: nn.Module) -> float:
+def estimate(run: Run, options: Options, module: nn.Module, context: int) -> float:
     """Minutes of a stage: training steps and pair calls, at the speed of a few timed ones."""
     x = run.data.network_rows(run.data.train[: options.batch_size])
     t = torch.linspace(0, 1, len(x))
-    context = network_of(run, options)["context"]
     cond = {"context": torch.zeros(len(x), context, *run.data.shape[1:])} if context else {}
     bf16 = options.precision == "bf16"
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -104,13 +105,20 @@ def run_recipe(recipe: Recipe, out: Path, world: LocalWorld | None = None) -> li
     return [run.out / name for name in recipe.stages]
 
 
+@contextlib.contextmanager
+def naming_stage(name: str) -> Iterator[None]:
+    """Say of a mistake which stage made it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"stage {name!r}: {error}") from error
+
+
 def check_networks(run: Run) -> None:
     """Resolve every stage's network before the first one trains."""
     for name, options in run.recipe.stages.items():
-        try:
+        with naming_stage(name):
             network_of(run, options)
-        except UserError as error:
-            raise UserError(f"stage {name!r}: {error}") from error
 
 
 def check_models(run: Run) -> None:
@@ -118,10 +126,8 @@ def check_models(run: Run) -> None:
     for name, options in run.recipe.stages.items():
         for chosen in (options.teacher, options.init):
             if chosen is not None and chosen not in run.recipe.stages:
-                try:
+                with naming_stage(name):
                     load_teacher(run, chosen)
-                except UserError as error:
-                    raise UserError(f"stage {name!r}: {error}") from error
 
 
 def check_begun(run: Run) -> None:

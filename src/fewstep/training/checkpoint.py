@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.store.files import atomic_file, make_folder
+from fewstep.store.tensors import unshared
 
 KEEP = 2
 
@@ -42,7 +43,7 @@ class Checkpoints:
         path = self.folder / f"samples-{state['total_samples']:015d}.safetensors"
         with atomic_file(path) as temporary:
             metadata = {"state": json.dumps(state, sort_keys=True)}
-            save_file(_unshared(tensors), temporary, metadata=metadata)
+            save_file(unshared(tensors), temporary, metadata=metadata)
         for old in self.files()[:-keep]:
             old.unlink()
         return path
@@ -57,18 +58,6 @@ class Checkpoints:
         if not files:
             return None
         return read_checkpoint(files[-1])
-
-
-def _unshared(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share storage, as tied weights do: the format refuses those."""
-    seen: set[int] = set()
-    out = {}
-    for name, value in tensors.items():
-        plain = value.detach().contiguous()
-        pointer = plain.untyped_storage().data_ptr()
-        out[name] = plain.clone() if pointer in seen else plain
-        seen.add(pointer)
-    return out
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
