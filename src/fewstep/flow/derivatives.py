@@ -1,0 +1,167 @@
+r"""Directional derivatives of a velocity field, of any network.
+
+    dv = (∂v/∂x) dx + (∂v/∂t) dt        (:class:`Derivative`)
+    w^T ∂v/∂x                           (:func:`pullback`)
+
+Along a trajectory, ``dx = v``, ``dt = 1`` gives the acceleration ``x'' = ∂_t v + (∂_x v) v``.
+
+Three ways lead to ``dv``. *Forward-mode* differentiation (``torch.func.jvp``) is the cheapest, about two network
+calls, and not every operation has it: fused attention kernels never do (the plain "math" kernel is taken instead),
+and GroupNorm or reshapes in some networks fail. *Double reverse* differentiation runs wherever training runs: the
+reverse derivative ``u -> u^T J`` is linear in ``u``, and differentiating it again gives ``J dx``. *Finite differences*
+run always: a second-order difference of three values, one-sided next to t = 0 and t = 1 so that no time outside
+[0, 1] is asked for. ``auto`` takes the first that works, and says which in :attr:`Derivative.used`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError, unknown
+from fewstep.flow.field import Velocity
+
+Mode = Literal["auto", "forward", "double_vjp", "finite_difference"]
+WAYS: tuple[Mode, ...] = ("forward", "double_vjp", "finite_difference")
+STEP = {torch.float64: 1e-4}  # of finite differences; values in single precision carry errors of 1e-6 or so
+COARSE_STEP = 5e-3
+
+
+@final
+class Derivative:
+    """``(x, t, dx, dt) -> (v, dv)`` for one velocity field.
+
+    Args:
+        velocity: ``v(x, t, **cond)``.
+        mode: ``forward``, ``double_vjp``, ``finite_difference``, or ``auto``: the first of them that works, found
+            at the first call and kept.
+
+    Attributes:
+        used: the way that was taken, None before the first call.
+    """
+
+    def __init__(self, velocity: Velocity, mode: Mode = "auto") -> None:
+        if mode != "auto" and mode not in WAYS:
+            raise unknown("derivative mode", mode, ("auto", *WAYS))
+        self.velocity = velocity
+        self.mode = mode
+        self.used: Mode | None = None if mode == "auto" else mode
+
+    def __call__(
+        self, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor | None = None, **cond: Any
+    ) -> tuple[Tensor, Tensor]:
+        """The velocity and its derivative in the direction ``(dx, dt)``.
+
+        Args:
+            x, dx: state and its tangent, (B, ...).
+            t, dt: times and their tangents, (B,); no ``dt`` is 0.
+            cond: handed to the network.
+
+        Returns:
+            ``v`` and ``dv``, each (B, ...), without an autograd graph.
+        """
+        if dx.shape != x.shape:
+            raise UserError(f"the tangent has shape {tuple(dx.shape)} and the state {tuple(x.shape)}: they must agree.")
+        dt = torch.zeros_like(t) if dt is None else dt
+        if self.used is None:
+            self.used = self._first_that_works(x[:4], t[:4], dx[:4], dt[:4], _head(cond, len(x), 4))
+        with torch.no_grad(), _plain_attention():
+            return _RUN[self.used](self.velocity, x, t, dx, dt, cond)
+
+    def _first_that_works(self, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]) -> Mode:
+        """Try on a few rows. A network that computes under ``no_grad`` has no derivative but 0, and raises nothing."""
+        with torch.no_grad(), _plain_attention():
+            _, difference = _finite_difference(self.velocity, x, t, dx, dt, cond)
+            for way in ("forward", "double_vjp"):
+                try:
+                    _, derivative = _RUN[way](self.velocity, x, t, dx, dt, cond)
+                except (RuntimeError, NotImplementedError):
+                    continue
+                if bool(derivative.any()) or not bool(difference.any()):
+                    return way
+        return "finite_difference"
+
+
+def pullback(velocity: Velocity, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    """``v`` and ``w^T ∂v/∂x``, each (B, ...), by reverse differentiation, without an autograd graph."""
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        v = velocity(point, t, **cond)
+        if not v.requires_grad:
+            raise UserError(
+                "the velocity does not depend on x as far as autograd can see (it is computed under no_grad, or x is "
+                "detached): let gradients through the network's input."
+            )
+        (pulled,) = torch.autograd.grad(v, point, w, allow_unused=True)
+    return v.detach(), torch.zeros_like(x) if pulled is None else pulled
+
+
+def _forward(
+    velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    return torch.func.jvp(lambda y, s: velocity(y, s, **cond), (x, t), (dx, dt))
+
+
+def _double_vjp(
+    velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        point, time = x.detach().requires_grad_(), t.detach().requires_grad_()
+        v = velocity(point, time, **cond)
+        u = torch.zeros_like(v, requires_grad=True)
+        rows = torch.autograd.grad(v, (point, time), u, create_graph=True, allow_unused=True)
+        used = [(row, tangent) for row, tangent in zip(rows, (dx, dt), strict=True) if row is not None]
+        (dv,) = torch.autograd.grad([row for row, _ in used], u, [tangent for _, tangent in used], allow_unused=True)
+    return v.detach(), torch.zeros_like(v) if dv is None else dv
+
+
+def _finite_difference(
+    velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    """Second order from offsets ``(-h, 0, h)``, ``(0, h, 2h)`` or ``(-2h, -h, 0)`` along ``(dx, dt)``, per row.
+
+    ``h`` moves the state by a fixed share of its size, and the time by no more.
+    """
+    share = STEP.get(x.dtype, COARSE_STEP)
+    size = x.flatten(1).square().mean(1).sqrt() + 1.0
+    reach = torch.maximum(dx.flatten(1).square().mean(1).sqrt() / size, dt.abs())
+    moves = reach > 0
+    h = share / torch.where(moves, reach, 1.0)
+    side = torch.where(t - h * dt.abs() < 0, dt.sign(), torch.where(t + h * dt.abs() > 1, -dt.sign(), 0.0))
+    one = torch.where(side == 0, -h, side * h)
+    two = torch.where(side == 0, h, 2 * side * h)
+
+    def wide(values: Tensor) -> Tensor:
+        return values.reshape(-1, *(1,) * (x.ndim - 1))
+
+    def change(offset: Tensor) -> Tensor:
+        return velocity(x + wide(offset) * dx, (t + offset * dt).clamp(0, 1), **cond) - v
+
+    v = velocity(x, t, **cond)
+    # slope at 0 of the parabola through the values at 0, one and two
+    slope = (wide(two**2) * change(one) - wide(one**2) * change(two)) / wide(one * two * (two - one))
+    return v, torch.where(wide(moves), slope, 0.0)
+
+
+_RUN = {"forward": _forward, "double_vjp": _double_vjp, "finite_difference": _finite_difference}
+
+
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Attention by plain matrix products, which have forward and second derivatives."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+
+
+def _head(cond: dict[str, Any], batch: int, rows: int) -> dict[str, Any]:
+    """The first rows of conditions that have one row per sample."""
+    return {
+        name: value[:rows] if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
+        for name, value in cond.items()
+    }
