@@ -27,7 +27,7 @@ from fewstep.flow.field import Velocity
 
 Mode = Literal["auto", "forward", "double_vjp", "finite_difference"]
 WAYS: tuple[Mode, ...] = ("forward", "double_vjp", "finite_difference")
-STEP = {torch.float64: 1e-4}  # of finite differences; values in single precision carry errors of 1e-6 or so
+STEP = {torch.float64: 1e-5}  # of finite differences; values in single precision carry errors of 1e-6 or so
 COARSE_STEP = 5e-3
 
 
@@ -103,7 +103,8 @@ def pullback(velocity: Velocity, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -
 def _forward(
     velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    return torch.func.jvp(lambda y, s: velocity(y, s, **cond), (x, t), (dx, dt))
+    v, dv = torch.func.jvp(lambda y, s: velocity(y, s, **cond), (x, t), (dx, dt))
+    return v, dv
 
 
 def _double_vjp(
