@@ -103,8 +103,8 @@ def pullback(velocity: Velocity, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -
 def _forward(
     velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
-    v, dv = torch.func.jvp(lambda y, s: velocity(y, s, **cond), (x, t), (dx, dt))
-    return v, dv
+    pair = torch.func.jvp(lambda y, s: velocity(y, s, **cond), (x, t), (dx, dt))
+    return pair[0], pair[1]
 
 
 def _double_vjp(
