@@ -15,12 +15,15 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose
+    from fewstep.diagnostics.pick import Choice
+    from fewstep.diagnostics.tune import tune
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
     from fewstep.generator import Generator, load
     from fewstep.solvers.solve import Solution, invert, solve
 
 _PUBLIC = {
+    "Choice": "fewstep.diagnostics.pick",
     "Diagnosis": "fewstep.diagnostics.diagnose",
     "Generator": "fewstep.generator",
     "Guided": "fewstep.flow.field",
@@ -30,10 +33,12 @@ _PUBLIC = {
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "solve": "fewstep.solvers.solve",
+    "tune": "fewstep.diagnostics.tune",
 }
 _MODULES = {"closed_form": "fewstep.flow.closed_form"}
 
 __all__ = [
+    "Choice",
     "Diagnosis",
     "Generator",
     "Guided",
@@ -45,6 +50,7 @@ __all__ = [
     "invert",
     "load",
     "solve",
+    "tune",
 ]
 
 

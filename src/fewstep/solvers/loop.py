@@ -3,6 +3,10 @@
 A :class:`Plan` is the table made ready: per row the terms to add up, and which states and velocities nobody
 needs any more. Plans and time tensors are cached, because with small networks the loop's own work is what a
 user would notice.
+
+There are two loops. One adds up a row's terms, which is one kernel for ``x + h v``. Where rows are longer and tensors
+small, a kernel costs the same whatever it does, and the other loop takes the dense form of the table: all states are
+made at once in one block, and each velocity is added to all later ones by one kernel.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple, final
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +25,10 @@ from fewstep.solvers.tape import Atom, Combination
 
 CACHED_SHAPES = 8  # batch shapes whose time tensors a plan keeps
 CACHED_NUMBERS = 1 << 20  # larger blocks of times are made anew for every solve
+DENSE_NUMBERS = 1 << 16  # largest block of states for which one kernel beats the terms one by one
+DENSE_ROWS = 256  # most rows for which the dense form is computed at all: it has their number squared
+DENSE_TERMS = 2.0  # mean number of tensor operations a row beyond which it does
+DENSE_SIZE = 16.0  # largest sum of a row's absolute coefficients: beyond, the dense form would lose digits
 
 
 class Row(NamedTuple):
@@ -31,6 +40,14 @@ class Row(NamedTuple):
     free: tuple[int, ...]  # slots nobody needs once this state is formed
     keep: bool  # a later row needs this state itself
     node: bool  # this is a grid time's state
+
+
+class Work(NamedTuple):
+    """Memory of the dense form: all states at once, in the making."""
+
+    block: Tensor  # (rows + 1, B, ...)
+    states: tuple[Tensor, ...]  # its parts
+    later: tuple[Tensor, ...]  # per row, the states after it
 
 
 @final
@@ -56,6 +73,47 @@ class Plan:
         ]
         self.rows, self.end = tuple(rows[:-1]), rows[-1]
         self._times: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, int, tuple[Tensor, ...]]] = {}
+        self._weights: dict[tuple[torch.dtype, int], tuple[Tensor, tuple[Tensor, ...]]] = {}
+        self._work: dict[tuple[torch.Size, torch.dtype], Work] = {}
+        self.dense = self._dense_wins()
+
+    def _dense_wins(self) -> bool:
+        """Whether small problems run faster, and as accurately, by the table's dense form."""
+        rows = [*self.rows[1:], self.end]
+        operations = sum(len(row.terms) + (row.factor != 1.0) for row in rows) / len(rows)
+        if operations <= DENSE_TERMS or len(rows) > DENSE_ROWS:
+            return False
+        a, b = self.table.dense
+        return bool((np.abs(a) + np.abs(b).sum(1)).max() <= DENSE_SIZE)
+
+    def weights(self, dtype: torch.dtype, dimensions: int) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """``a`` and, per row k, the column ``b_jk`` for j > k, shaped to multiply states of so many dimensions."""
+        found = self._weights.get((dtype, dimensions))
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                a, b = (torch.from_numpy(part).to(dtype) for part in self.table.dense)
+                a, b = a.reshape(-1, *([1] * dimensions)), b.reshape(*b.shape, *([1] * dimensions))
+                found = a, tuple(b[k + 1 :, k] for k in range(b.shape[1]))
+            self._weights[dtype, dimensions] = found
+        return found
+
+    def borrow(self, shape: torch.Size, dtype: torch.dtype) -> Work:
+        """Memory for the dense form; :meth:`give_back` keeps it for the next solve, which then need not make it.
+
+        Nobody else has it meanwhile: a network may solve with the same plan itself, and so may another thread.
+        """
+        found = self._work.pop((shape, dtype), None)
+        if found is None:
+            with torch.inference_mode(False), torch.no_grad():
+                block = torch.empty((len(self.rows) + 1, *shape), dtype=dtype)
+                found = Work(block, block.unbind(0), tuple(block[k + 1 :] for k in range(len(self.rows))))
+        return found
+
+    def give_back(self, work: Work) -> None:
+        """Keep borrowed memory."""
+        if len(self._work) >= CACHED_SHAPES:
+            self._work.clear()
+        self._work[work.block.shape[1:], work.block.dtype] = work
 
     def times(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """One ``(batch,)`` tensor of times per row.
@@ -86,16 +144,19 @@ def run(
 
     A state that a network has seen is never changed: it may return its own input, or a caller may keep it.
     """
+    if plan.dense and not torch.is_grad_enabled() and _small(plan, x0):
+        return _run_dense(plan, field, x0, cond, trajectory)
     dtype = x0.dtype
     kept: list[Any] = [None] * (2 * len(plan.rows))
     path: list[Tensor] = []
     x, slot = x0, 0
-    for row, t in zip(plan.rows, plan.times(x0.shape[0], dtype, x0.device), strict=True):
+    times = plan.times(x0.shape[0], dtype, x0.device)
+    for (base, factor, terms, free, keep, node), t in zip(plan.rows, times, strict=True):
         if slot:
-            x = _form(row, kept)
-        if row.keep:
+            x = _form(kept, base, factor, terms, free)
+        if keep:
             kept[slot] = x
-        if trajectory and row.node:
+        if trajectory and node:
             path.append(x)
         velocity = field(x, t, **cond)
         if slot == 0 or velocity.dtype is not dtype:
@@ -103,22 +164,61 @@ def run(
         kept[slot + 1] = velocity
         del velocity  # the next call must not find it alive where no later row needs it
         slot += 2
-    x = _form(plan.end, kept)
+    x = _form(kept, *plan.end[:4])
     if trajectory:
         path.append(x)
     return x, path
 
 
-def _form(row: Row, kept: list[Any]) -> Tensor:
+def _small(plan: Plan, x0: Tensor) -> bool:
+    """Whether the dense form is for this start: in the memory, of a precision and on the device it was measured on."""
+    return (
+        x0.numel() * (len(plan.rows) + 1) <= DENSE_NUMBERS
+        and x0.dtype in (torch.float32, torch.float64)
+        and x0.device.type == "cpu"
+        and type(x0) is Tensor
+    )
+
+
+def _run_dense(
+    plan: Plan, field: Field, x0: Tensor, cond: Mapping[str, Any], trajectory: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`run` by the dense form: all states start as ``a_j x_0``, and each velocity is added to all later ones."""
+    shape, dtype, x = x0.shape, x0.dtype, x0
+    path: list[Tensor] = []
+    start, columns = plan.weights(dtype, len(shape))
+    work = plan.borrow(shape, dtype)
+    torch.mul(start, x0, out=work.block)
+    j = 0
+    for t in plan.times(shape[0], dtype, x0.device):
+        if j:
+            x = work.states[j].clone()
+        if trajectory and plan.rows[j].node:
+            path.append(x)
+        velocity = field(x, t, **cond)
+        if j == 0 or velocity.dtype is not dtype:
+            velocity = _like(velocity, x)
+        work.later[j].addcmul_(columns[j], velocity)
+        j += 1
+    x = work.states[j].clone()
+    plan.give_back(work)
+    if trajectory:
+        path.append(x)
+    return x, path
+
+
+def _form(
+    kept: list[Any], base: int, factor: float, terms: tuple[tuple[int, float], ...], free: tuple[int, ...]
+) -> Tensor:
     """Add up coefficient × tensor: ``x + h v`` is one kernel; more terms go into the new tensor in place."""
-    x: Tensor = kept[row.base]
-    own = row.factor != 1.0
+    x: Tensor = kept[base]
+    own = factor != 1.0
     if own:
-        x = x * row.factor
-    for slot, coefficient in row.terms:
+        x = x * factor
+    for slot, coefficient in terms:
         x = x.add_(kept[slot], alpha=coefficient) if own else x.add(kept[slot], alpha=coefficient)
         own = True
-    for slot in row.free:
+    for slot in free:
         kept[slot] = None
     return x
 

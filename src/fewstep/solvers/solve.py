@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from fewstep.flow.field import Velocity, as_field
 from fewstep.flow.grids import Grid, GridSpec, check_steps, explicit_times, make_grid
 from fewstep.flow.paths import AffinePath, make_path
 from fewstep.solvers.loop import Plan, run
-from fewstep.solvers.tables import LINEAR, find_solver, table
+from fewstep.solvers.tables import LINEAR, Table, find_solver, table
 
 DEFAULT_STEPS = 50
 
@@ -44,7 +43,7 @@ def solve(
     v: Velocity,
     x0: Tensor,
     *,
-    solver: str = "euler",
+    solver: str | Table = "euler",
     steps: int | None = None,
     grid: GridSpec = "uniform",
     path: AffinePath | str = LINEAR,
@@ -58,11 +57,13 @@ def solve(
         v: any callable ``v(x, t, **cond)``; ``x`` (B, ...), ``t`` (B,) in x's dtype. It is called exactly NFE
             times; its result is taken in x's dtype.
         x0: start, (B, ...), floating point; its dtype is kept.
-        solver: a name of :data:`fewstep.solvers.tables.SOLVERS`; ``fewstep list solvers`` shows them.
+        solver: a name of :data:`fewstep.solvers.tables.SOLVERS` (``fewstep list solvers`` shows them), ``name:value``
+            for one that takes a value, or a :class:`~fewstep.solvers.tables.Table`, which brings its own grid.
         steps: solver steps (default 50 on a named grid). An explicit grid fixes them.
         grid: a grid's name, ``name:value``, or explicit times; decreasing times run towards noise.
         path: the path that ``v`` was trained on, or its name. Solvers that work with the data or the noise
-            prediction (``ddim``, ``deis*``, ``dpm++*``, ``unipc*``) need it; the others do not look at it.
+            prediction (``ddim``, ``deis*``, ``dpm++*``, ``unipc*``) need it; the others do not look at it. A table
+            was made for its path and does not look at it either.
         cond: keyword arguments handed to every call of ``v``.
         trajectory: keep the states at the grid's times.
         grad: build the autograd graph through the solve.
@@ -71,8 +72,8 @@ def solve(
         A :class:`Solution`.
 
     Raises:
-        UserError: unknown solver, grid or path, steps and grid in conflict, non-finite or integer ``x0``, a
-            velocity that is no tensor or of another shape than its input.
+        UserError: unknown solver, grid or path, steps and grid in conflict with each other or with a table, non-finite
+            or integer ``x0``, a velocity that is no tensor or of another shape than its input.
     """
     return _solve(v, x0, plan(solver, grid, steps, path=path), cond, trajectory, grad)
 
@@ -81,7 +82,7 @@ def invert(
     v: Velocity,
     x1: Tensor,
     *,
-    solver: str = "euler",
+    solver: str | Table = "euler",
     steps: int | None = None,
     grid: GridSpec = "uniform",
     path: AffinePath | str = LINEAR,
@@ -91,13 +92,18 @@ def invert(
 ) -> Solution:
     """Carry data ``x1`` back to its noise: :func:`solve` on the same grid, from its last time to its first.
 
-    A grid given in decreasing times is run as it stands.
+    A grid given in decreasing times is run as it stands. A table runs one way only: name a solver here.
     """
+    if isinstance(solver, Table):
+        raise UserError(
+            f"solver is a table of {solver.solver!r} on a grid of its own, and cannot be run backwards: "
+            f"name a solver (solver={solver.solver.partition(':')[0]!r})."
+        )
     return _solve(v, x1, plan(solver, grid, steps, path=path, backward=True), cond, trajectory, grad)
 
 
 def plan(
-    solver: str,
+    solver: str | Table,
     grid: GridSpec,
     steps: int | None,
     *,
@@ -108,6 +114,13 @@ def plan(
 
     What the cache would take for equal (``True`` and 1) or cannot hold (tensors) is settled first.
     """
+    if isinstance(solver, Table):
+        if steps is not None or not (isinstance(grid, str) and grid == "uniform"):
+            raise UserError(
+                f"solver is a table of {len(solver.grid) - 1} steps on a grid of its own: leave steps and grid out, "
+                "or name a solver."
+            )
+        return _plan_of(solver)
     find_solver(solver)
     key = grid if isinstance(grid, str) else explicit_times(grid)
     assert key is not None, "times that are no string are explicit"
@@ -123,6 +136,12 @@ def _plan(solver: str, grid: str | Grid, steps: int | None, path: AffinePath, ba
     if backward and times[0] < times[-1]:
         times = times[::-1]
     return Plan(table(solver, times, path))
+
+
+@lru_cache(maxsize=64)
+def _plan_of(table: Table) -> Plan:
+    """Cached by the table's identity."""
+    return Plan(table)
 
 
 def _affine(path: AffinePath | str) -> AffinePath:
@@ -144,9 +163,13 @@ def _solve(
     check_start(x)
     field = as_field(v)
     before = field.calls
-    with contextlib.nullcontext() if grad else torch.no_grad():
+    outside = torch.is_grad_enabled()
+    torch.set_grad_enabled(outside and grad)  # as torch.no_grad() does it, in a third of its time
+    try:
         end, states = run(plan, field, x, cond or {}, trajectory=trajectory)
         return Solution(end, field.calls - before, plan.table.grid, torch.stack(states) if trajectory else None)
+    finally:
+        torch.set_grad_enabled(outside)
 
 
 def check_start(x: Tensor) -> None:

@@ -18,13 +18,15 @@ corrector of order three, evaluated once per step (PEC): the call at the predict
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import final
 
 import numpy as np
 
-from fewstep.errors import unknown
+from fewstep.errors import UserError, unknown
 from fewstep.flow.grids import Grid, check_times
 from fewstep.flow.paths import AffinePath, Linear
 from fewstep.solvers.forms import DataInLambda, DataInTime, NoiseInRho, NoiseInTime, VelocityInTime
@@ -103,16 +105,44 @@ SOLVERS: dict[str, Solver] = {
     "unipc3-t": Multistep(DataInTime, values=3, order=4, corrector=True),
 }
 
+VALUED: dict[str, Callable[[float], Solver]] = {}  # solvers that take a value, as in ``name:value``
+
 
 def find_solver(name: str) -> Solver:
-    """Look a solver up by name."""
-    if not isinstance(name, str) or name not in SOLVERS:
+    """Look a solver up by its name, or ``name:value`` (``ddim:0.5``) where the name is in :data:`VALUED`.
+
+    Raises:
+        UserError: unknown name; a value that is no number, out of range, or given to a solver that takes none.
+    """
+    word, colon, value = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if word not in SOLVERS:
         raise unknown("solver", name, SOLVERS)
-    return SOLVERS[name]
+    return VALUED[word](_value(name, word, value)) if colon and _takes_value(name, word) else SOLVERS[word]
+
+
+def _takes_value(name: str, word: str) -> bool:
+    if word in VALUED:
+        return True
+    raise UserError(
+        f"solver {word!r} takes no value, got {name!r}: write {word!r}. With a value: {', '.join(sorted(VALUED))}."
+    )
+
+
+def _value(name: str, word: str, text: str) -> float:
+    """The number after the colon."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise UserError(f"solver {name!r}: {text!r} is not a number. Write for example '{word}:0.5'.") from error
+    if not (math.isfinite(value) and value >= 0.0):
+        raise UserError(f"solver {name!r}: the value must be a finite number from 0 up.")
+    return value
 
 
 def table(solver: str, grid: Grid, path: AffinePath = LINEAR) -> Table:
     """Compute the table of ``solver`` on ``grid`` (times in either direction) for fields trained on ``path``.
+
+    ``solver`` is a name or ``name:value``.
 
     Raises:
         UserError: unknown solver; a grid that turns round or leaves [0, 1].

@@ -60,10 +60,12 @@ class Solver(ABC):
     Attributes:
         order: order of convergence on smooth fields, away from singular ends and after start-up.
         b: weights of a step's calls on a constant field; they sum to one.
+        stochastic: whether its steps add fresh noise.
     """
 
     order: int
     b: tuple[float, ...]
+    stochastic: bool = False
 
     @property
     def calls(self) -> int:

@@ -1,0 +1,177 @@
+r"""Fit a solver to a field: ``solver="fitted"``.
+
+Every explicit fixed-step solver is ``y_j = a_j x_0 + sum_(k<j) b_jk v_k`` at times ``t_j``. With the network frozen
+there are few such numbers (17, 32, 51 for 4, 6, 8 calls), and they can be chosen for the field itself: so that the end
+point is nearest to the true one on a pilot of noises (non-stationary solvers, arXiv:2403.01329; generalised solvers,
+arXiv:2510.17699). The fit starts from the best picked and refined table, so it can only improve on it.
+
+The endpoint errors ``r(theta)`` of all noises and dimensions are a nonlinear least-squares problem in a few dozen
+unknowns: Levenberg-Marquardt (Moré 1978) needs some ten iterations. The Jacobian comes from tangents carried along
+the solve,
+
+    dy_j = da_j x_0 + sum_k (db_jk v_k + b_jk dv_k),      dv_j = (∂v/∂x) dy_j + (∂v/∂t) dt_j,
+
+one directional derivative of the network per unknown and later row; all unknowns of a row go through the network as one
+batch. The last row needs none: the end point is linear in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.diagnostics.pilot import Pilot
+from fewstep.solvers.numeric import numeric_table
+from fewstep.solvers.tables import Table
+
+SHARE = 4  # of the pilot the first iterations do with one such part
+ITERATIONS, LAST_ITERATIONS = 12, 4
+DAMPING = 1e-2  # of the first iteration, as a share of the curvature in every direction
+STOP = 5e-3  # relative gain of an iteration that is not worth another one
+DAMPING_LIMIT = 1e6
+DIFFERENCE = 2e-3  # root mean square change of the state, or change of t, in difference quotients
+ROWS = 1 << 15  # rows through the network at a time
+APART = 1e-4  # times stay so far from each other and from the ends
+
+
+@final
+class Unknowns:
+    """The numbers of a table that are free: times, then ``a_j`` and ``b_jk`` of every row after the first."""
+
+    def __init__(self, calls: int) -> None:
+        self.calls = calls
+        self.entries: list[tuple[str, int, int]] = [("t", j, 0) for j in range(1, calls)]
+        for j in range(1, calls + 1):
+            self.entries += [("a", j, 0), *(("b", j, k) for k in range(j))]
+
+    def read(self, table: Table) -> np.ndarray:
+        """Their values in a table."""
+        a, b = table.dense
+        values = {"t": lambda j, k: table.times[j], "a": lambda j, k: a[j], "b": lambda j, k: b[j, k]}
+        return np.array([values[kind](j, k) for kind, j, k in self.entries])
+
+    def table(self, theta: np.ndarray) -> Table | None:
+        """The table they make; None when its times leave their order."""
+        times, a, b = np.zeros(self.calls + 1), np.ones(self.calls + 1), np.zeros((self.calls + 1, self.calls))
+        times[-1] = 1.0
+        for value, (kind, j, k) in zip(theta.tolist(), self.entries, strict=True):
+            if kind == "t":
+                times[j] = value
+            elif kind == "a":
+                a[j] = value
+            else:
+                b[j, k] = value
+        if np.diff(times).min() < APART:
+            return None
+        return numeric_table("fitted", times[:-1].tolist(), a, b)
+
+    def row(self, index: int) -> int:
+        """The row from which on an unknown has an effect."""
+        return self.entries[index][1]
+
+
+def jacobian(pilot: Pilot, table: Table, unknowns: Unknowns) -> Tensor:
+    """Derivatives of the end points, (P, B * D), in the pilot's dtype."""
+    a, b = table.dense
+    velocities = pilot.velocities(table)
+    x0, number = pilot.x0, len(unknowns.entries)
+    tangents = [x0.new_zeros(number, x0.numel()) for _ in range(unknowns.calls)]  # dv_j, filled in row by row
+    for j in range(1, unknowns.calls):
+        active = [p for p in range(number) if unknowns.row(p) <= j]
+        dy = _row_tangent(j, active, b, x0, velocities, tangents, unknowns)
+        dt = x0.new_tensor([1.0 if unknowns.entries[p][:2] == ("t", j) else 0.0 for p in active])
+        tangents[j][active] = _through(pilot, pilot.state(a[j], b[j, :j]), velocities[j], table.times[j], dy, dt)
+    return _row_tangent(unknowns.calls, list(range(number)), b, x0, velocities, tangents, unknowns)
+
+
+def _row_tangent(
+    j: int,
+    active: list[int],
+    b: np.ndarray,
+    x0: Tensor,
+    velocities: list[Tensor],
+    tangents: list[Tensor],
+    unknowns: Unknowns,
+) -> Tensor:
+    """``dy_j`` for the unknowns that have an effect there, (number, B * D)."""
+    dy = x0.new_zeros(len(active), x0.numel())
+    earlier = [k for k in range(len(active)) if unknowns.row(active[k]) < j]
+    picked = [active[k] for k in earlier]
+    carried = x0.new_zeros(len(picked), x0.numel())
+    for k in range(1, j):
+        carried.add_(tangents[k][picked], alpha=float(b[j, k]))
+    dy[earlier] = carried
+    for position, p in enumerate(active):
+        kind, row, k = unknowns.entries[p]
+        if row == j and kind != "t":
+            dy[position] = (x0 if kind == "a" else velocities[k]).flatten()
+    return dy
+
+
+@torch.no_grad()
+def _through(pilot: Pilot, state: Tensor, velocity: Tensor, t: float, dy: Tensor, dt: Tensor) -> Tensor:
+    """``dv`` of several tangents at one state, (number, B * D).
+
+    By differences, ``(v(y + h dy, t + h dt) - v(y, t)) / h``: a step of the fit needs no exact derivative, and this
+    takes one network call where the forward mode takes the work of four.
+    """
+    batch, piece = len(state), max(1, ROWS // len(state))
+    parts = []
+    for first in range(0, len(dy), piece):
+        tangent, time = dy[first : first + piece].reshape(-1, *state.shape), dt[first : first + piece]
+        size = tangent.flatten(1).square().mean(1).sqrt()
+        h = DIFFERENCE / torch.maximum(size, time).clamp_min(1e-12)
+        moved = state + h.reshape(-1, *(1,) * state.ndim) * tangent
+        times = (t + h * time).repeat_interleave(batch)
+        v = pilot.field(moved.flatten(0, 1), times, **pilot.repeated(len(tangent))).reshape(moved.shape)
+        parts.append(((v.to(state.dtype) - velocity) / h.reshape(-1, *(1,) * state.ndim)).flatten(1))
+    return torch.cat(parts)
+
+
+def fit(pilot: Pilot, held_out: Pilot, start: Table) -> Table:
+    """Fit the numbers of a table, first on a quarter of the pilot, then on all of it.
+
+    Args:
+        pilot: noises the numbers are fitted on.
+        held_out: noises that say which iteration is kept.
+        start: a deterministic table from t = 0 to t = 1.
+
+    Returns:
+        The table that is best on the held-out noises; ``start`` itself where no iteration is better than it.
+    """
+    some = pilot.part(max(1, len(pilot) // SHARE))
+    best, error = start, held_out.error(start)
+    for noises, most in ((some, ITERATIONS), (pilot, LAST_ITERATIONS)):
+        for table in levenberg_marquardt(noises, best, most):
+            tried = held_out.error(table)
+            if tried < error:
+                best, error = table, tried
+    return best
+
+
+def levenberg_marquardt(pilot: Pilot, table: Table, most: int) -> Iterator[Table]:
+    """The tables of its iterations, of falling endpoint error on the pilot, until the error stands still."""
+    unknowns = Unknowns(len(table.times))
+    theta, error, damping = unknowns.read(table), pilot.error(table), DAMPING
+    for _ in range(most):
+        j = jacobian(pilot, table, unknowns)
+        residual = (pilot.end(table) - pilot.x1).flatten()
+        gram, slope = (j @ j.T).double().cpu().numpy(), (j @ residual).double().cpu().numpy()
+        before = error
+        while damping < DAMPING_LIMIT:
+            scaled = gram + damping * np.diag(np.diag(gram) + 1e-12)
+            moved = theta - np.linalg.lstsq(scaled, slope, rcond=None)[0]
+            tried = unknowns.table(moved)
+            if tried is not None and (tried_error := pilot.error(tried)) < error:
+                theta, table, error = moved, tried, tried_error
+                damping = max(damping / 5, 1e-9)
+                break
+            damping *= 4
+        if error < before:
+            yield table
+        if error > (1 - STOP) * before:
+            return

@@ -1,0 +1,221 @@
+"""Pick the best solver and grid for a number of network calls: ``solver="auto"``.
+
+No fixed (solver, grid) is near the best for every field and every budget: which quantity is smooth, in which variable,
+and where along t, differ from model to model. So all of them are run on a pilot of noises whose true endpoints are
+known (:class:`~fewstep.diagnostics.pilot.Pilot`), first on a few noises, the better ones on all. The winners' grids are
+then refined time by time, and what is kept must be better on held-out noises than the same solver on a uniform grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, final
+
+import numpy as np
+
+from fewstep.diagnostics.pilot import Pilot
+from fewstep.errors import UserError
+from fewstep.flow.grids import Grid, check_steps, make_grid
+from fewstep.flow.paths import AffinePath
+from fewstep.solvers.numeric import numeric_table
+from fewstep.solvers.tables import LINEAR, SOLVERS, Table, table
+
+SCANNED_GRIDS = (
+    "uniform", "shift:0.33", "shift:0.5", "shift:0.67", "shift:1.5", "shift:2", "shift:3",
+    "quadratic:1.5", "quadratic:-1.5", "quadratic:-2", "logit_normal:0,1.5",
+)  # fmt: skip
+FITTED = "fitted"
+FIRST = 64  # noises of the first round
+KEPT = 24  # combinations that go on to all noises
+REFINED = 3  # solvers whose grids are refined
+SWEEPS = 4  # of coordinate descent
+REACH, SHRINK = (
+    0.5,
+    0.6,
+)  # share of the gap to its neighbour that a time is moved by, and its factor from sweep to sweep
+GAIN = 0.99  # a table replaces a simpler one when its error on held-out noises is at most this share of it
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """A sampler chosen for a field and a number of network calls.
+
+    Attributes:
+        table: how to sample: ``fs.solve(v, x0, solver=choice.table)``.
+        solver: the solver the table is of, ``fitted`` for free coefficients.
+        grid: its times.
+        origin: the named grid it was refined from.
+        calls: network evaluations per sample.
+        error: root mean square endpoint error per dimension on held-out noises.
+        uniform: the same of the solver (of the solver it started from) on the uniform grid.
+        euler: the same of Euler on the uniform grid.
+        spread: root mean square deviation of the endpoints from their mean, per dimension.
+        nfe: network evaluations per sample spent on the choice.
+    """
+
+    table: Table
+    solver: str
+    grid: Grid
+    origin: str
+    calls: int
+    error: float
+    uniform: float
+    euler: float
+    spread: float
+    nfe: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values, from which :func:`restore` makes the choice again."""
+        values = {name: value for name, value in vars(self).items() if name != "table"}
+        values["grid"] = list(self.grid)
+        if self.solver == FITTED:
+            a, b = self.table.dense
+            values |= {"a": a.tolist(), "b": b.tolist()}
+        return values
+
+
+def restore(values: Mapping[str, Any], path: AffinePath = LINEAR) -> Choice:
+    """The choice that :meth:`Choice.as_dict` describes, for a field trained on ``path``.
+
+    Raises:
+        UserError: missing or strange values, as of a damaged file.
+    """
+    try:
+        known = {field.name: values[field.name] for field in fields(Choice) if field.name != "table"}
+        known["grid"] = tuple(float(t) for t in values["grid"])
+        if known["solver"] == FITTED:
+            made = numeric_table(FITTED, known["grid"][:-1], np.array(values["a"]), np.array(values["b"]))
+        else:
+            made = table(known["solver"], known["grid"], path)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"a stored sampler cannot be read ({error}): delete it, and it is made again.") from error
+    return Choice(table=made, **known)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A solver on a grid with its error on a pilot."""
+
+    error: float
+    solver: str
+    grid: str
+    table: Table
+
+
+def candidates(calls: int, path: AffinePath = LINEAR) -> Iterator[tuple[str, str, Table]]:
+    """Every deterministic solver that can spend ``calls`` network calls, on every scanned grid."""
+    for name, solver in SOLVERS.items():
+        if calls % solver.calls:
+            continue
+        for grid in SCANNED_GRIDS if calls > solver.calls else ("uniform",):
+            yield name, grid, table(name, make_grid(grid, calls // solver.calls), path)
+
+
+def scan(pilot: Pilot, calls: int, path: AffinePath = LINEAR) -> list[Candidate]:
+    """All candidates that reach the second round, best first, judged on the whole pilot.
+
+    Tables that are equal (DDIM and Euler on the line, ...) are run once, under the name that comes first.
+    """
+    first = pilot.part(FIRST) if len(pilot) > FIRST else pilot
+    seen: dict[tuple[bytes, bytes, tuple[float, ...]], None] = {}
+    found = []
+    for solver, grid, made in candidates(calls, path):
+        a, b = made.dense
+        key = (np.round(a, 10).tobytes(), np.round(b, 10).tobytes(), made.times)
+        if key not in seen:
+            seen[key] = None
+            found.append(Candidate(first.error(made), solver, grid, made))
+    found.sort(key=lambda c: c.error)
+    if first is pilot:
+        return found
+    again = [Candidate(pilot.error(c.table), c.solver, c.grid, c.table) for c in found[:KEPT]]
+    return sorted(again, key=lambda c: c.error)
+
+
+def refine(pilot: Pilot, solver: str, grid: Grid, path: AffinePath = LINEAR) -> tuple[Grid, float]:
+    """Move the inner times of ``grid`` one by one while the endpoint error on the pilot falls.
+
+    Coordinate descent: in every sweep each inner time is moved by a share of the gap to its left and to its right
+    neighbour, and stays where the error is least; the share shrinks from sweep to sweep.
+
+    Returns:
+        The grid and its error on the pilot. Whether it is better on other noises is for the caller to see.
+    """
+    times, best = list(grid), pilot.error(table(solver, grid, path))
+    share = REACH
+    for _ in range(SWEEPS):
+        for i in range(len(times) - 2, 0, -1):
+            here = times[i]
+            for moved in (here + share * (times[i + 1] - here), here - share * (here - times[i - 1])):
+                tried = (*times[:i], moved, *times[i + 1 :])
+                error = pilot.error(table(solver, tried, path))
+                if error < best:
+                    best, times[i] = error, moved
+        share *= SHRINK
+    return tuple(times), best
+
+
+def pick(pilot: Pilot, held_out: Pilot, calls: int, path: AffinePath = LINEAR) -> Choice:
+    """The best solver and grid for ``calls`` network calls, refined where refinement holds on other noises.
+
+    Args:
+        pilot: noises the candidates are run and refined on.
+        held_out: other noises, on which a refined grid must beat the named one, and both the uniform one.
+        calls: network evaluations per sample.
+        path: the path the field was trained on.
+    """
+    calls = check_steps(calls)
+    ranked = scan(pilot, calls, path)
+    best: tuple[float, Candidate] | None = None
+    for first in _first_of_each_solver(ranked)[:REFINED]:
+        kept, error = _gated(pilot, held_out, first, calls, path)
+        if best is None or error < best[0]:
+            best = (error, kept)
+    assert best is not None, "Euler spends any number of calls"
+    error, kept = best
+    return _choice(held_out, kept, error, calls, path, nfe=pilot.nfe)
+
+
+def _first_of_each_solver(ranked: list[Candidate]) -> list[Candidate]:
+    found: dict[str, Candidate] = {}
+    for candidate in ranked:
+        found.setdefault(candidate.solver, candidate)
+    return list(found.values())
+
+
+def _gated(
+    pilot: Pilot, held_out: Pilot, candidate: Candidate, calls: int, path: AffinePath
+) -> tuple[Candidate, float]:
+    """Uniform, named or refined grid of one solver: each must beat the simpler one on held-out noises."""
+    kept = _on_uniform(candidate.solver, calls, path)
+    error = held_out.error(kept.table)
+    refined, on_pilot = refine(pilot, candidate.solver, candidate.table.grid, path)
+    tried = Candidate(on_pilot, candidate.solver, candidate.grid, table(candidate.solver, refined, path))
+    for other in (candidate, tried):
+        held = held_out.error(other.table)
+        if held <= GAIN * error:
+            kept, error = other, held
+    return kept, error
+
+
+def _on_uniform(solver: str, calls: int, path: AffinePath) -> Candidate:
+    made = table(solver, make_grid("uniform", calls // SOLVERS[solver].calls), path)
+    return Candidate(math.nan, solver, "uniform", made)
+
+
+def _choice(held_out: Pilot, kept: Candidate, error: float, calls: int, path: AffinePath, nfe: int) -> Choice:
+    return Choice(
+        table=kept.table,
+        solver=kept.solver,
+        grid=kept.table.grid,
+        origin=kept.grid,
+        calls=calls,
+        error=error,
+        uniform=held_out.error(_on_uniform(kept.solver, calls, path).table),
+        euler=held_out.error(_on_uniform("euler", calls, path).table),
+        spread=held_out.spread,
+        nfe=nfe,
+    )

@@ -1,0 +1,145 @@
+"""A pilot: a few hundred noises with their true endpoints, on which samplers of one field are judged.
+
+The reference endpoints are RK4's, with twice the steps until nothing changes any more. A table of any solver is then
+run in its dense form ``y_j = a_j x_0 + sum_k b_jk v_k``; what two tables have in common at their beginning is
+evaluated once, which halves the cost of searches that move one time of a grid at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.field import Field, Velocity, as_field
+from fewstep.solvers.solve import check_start, solve
+from fewstep.solvers.tables import Table
+
+REFERENCE = (16, 32, 64, 128, 256)  # RK4 steps that are tried for the reference, until it stands still
+STILL = 2e-4  # change of the reference endpoints, as a share of their spread, that counts as none
+
+
+@final
+class Pilot:
+    """Noises, conditions and reference endpoints.
+
+    Args:
+        v: ``v(x, t, **cond)``.
+        x0: base samples, (B, ...).
+        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
+        steps: RK4 steps of the reference; found when absent.
+
+    Attributes:
+        x0, x1: starts and reference endpoints.
+        spread: root mean square deviation of ``x1`` from its mean, per dimension.
+        steps: RK4 steps of the reference.
+        nfe: network evaluations per sample spent so far.
+    """
+
+    def __init__(
+        self, v: Velocity, x0: Tensor, cond: Mapping[str, Any] | None = None, *, steps: int | None = None
+    ) -> None:
+        check_start(x0)
+        self.field: Field = as_field(v)
+        self._before = self.field.calls
+        self.x0, self.cond = x0, dict(cond or {})
+        self.steps, self.x1 = self._reference() if steps is None else (steps, self._solved(steps))
+        centred = self.x1.double() - self.x1.double().mean(0)
+        self.spread = max(float(centred.square().mean().sqrt()), 1e-12)
+        self._evaluated: list[tuple[float, float, bytes]] = []  # time and dense coefficients of the rows evaluated last
+        self._velocities: list[Tensor] = []
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations per sample spent so far."""
+        return self.field.calls - self._before
+
+    def __len__(self) -> int:
+        return len(self.x0)
+
+    def part(self, count: int) -> Pilot:
+        """The pilot of the first ``count`` noises; it solves nothing again."""
+        return self._rows_of(slice(count))
+
+    def split(self, count: int) -> tuple[Pilot, Pilot]:
+        """The pilots of the first ``count`` noises and of the others."""
+        return self._rows_of(slice(count)), self._rows_of(slice(count, None))
+
+    def _rows_of(self, rows: slice) -> Pilot:
+        smaller = object.__new__(Pilot)
+        smaller.field, smaller._before = self.field, self._before
+        smaller.x0, smaller.x1 = self.x0[rows], self.x1[rows]
+        smaller.cond = {name: value[rows] if self._per_row(value) else value for name, value in self.cond.items()}
+        smaller.steps, smaller.spread = self.steps, self.spread
+        smaller._evaluated, smaller._velocities = [], []
+        return smaller
+
+    def error(self, table: Table) -> float:
+        """Root mean square endpoint error of a table, per dimension; infinite where it diverges."""
+        error = float((self.end(table) - self.x1).double().square().mean().sqrt())
+        return error if np.isfinite(error) else float("inf")
+
+    @torch.no_grad()
+    def end(self, table: Table) -> Tensor:
+        """The endpoints of a deterministic table."""
+        a, b = table.dense
+        self._evaluate(table.times, a, b)
+        return self.state(a[-1], b[-1])
+
+    @torch.no_grad()
+    def velocities(self, table: Table) -> list[Tensor]:
+        """The velocities that a table meets, one per row."""
+        a, b = table.dense
+        self._evaluate(table.times, a, b)
+        return list(self._velocities)
+
+    def _evaluate(self, times: tuple[float, ...], a: np.ndarray, b: np.ndarray) -> None:
+        rows = [(t, float(a[j]), b[j, :j].tobytes()) for j, t in enumerate(times)]
+        same = 0
+        while same < min(len(rows), len(self._evaluated)) and rows[same] == self._evaluated[same]:
+            same += 1
+        del self._velocities[same:]
+        for j in range(same, len(rows)):
+            x = self.state(a[j], b[j, :j])
+            self._velocities.append(self.field(x, x.new_full((len(x),), times[j]), **self.cond).to(x.dtype))
+        self._evaluated = rows
+
+    def state(self, a: float, b: np.ndarray) -> Tensor:
+        """``a x_0 + sum_k b_k v_k`` with the velocities of the table evaluated last."""
+        x = self.x0 * float(a)
+        for weight, velocity in zip(b.tolist(), self._velocities, strict=False):
+            x.add_(velocity, alpha=weight)
+        return x
+
+    def _reference(self) -> tuple[int, Tensor]:
+        coarse = self._solved(REFERENCE[0])
+        for steps in REFERENCE[1:]:
+            fine = self._solved(steps)
+            spread = (fine.double() - fine.double().mean(0)).square().mean().sqrt().clamp_min(1e-12)
+            if float((fine - coarse).double().square().mean().sqrt() / spread) <= STILL:
+                return steps, fine
+            coarse = fine
+        return REFERENCE[-1], coarse
+
+    def _solved(self, steps: int) -> Tensor:
+        x = solve(self.field, self.x0, solver="rk4", steps=steps, cond=self.cond).x
+        if not bool(torch.isfinite(x).all()):
+            raise UserError(
+                f"the flow ends in NaN or infinite values after {steps} RK4 steps, so no sampler of it can be judged: "
+                "check the network's weights, its conditions and the scale of the start."
+            )
+        return x
+
+    def repeated(self, number: int) -> dict[str, Any]:
+        """The conditions of ``number`` copies of the pilot, one after the other."""
+        return {
+            name: value.repeat(number, *(1,) * (value.ndim - 1)) if self._per_row(value) else value
+            for name, value in self.cond.items()
+        }
+
+    def _per_row(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.shape[:1] == self.x0.shape[:1]

@@ -1,0 +1,79 @@
+"""The best way to sample a frozen field with so many network calls: ``fs.tune``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fewstep.diagnostics.fit import fit
+from fewstep.diagnostics.pick import FITTED, Choice, pick
+from fewstep.diagnostics.pilot import Pilot
+from fewstep.errors import UserError, unknown
+from fewstep.flow.field import Velocity, as_field
+from fewstep.flow.grids import check_steps
+from fewstep.flow.paths import AffinePath, make_path
+from fewstep.solvers.solve import check_start
+from fewstep.solvers.tables import LINEAR
+
+KINDS = ("auto", FITTED)
+LEAST = 32  # noises on either side
+FEWEST, MOST = 256, 2048  # of the noises on either side that a generator draws for it
+ENTRIES = {"auto": 1 << 12, FITTED: 1 << 16}  # of those noises: few dimensions need many, for their outliers' sake
+
+
+def noises_for(kind: str, dimensions: int) -> int:
+    """How many noises :func:`tune` makes good use of: half of them fit, half judge."""
+    return 2 * min(MOST, max(FEWEST, ENTRIES[kind] // dimensions))
+
+
+def tune(
+    v: Velocity,
+    x0: Tensor,
+    *,
+    calls: int,
+    kind: Literal["auto", "fitted"] = "auto",
+    cond: Mapping[str, Any] | None = None,
+    path: AffinePath | str = LINEAR,
+) -> Choice:
+    """Find how to sample a frozen field best with ``calls`` network evaluations per sample.
+
+    ``auto`` runs every deterministic solver on every grid, and refines the best ones' grids; ``fitted`` goes on from
+    there and fits all of the table's numbers. What the first half of the noises suggests, the second half must confirm.
+
+    Args:
+        v: ``v(x, t, **cond)``.
+        x0: base samples, (M, ...): 512 for ``auto``; for ``fitted`` more in few dimensions (:func:`noises_for`).
+        calls: evaluations of ``v`` per sample (one guided evaluation is two network calls).
+        kind: ``auto`` or ``fitted``.
+        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
+        path: the path that ``v`` was trained on, or its name.
+
+    Returns:
+        A :class:`Choice`; ``fs.solve(v, x0, solver=choice.table)`` samples with it.
+
+    Raises:
+        UserError: fewer than 64 noises, calls below 1, an unknown kind, a flow that is not finite.
+    """
+    if kind not in KINDS:
+        raise unknown("kind of tuning", kind, KINDS)
+    check_start(x0)
+    if len(x0) < 2 * LEAST:
+        raise UserError(f"tuning needs at least {2 * LEAST} noises, half of them to judge by, got {len(x0)}.")
+    calls = check_steps(calls)
+    path = make_path(path) if isinstance(path, str) else path
+    field, half = as_field(v), len(x0) // 2
+    before = field.calls
+    whole = Pilot(field, x0, cond)
+    pilot, held_out = whole.split(half)
+    if kind == "auto":
+        return pick(pilot, held_out, calls, path)
+    few = noises_for("auto", x0[0].numel()) // 2
+    choice = pick(pilot.part(few), held_out.part(few), calls, path)
+    table = fit(pilot, held_out, choice.table)
+    error = held_out.error(table)
+    if table is choice.table:
+        return choice
+    return replace(choice, table=table, solver=FITTED, grid=table.grid, error=error, nfe=field.calls - before)
