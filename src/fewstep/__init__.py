@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose
+    from fewstep.diagnostics.likelihood import Likelihood, log_likelihood
     from fewstep.diagnostics.pick import Choice
     from fewstep.diagnostics.tune import tune
     from fewstep.errors import UserError
@@ -27,11 +28,13 @@ _PUBLIC = {
     "Diagnosis": "fewstep.diagnostics.diagnose",
     "Generator": "fewstep.generator",
     "Guided": "fewstep.flow.field",
+    "Likelihood": "fewstep.diagnostics.likelihood",
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
     "diagnose": "fewstep.diagnostics.diagnose",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
+    "log_likelihood": "fewstep.diagnostics.likelihood",
     "solve": "fewstep.solvers.solve",
     "tune": "fewstep.diagnostics.tune",
 }
@@ -42,6 +45,7 @@ __all__ = [
     "Diagnosis",
     "Generator",
     "Guided",
+    "Likelihood",
     "Solution",
     "UserError",
     "__version__",
@@ -49,6 +53,7 @@ __all__ = [
     "diagnose",
     "invert",
     "load",
+    "log_likelihood",
     "solve",
     "tune",
 ]

@@ -1,0 +1,391 @@
+r"""Exact log-likelihood of a flow: the change of variables along its trajectories.
+
+Along ``dz/dt = v(z, t)`` the log-density of the moving point changes by ``-div v`` (Neural ODEs, arXiv:1806.07366,
+theorem 1), so from the data ``z(1) = x1`` back to the noise ``z(0)``
+
+    log p_1(x1) = log p_0(z(0)) - int_0^1 div v(z(t), t) dt.
+
+The state and the integral ``l`` are solved together, backwards on one grid: ``l(1) = 0``, ``l' = div v``, and
+``log p_1 = log p_0(z(0)) + l(0)``. The divergence is a sum of quadratic forms ``w^T (dv/dx) w``: over the D unit
+vectors it is exact; over one random ``w = e`` with independent signs (Rademacher) it is unbiased, with variance
+``2 (|J_s|_F^2 - sum_i J_ii^2)``, ``J_s`` the symmetric part of the Jacobian (Hutchinson; FFJORD, arXiv:1810.01367,
+section 3.1). A probe is kept along a solve, so that what is solved is an ODE, and probes are averaged over solves.
+
+**Bits per dimension.** Discrete data with values ``delta`` apart (8 bits on [-1, 1]: 2/256) have probabilities
+``P(k)``, not densities. With uniform noise of one quantum added, ``y = x_k + delta u``, ``u ~ U[0, 1)^D``, Jensen's
+inequality gives ``E log p(y) <= log int p(x_k + delta u) du = log(P(k) / delta^D)``, so that
+
+    bits/dim = -log p(y) / (D ln 2) + log2(1 / delta)
+
+is on average an upper bound of the code length ``-log2 P(k) / D``, and equal to it where the density is constant on
+every cell (arXiv:1511.01844, section 3.1). Without the noise the number means nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError, unknown
+from fewstep.flow.derivatives import Derivative, plain_attention, rows_of
+from fewstep.flow.field import Field, Velocity, as_field
+from fewstep.flow.grids import Grid, GridSpec, explicit_times, make_grid
+from fewstep.flow.noise import BLOCK, block_rows, generator_for
+from fewstep.solvers.solve import check_start, solve
+from fewstep.solvers.tables import find_solver
+
+Divergence = Literal["auto", "exact", "hutchinson"]
+STEPS = 100
+EXACT_UP_TO = 128  # dimensions, with "auto"
+CONVERGED = 0.005  # bits per dimension by which halving the steps may move a likelihood
+CHECKED = 64  # samples solved again with half the steps
+ROWS = 4096  # network rows at a time: samples times directions
+NUMBERS = 1 << 19  # and values in them
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class Likelihood:
+    """What :func:`log_likelihood` returns; B samples of D dimensions.
+
+    Attributes:
+        log_prob: log-density in nats, (B,).
+        x0: the noise of every sample, like ``x1``.
+        probe_error: standard error of ``log_prob`` over its probes, (B,), NaN with one probe; None when exact.
+        nfe: network evaluations per sample, counted, the differentiated ones of every direction included; the
+            checks are not.
+        directions: directions in which every evaluation was differentiated: D, or the number of probes.
+        dimensions: D.
+        solver: solver and steps.
+        divergence: how it was computed.
+        dtype: of the solve.
+        round_trip: largest absolute error of ``x1`` after solving ``x0`` forward again; None without checks.
+        coarse: ``log_prob`` of the first samples, at most 64, with every second grid time left out; None without checks
+            or with one step.
+        discretisation: mean ``|log_prob - coarse|`` in bits per dimension: for a solver of order p about ``2^p - 1``
+            times the error of ``log_prob``.
+        converged: whether ``discretisation`` is at most 0.005; None without checks.
+        notes: what to know before quoting the number.
+    """
+
+    log_prob: Tensor
+    x0: Tensor
+    probe_error: Tensor | None
+    nfe: int
+    directions: int
+    dimensions: int
+    solver: str
+    divergence: str
+    dtype: torch.dtype
+    round_trip: float | None
+    coarse: Tensor | None
+    discretisation: float | None
+    converged: bool | None
+    notes: tuple[str, ...]
+
+    @property
+    def mean(self) -> float:
+        """Mean log-density over the samples, nats."""
+        return float(self.log_prob.detach().mean())
+
+    @property
+    def mean_error(self) -> float:
+        """Standard error of :attr:`mean` over the samples (and so over their probes); NaN for one sample."""
+        values = self.log_prob.detach()
+        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
+
+    @property
+    def nats_per_dim(self) -> Tensor:
+        """``log_prob / D``, (B,)."""
+        return self.log_prob / self.dimensions
+
+    def bits_per_dim(self, quantum: float) -> Tensor:
+        """``-log_prob / (D ln 2) + log2(1 / quantum)``, (B,), of data with :func:`dequantise`'s noise.
+
+        Args:
+            quantum: distance between neighbouring values, in the units of ``x1``: 2/256 for 8-bit images in [-1, 1],
+                which adds 7.
+
+        Raises:
+            UserError: a quantum that is no positive number.
+        """
+        return -self.nats_per_dim / math.log(2.0) - math.log2(_check_quantum(quantum))
+
+
+def log_likelihood(
+    v: Velocity,
+    x1: Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    solver: str = "rk4",
+    steps: int | None = None,
+    grid: GridSpec = "uniform",
+    divergence: Divergence = "auto",
+    probes: int = 1,
+    seed: int = 0,
+    row: int = 0,
+    base: str = "gaussian",
+    grad: bool = False,
+    check: bool = True,
+) -> Likelihood:
+    """Log-density of ``x1`` under the flow of ``v``, in nats.
+
+    Args:
+        v: ``v(x, t, **cond)``, t = 0 noise, t = 1 data.
+        x1: data, (B, ...), floating point; the solve keeps its dtype (float64 for small problems).
+        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
+        solver: a deterministic fixed-step solver.
+        steps: solver steps, default 100 on a named grid; an explicit grid fixes them.
+        grid: as in :func:`fewstep.solve`.
+        divergence: ``exact`` (D derivatives per evaluation), ``hutchinson`` (one per probe), or ``auto``: exact up to
+            128 dimensions.
+        probes: Rademacher probes per sample, for ``hutchinson``.
+        seed, row: probes are a function of ``seed`` and of the sample's number, which is ``row`` for the first.
+        base: law of the noise; ``gaussian``, N(0, I), is the only one.
+        grad: build the autograd graph, to ``x1`` and to the network's parameters (the whole solve is kept in memory).
+        check: solve forward again, and the first 64 samples with half the steps.
+
+    Returns:
+        A :class:`Likelihood`. The log-density of a solve with few steps is no likelihood, whatever its value: look at
+        ``converged``.
+
+    Raises:
+        UserError: a start or a grid that :func:`fewstep.solve` refuses, conditions of another length, an unknown base
+            or divergence, a stochastic solver, a velocity that is not finite, ``grad`` with a network that lets no
+            gradient through.
+    """
+    check_start(x1)
+    given = _check(x1, dict(cond or {}), solver, divergence, probes, base)
+    times = make_grid(grid, STEPS if steps is None and explicit_times(grid) is None else steps)
+    times = times if times[0] > times[-1] else times[::-1]
+    if (times[0], times[-1]) != (1.0, 0.0):
+        raise UserError(f"the likelihood needs a grid from 0 to 1, got {times[-1]:g} to {times[0]:g}.")
+    dimensions = x1[0].numel()
+    exact = divergence == "exact" or (divergence == "auto" and dimensions <= EXACT_UP_TO)
+    problem = _Problem(as_field(v), solver, dimensions if exact else probes, exact, seed, row, grad)
+    if not grad:
+        problem.choose(x1, given)
+    log_prob, x0, error = problem.solve(x1, given, times)
+    bad = int((~torch.isfinite(log_prob)).sum())
+    if bad:
+        raise UserError(
+            f"the log-likelihood is NaN or infinite for {bad} of {len(x1)} samples: the network's velocity or its "
+            "derivative is not finite on their trajectories. Check its weights and the scale of the data."
+        )
+    nfe = problem.spent // len(x1)
+    found = problem.check(x1.detach(), x0.detach(), log_prob.detach(), given, times) if check else _Checks()
+    return Likelihood(
+        log_prob=log_prob,
+        x0=x0,
+        probe_error=error,
+        nfe=nfe,
+        directions=problem.directions,
+        dimensions=dimensions,
+        solver=f"{solver}, {len(times) - 1} steps",
+        divergence=problem.name(),
+        dtype=x1.dtype,
+        **vars(found),
+    )
+
+
+def dequantise(x: Tensor, quantum: float, *, seed: int = 0, row: int = 0) -> Tensor:
+    """``x + quantum u`` with ``u ~ U[0, 1)`` per value: discrete data spread over their cells ``[x, x + quantum)``.
+
+    Args:
+        x: (B, ...), floating point, the lower edges of the cells: ``2 k / 256 - 1`` for 8-bit values k in [-1, 1].
+        quantum: distance between neighbouring values.
+        seed, row: the noise is a function of ``seed`` and of the sample's number, which is ``row`` for the first.
+
+    Raises:
+        UserError: a quantum that is no positive number.
+    """
+    quantum = _check_quantum(quantum)
+    shape = x.shape[1:]
+    noise = block_rows(
+        len(x),
+        row,
+        lambda block: torch.rand(BLOCK, *shape, generator=generator_for(seed, "dequantise", block)),
+        empty=torch.empty(0, *shape),
+    )
+    return x + quantum * noise.to(x)
+
+
+def rademacher(num: int, dimensions: int, probes: int, *, seed: int, row: int) -> Tensor:
+    """Independent signs for samples ``row … row + num``, (num, probes, dimensions) int8.
+
+    A probe of a sample depends on ``seed`` and on the two numbers alone.
+    """
+
+    def draw(probe: int, block: int) -> Tensor:
+        generator = generator_for(seed, "probe", probe, block)
+        return torch.randint(0, 2, (BLOCK, dimensions), generator=generator, dtype=torch.int8) * 2 - 1
+
+    empty = torch.empty(0, dimensions, dtype=torch.int8)
+    return torch.stack([block_rows(num, row, partial(draw, m), empty) for m in range(probes)], 1)
+
+
+@final
+@dataclass(frozen=True)
+class _Checks:
+    """The part of a :class:`Likelihood` that costs solves of its own."""
+
+    round_trip: float | None = None
+    coarse: Tensor | None = None
+    discretisation: float | None = None
+    converged: bool | None = None
+    notes: tuple[str, ...] = ("not checked: whether the solver has converged is not known",)
+
+
+@final
+class _Problem:
+    """One flow, its solver and its divergence, for any samples.
+
+    Attributes:
+        spent: network evaluations so far, summed over samples.
+    """
+
+    def __init__(
+        self, field: Field, solver: str, directions: int, exact: bool, seed: int, row: int, grad: bool
+    ) -> None:
+        self.field, self.solver, self.directions, self.exact = field, solver, directions, exact
+        self.seed, self.row, self.grad = seed, row, grad
+        self.derivative = Derivative(field)
+        self.spent = 0
+
+    def name(self) -> str:
+        kind = "exact" if self.exact else "Hutchinson, Rademacher"
+        unit = "direction" if self.exact else "probe"
+        how = "reverse" if self.grad else self.derivative.used
+        return f"{kind}, {self.directions} {unit}{'s' * (self.directions != 1)}, {how}"
+
+    def choose(self, x1: Tensor, cond: dict[str, Any]) -> None:
+        """Find how the network can be differentiated, before anything is counted."""
+        few = x1[:4]
+        w = rademacher(len(few), few[0].numel(), 1, seed=self.seed, row=self.row).to(x1).reshape(few.shape)
+        self.derivative(few, few.new_ones(len(few)), w, **rows_of(cond, len(x1), slice(4)))
+
+    def solve(self, x1: Tensor, cond: dict[str, Any], times: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``log_prob`` (B,), the noise (B, ...), and the standard error over probes (B,)."""
+        size = max(1, min(ROWS // self.directions, NUMBERS // (self.directions * x1[0].numel())))
+        with torch.set_grad_enabled(self.grad):
+            parts = [
+                self._solve(x1[i : i + size], self.row + i, rows_of(cond, len(x1), slice(i, i + size)), times)
+                for i in range(0, len(x1), size)
+            ]
+            terms = torch.cat([term for term, _ in parts])
+            error = None if self.exact else _standard_error(terms.detach())
+            return terms.mean(1), torch.cat([x0 for _, x0 in parts]), error
+
+    def _solve(self, x1: Tensor, row: int, cond: dict[str, Any], times: Grid) -> tuple[Tensor, Tensor]:
+        """``log p_0(z(0)) + l(0)``, one column for every probe, (b, M) or (b, 1), and ``z(0)``."""
+        dimensions = x1[0].numel()
+        if self.exact:
+            w = torch.eye(dimensions, dtype=x1.dtype, device=x1.device).expand(len(x1), -1, -1)
+        else:
+            w = rademacher(len(x1), dimensions, self.directions, seed=self.seed, row=row).to(x1)
+        start = torch.cat([x1.flatten(1), x1.new_zeros(len(x1), 1 if self.exact else self.directions)], 1)
+
+        def augmented(state: Tensor, t: Tensor) -> Tensor:
+            """``(v, w^T J w)`` at ``(z, l)``; the divergence does not depend on ``l``."""
+            v, terms = self._rates(state[:, :dimensions].reshape(x1.shape), t, w, cond)
+            return torch.cat([v.flatten(1), terms.sum(1, keepdim=True) if self.exact else terms], 1)
+
+        end = solve(augmented, start, solver=self.solver, grid=times, grad=self.grad).x
+        z, change = end[:, :dimensions], end[:, dimensions:]
+        log_base = -0.5 * (z.square().sum(1, keepdim=True) + dimensions * math.log(2 * math.pi))
+        return log_base + change, z.reshape(x1.shape)
+
+    def _rates(self, x: Tensor, t: Tensor, w: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """``v`` and ``w_m^T (dv/dx) w_m``, (b, M), with every sample repeated for each of its directions."""
+        v, terms = None, []
+        for part in w.split(max(1, min(ROWS, NUMBERS // x[0].numel())), 1):
+            count = part.shape[1]
+            rows = torch.arange(len(x), device=x.device).repeat_interleave(count)
+            before = self.field.calls
+            way = self._reverse if self.grad else self.derivative
+            value, along = way(x[rows], t[rows], part.reshape(len(rows), *x.shape[1:]), **rows_of(cond, len(x), rows))
+            self.spent += (self.field.calls - before) * len(rows)
+            terms.append((along.flatten(1) * part.flatten(0, 1)).sum(1).unflatten(0, (-1, count)))
+            v = value[::count] if v is None else v
+        assert v is not None, "there is a direction"
+        return v, torch.cat(terms, 1)
+
+    def _reverse(self, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+        """``v`` and ``w^T dv/dx`` with their graph; times ``w`` it is the same quadratic form."""
+        x = x if x.requires_grad else x.requires_grad_()
+        with plain_attention():
+            v = self.field(x, t, **cond)
+            if not v.requires_grad:
+                raise UserError(
+                    "grad=True needs a network that lets gradients through, and this one computes under no_grad or "
+                    "detaches its input: remove that, or leave grad out."
+                )
+            (pulled,) = torch.autograd.grad(v, x, w.to(v.dtype), create_graph=True, allow_unused=True)
+        return v, torch.zeros_like(x) if pulled is None else pulled
+
+    @torch.no_grad()
+    def check(self, x1: Tensor, x0: Tensor, log_prob: Tensor, cond: dict[str, Any], times: Grid) -> _Checks:
+        """Solve forward again, and some samples with half the steps."""
+        size = max(1, min(ROWS, NUMBERS // x1[0].numel()))
+        trips = [
+            solve(
+                self.field,
+                x0[i : i + size],
+                solver=self.solver,
+                grid=times[::-1],
+                cond=rows_of(cond, len(x1), slice(i, i + size)),
+            ).x
+            for i in range(0, len(x1), size)
+        ]
+        trip = float((torch.cat(trips) - x1).abs().max())
+        if len(times) == 2:
+            return _Checks(trip, converged=False, notes=("one step: a few-step log-density is not a likelihood",))
+        again = _Problem(self.field, self.solver, self.directions, self.exact, self.seed, self.row, grad=False)
+        few, some = x1[:CHECKED], rows_of(cond, len(x1), slice(CHECKED))
+        coarse = again.solve(few, some, (*times[:-1:2], times[-1]))[0]
+        bits = float((log_prob[:CHECKED] - coarse).abs().mean()) / (x1[0].numel() * math.log(2.0))
+        if bits <= CONVERGED:
+            return _Checks(trip, coarse, bits, True, ())
+        note = (
+            f"a few-step log-density is not a likelihood: half the steps move this one by {bits:.3g} bits per "
+            f"dimension (limit {CONVERGED:g}). Take more steps."
+        )
+        return _Checks(trip, coarse, bits, False, (note,))
+
+
+def _standard_error(terms: Tensor) -> Tensor:
+    """Of the mean of every row; NaN where there is one value."""
+    count = terms.shape[1]
+    return terms.std(1) / math.sqrt(count) if count > 1 else torch.full_like(terms[:, 0], math.nan)
+
+
+def _check(x1: Tensor, cond: dict[str, Any], solver: str, divergence: str, probes: int, base: str) -> dict[str, Any]:
+    if base != "gaussian":
+        raise unknown("base", base, ["gaussian"])
+    if divergence not in ("auto", "exact", "hutchinson"):
+        raise unknown("divergence", divergence, ["auto", "exact", "hutchinson"])
+    if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
+        raise UserError(f"probes must be a whole number of at least 1, got {probes!r}.")
+    if find_solver(solver).stochastic:
+        raise UserError(f"solver {solver!r} adds noise, and the likelihood follows the ODE: take 'rk4'.")
+    for name, value in cond.items():
+        if isinstance(value, Tensor) and value.shape[:1] != x1.shape[:1]:
+            raise UserError(
+                f"condition {name!r} has shape {tuple(value.shape)} for {len(x1)} samples: give one row per sample."
+            )
+    return cond
+
+
+def _check_quantum(quantum: float) -> float:
+    if isinstance(quantum, bool) or not isinstance(quantum, (int, float)) or not (0.0 < quantum < math.inf):
+        raise UserError(
+            "quantum is the distance between neighbouring values of the discrete data, in the network's units, and "
+            f"must be a positive number (8-bit images in [-1, 1]: 2/256), got {quantum!r}."
+        )
+    return float(quantum)
