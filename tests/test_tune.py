@@ -73,7 +73,7 @@ def test_auto_is_near_the_best_of_the_whole_scan_and_fitted_is_far_better_on_fre
 
 @pytest.mark.parametrize("kind", ["auto", "fitted"])
 def test_choices_survive_json(kind: str) -> None:
-    choice = fs.tune(FLOW.velocity, noise(128, 3), calls=3, kind=kind)  # type: ignore[arg-type]
+    choice = fs.tune(FLOW.velocity, noise(128, 3), calls=3, kind=kind)
     again = restore(json.loads(json.dumps(choice.as_dict())))
     for ours, theirs in zip(choice.table.dense, again.table.dense, strict=True):
         torch.testing.assert_close(torch.from_numpy(ours), torch.from_numpy(theirs), rtol=1e-14, atol=1e-14)

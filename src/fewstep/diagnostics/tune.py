@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -26,6 +26,8 @@ ENTRIES = {"auto": 1 << 12, FITTED: 1 << 16}  # of those noises: few dimensions 
 
 def noises_for(kind: str, dimensions: int) -> int:
     """How many noises :func:`tune` makes good use of: half of them fit, half judge."""
+    if kind not in KINDS:
+        raise unknown("kind of tuning", kind, KINDS)
     return 2 * min(MOST, max(FEWEST, ENTRIES[kind] // dimensions))
 
 
@@ -34,7 +36,7 @@ def tune(
     x0: Tensor,
     *,
     calls: int,
-    kind: Literal["auto", "fitted"] = "auto",
+    kind: str = "auto",
     cond: Mapping[str, Any] | None = None,
     path: AffinePath | str = LINEAR,
 ) -> Choice:

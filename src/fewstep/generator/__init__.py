@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from fewstep.generator.config import FORMAT, Config, read_config
 from fewstep.generator.folder import model_card, read_tensors, save_model, weights_digest
-from fewstep.generator.model import Draw, Generator, Label, load
+from fewstep.generator.labels import Label
+from fewstep.generator.model import Draw, Generator, load
 
 __all__ = [
     "FORMAT",

@@ -14,18 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.scaling import Scaling
-from fewstep.errors import UserError, unknown
+from fewstep.diagnostics.pick import Choice
+from fewstep.diagnostics.tune import KINDS, noises_for, tune
+from fewstep.errors import UserError
 from fewstep.flow.field import CountedField, Field, Guided
-from fewstep.flow.grids import GridSpec, explicit_times
-from fewstep.flow.noise import BLOCK, block_rows, generator_for, integer_rows, noise_rows
+from fewstep.flow.grids import GridSpec, check_steps, explicit_times
+from fewstep.flow.noise import integer_rows, noise_rows
 from fewstep.generator.config import Config, read_config, sample_shape
-from fewstep.generator.folder import read_base, read_tensors, save_model, words
+from fewstep.generator.folder import read_base, read_tensors, save_model, weights_digest, words
+from fewstep.generator.labels import Label, draw_labels
+from fewstep.generator.samplers import Samplers
 from fewstep.networks import build
 from fewstep.solvers.solve import check_start, solve
+from fewstep.solvers.tables import Table
 
-LABEL_DRAW = 1  # which table of draws the labels come from; 0 is the base noise
-
-Label = int | str | Sequence[int] | Sequence[str] | Tensor
+TUNED_CALLS = 8  # network evaluations of a tuned sampler when the user names no number
+TUNING_SEED = 0x7E57  # of the noises samplers are tuned on, other than the ones anybody asks for
 
 
 @final
@@ -92,6 +96,8 @@ class Generator:
         self.base_rows = base_rows
         self.base_context = base_context
         self.name = config.stage or type(module).__name__
+        self.folder: Path | None = None  # where it was loaded from
+        self.samplers: Samplers | None = None  # found by tune(), read from the folder when first needed
 
     @property
     def device(self) -> torch.device:
@@ -128,8 +134,9 @@ class Generator:
 
         Args:
             num: how many; may be left out when ``noise`` is given.
-            steps: solver steps.
-            solver, grid: for a velocity model; a map has its own.
+            steps: solver steps; network evaluations for ``auto`` and ``fitted`` (default 8).
+            solver, grid: for a velocity model; a map has its own. ``auto`` and ``fitted`` are found for the model
+                (:meth:`tune`) and bring their own grid.
             label: one label for all, one per sample, or None to draw them as often as in the data. Labels are
                 the data's own: numbers, or names where the data has names.
             guidance: guidance weight of a conditional velocity model (two network calls per evaluation).
@@ -180,10 +187,14 @@ class Generator:
         batch_size: int = 256,
     ) -> Draw:
         """As :meth:`sample`, in network units and with the count of network evaluations."""
-        solver, grid, steps = self._how(solver, grid, steps)
+        chosen, grid, steps = self._how(solver, grid, steps)
         field_ = self._field(guidance)
+        how: str | Table = chosen
+        if chosen in KINDS:
+            assert steps is not None, "tuned samplers have a number of calls"
+            how, grid, steps = self.tune(steps, chosen, guidance).table, "uniform", None
         x0, shown = self._starts(num, noise, context, seed)
-        labels = self._labels(len(x0), label, seed)
+        labels = draw_labels(self.config, self.name, len(x0), label, seed)
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         parts, nfe = [], 0
@@ -193,7 +204,7 @@ class Generator:
             if shown is not None:
                 cond["context"] = shown[rows].to(self.device, self.dtype)
             start = x0[rows].to(self.device, self.dtype)
-            solution = solve(field_, start, solver=solver, steps=steps, grid=grid, cond=cond, path=self.config.path)
+            solution = solve(field_, start, solver=how, steps=steps, grid=grid, cond=cond, path=self.config.path)
             parts.append(solution.x.cpu())
             nfe = solution.nfe
         x = torch.cat(parts)
@@ -219,6 +230,10 @@ class Generator:
                 raise UserError(f"{self.name!r} is a map with its own sampler: leave solver and grid out.")
             return "euler", "uniform", config.default_steps if steps is None else steps
         solver, chosen = config.solver if solver is None else solver, config.grid if grid is None else grid
+        if solver in KINDS:
+            if grid is not None:
+                raise UserError(f"solver {solver!r} finds its own grid: leave grid out, or name a solver.")
+            return solver, "uniform", TUNED_CALLS if steps is None else steps
         times = explicit_times(chosen)
         if times is None:
             return solver, chosen, config.default_steps if steps is None else steps
@@ -228,6 +243,37 @@ class Generator:
                 f"{times[-1]:g}: write for example '0,0.2,1'. For a part of the way there is fs.solve."
             )
         return solver, chosen, steps
+
+    def tune(self, calls: int, kind: str = "auto", guidance: float | None = None) -> Choice:
+        """The best way to sample this model with ``calls`` evaluations of its network: see :func:`fewstep.tune`.
+
+        What is found is kept, in the model's folder too where it was loaded from one.
+
+        Args:
+            calls: evaluations per sample; a guided one is two network calls.
+            kind: ``auto`` or ``fitted``.
+            guidance: guidance weight it is to be sampled with.
+        """
+        if self.config.kind == "map":
+            raise UserError(f"{self.name!r} is a map with its own sampler: tune the flow it was distilled from.")
+        calls = check_steps(calls)
+        if self.samplers is None:
+            self.samplers = Samplers(weights_digest(self.module.state_dict()), self.config.path)
+            if self.folder is not None:
+                self.samplers.read(self.folder)
+        found = self.samplers.find(kind, calls, guidance)
+        if found is not None:
+            return found
+        num = noises_for(kind, math.prod(self.config.shape))
+        x0, shown = self._starts(num, None, None, TUNING_SEED)
+        given = {"label": draw_labels(self.config, self.name, num, None, TUNING_SEED), "context": shown}
+        cond = {name: value.to(self.device) for name, value in given.items() if value is not None}
+        start = x0.to(self.device, self.dtype)
+        choice = tune(self._field(guidance), start, calls=calls, kind=kind, cond=cond, path=self.config.path)
+        self.samplers.add(kind, calls, guidance, choice)
+        if self.folder is not None and os.access(self.folder, os.W_OK):
+            self.samplers.write(self.folder)
+        return choice
 
     def _field(self, guidance: float | None) -> Field:
         if guidance is not None and not math.isfinite(guidance):
@@ -279,57 +325,12 @@ class Generator:
         rows = torch.arange(num) % len(self.base_rows)  # the kept examples in order, whatever the seed
         return self.base_rows[rows], None if self.base_context is None else self.base_context[rows]
 
-    def _labels(self, num: int, label: Label | None, seed: int) -> Tensor | None:
-        if not self.conditional:
-            if label is not None:
-                raise UserError(f"{self.name!r} takes no labels: it was trained without. Leave label out.")
-            return None
-        classes = len(self.config.class_weights)
-        if label is None:
-            edges = torch.tensor(self.config.class_weights, dtype=torch.float64).cumsum(0)
-            uniform = block_rows(
-                num,
-                0,
-                lambda block: torch.rand(BLOCK, dtype=torch.float64, generator=generator_for(seed, block, LABEL_DRAW)),
-                empty=torch.empty(0),
-            )
-            return torch.searchsorted(edges / edges[-1], uniform, right=True).clamp_max(classes - 1)
-        labels = self._label_numbers(label)
-        if len(labels) not in (1, num):
-            raise UserError(f"{len(labels)} labels for {num} samples: give one, or one per sample.")
-        bad = labels[(labels < 0) | (labels >= classes)]
-        if len(bad):
-            raise UserError(f"label {int(bad[0])} is out of range: {self.name!r} has classes 0 … {classes - 1}.")
-        return labels.expand(num)
-
-    def _label_numbers(self, label: Label) -> Tensor:
-        """Class numbers ``(n,)`` of one label or of several, which may be names."""
-        names = self.config.label_names
-        given = label.flatten().tolist() if isinstance(label, Tensor) else np.asarray(label).flatten().tolist()
-        wrong = [n for n in given if isinstance(n, bool) or not isinstance(n, int | str)]
-        if wrong:
-            raise UserError(f"labels must be whole numbers or the data's names, got {wrong[0]!r}.")
-        if names is None:
-            strange = [n for n in given if isinstance(n, str) and not n.isdecimal()]
-            if strange:
-                raise UserError(
-                    f"label {strange[0]!r}: the classes of {self.name!r} are numbers, "
-                    f"0 … {len(self.config.class_weights) - 1}."
-                )
-            return torch.tensor([int(n) for n in given], dtype=torch.long)
-        position = {str(name): k for k, name in enumerate(names)}
-        # where classes have names (image folders) their numbers will do too; where they are numbers, those
-        named = all(isinstance(name, str) for name in names)
-        numbers = {str(k): k for k in range(len(names))} if named else {}
-        known = {**numbers, **position}
-        for n in given:
-            if str(n) not in known:
-                raise unknown("label", n, position)
-        return torch.tensor([known[str(n)] for n in given], dtype=torch.long)
-
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a card to a folder, atomically file by file."""
-        return save_model(folder, self.module.state_dict(), self.config, self.base_rows, self.base_context)
+        saved = save_model(folder, self.module.state_dict(), self.config, self.base_rows, self.base_context)
+        if self.samplers:
+            self.samplers.write(saved)
+        return saved
 
 
 def load(folder: str | Path, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Generator:
@@ -369,6 +370,7 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
     module = module.to(device).requires_grad_(False)
     generator = Generator(module, config=config, base_rows=rows, base_context=context)
     generator.name = config.stage or folder.name
+    generator.folder = folder
     return generator
 
 
