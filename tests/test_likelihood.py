@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood, rademacher
+from fewstep.diagnostics import divergence as forms
+from fewstep.diagnostics.divergence import rademacher
+from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
 from fewstep.errors import UserError
 from fewstep.flow import closed_form
 from fewstep.flow.field import Guided
@@ -165,8 +167,31 @@ def test_gradients_are_only_built_when_asked_for_and_need_a_network_that_has_the
     assert not log_likelihood(net, x1, steps=4, check=False).log_prob.requires_grad
     with torch.no_grad():
         assert log_likelihood(net, x1, steps=4, grad=True, check=False).log_prob.requires_grad
-    with pytest.raises(UserError, match="no_grad"):
-        log_likelihood(lambda x, t: torch.zeros_like(x), x1, steps=4, grad=True)
+    for velocity in (without_gradients, half_detached, lambda x, t: torch.zeros_like(x)):
+        with pytest.raises(UserError, match="no_grad"):
+            log_likelihood(velocity, x1, steps=4, grad=True)
+
+
+def half_detached(x: Tensor, t: Tensor) -> Tensor:
+    return -x.detach() / 2 - x / 2
+
+
+def without_gradients(x: Tensor, t: Tensor) -> Tensor:
+    with torch.no_grad():
+        return -x
+
+
+@pytest.mark.parametrize(
+    ("velocity", "way"),
+    [(lambda x, t: -x, "reverse"), (without_gradients, "forward"), (half_detached, "finite_difference")],
+)
+def test_networks_that_hide_their_derivative_have_the_same_likelihood(velocity: Any, way: str) -> None:
+    """x' = -x: log p = log N(e x; 0, I) + D."""
+    x1 = noise(5, 3)
+    found = log_likelihood(velocity, x1, steps=30)
+    truth = torch.distributions.Normal(0.0, 1.0).log_prob(math.e * x1).sum(1) + 3
+    torch.testing.assert_close(found.log_prob, truth, rtol=0, atol=1e-4)
+    assert found.divergence == f"exact, 3 directions, {way}"
 
 
 def test_the_density_integrates_to_one_over_a_plane() -> None:
@@ -178,19 +203,17 @@ def test_the_density_integrates_to_one_over_a_plane() -> None:
 
 
 def test_samples_do_not_depend_on_how_the_batch_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    from fewstep.diagnostics import likelihood as module
-
     flow = mixture(1, 4, 4)
     x1 = data(flow, 270)
     options: dict[str, Any] = {"steps": 1, "divergence": "hutchinson", "probes": 2}
     whole = likelihood(flow, x1, **options)
     part = likelihood(flow, x1[250:270], row=250, **options)
     torch.testing.assert_close(part.log_prob, whole.log_prob[250:270], rtol=1e-12, atol=1e-12)
-    monkeypatch.setattr(module, "ROWS", 180)
+    monkeypatch.setattr(forms, "ROWS", 180)
     small = likelihood(flow, x1, **options)
     torch.testing.assert_close(small.log_prob, whole.log_prob, rtol=1e-12, atol=1e-12)
     assert small.nfe == whole.nfe
-    monkeypatch.setattr(module, "ROWS", 5)  # fewer than the 16 directions of one sample
+    monkeypatch.setattr(forms, "ROWS", 5)  # fewer than the 16 directions of one sample
     exact = likelihood(flow, x1[:3], steps=16)
     torch.testing.assert_close(exact.log_prob, flow.log_density(x1[:3]), rtol=0, atol=1e-3)
 

@@ -79,9 +79,9 @@ class Sample:
     out: Annotated[Path, shown("FILE")]
     """.npy, .npz or .png (a sheet)"""
     steps: Annotated[int | None, WHOLE, shown("K", "the model's")] = None
-    """solver steps"""
+    """solver steps; network calls with --solver auto or fitted"""
     solver: Annotated[str | None, shown("NAME", "euler")] = None
-    """solver of a velocity model: see fewstep list solvers"""
+    """solver of a velocity model, see fewstep list solvers; auto and fitted are found for the model and kept with it"""
     grid: Annotated[str | None, shown("GRID", "uniform")] = None
     """time grid: uniform, shift:3, quadratic:2, or explicit times 0,0.2,1, which fix the steps"""
     label: Annotated[str | None, shown("LABEL", "drawn as often as in the data")] = None
@@ -118,6 +118,10 @@ class Compare:
     """a built-in name or a path"""
     steps: Annotated[str, shown("K,K,...")] = "1,2,4,8"
     """step counts for velocity models"""
+    solver: Annotated[str | None, shown("NAME", "each model's own")] = None
+    """solver of velocity models; with auto and fitted, steps are network calls"""
+    grid: Annotated[str | None, shown("GRID", "each model's own")] = None
+    """time grid of velocity models; explicit times fix the steps"""
     samples: Annotated[int | None, WHOLE, shown("N", "min(4000, training rows)")] = None
     """generated samples"""
     seed: Annotated[int, WHOLE] = 0
@@ -132,6 +136,14 @@ class List:
 
     what: Annotated[str, tyro.conf.Positional, shown("{" + ",".join(LISTS) + "}")]
     """what to list"""
+    table: Annotated[str | None, shown("SOLVER", "")] = None
+    """with solvers: print the numbers that this solver is on a grid"""
+    steps: Annotated[int | None, WHOLE, shown("K", "4")] = None
+    """with --table: solver steps"""
+    grid: Annotated[str | None, shown("GRID", "uniform")] = None
+    """with --table: time grid, or explicit times, which fix the steps"""
+    path: Annotated[str | None, shown("PATH", "linear")] = None
+    """with --table: the path that the field was trained on: linear, cosine, vp, …"""
 
 
 @dataclass(frozen=True)

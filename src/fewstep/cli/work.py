@@ -163,7 +163,15 @@ def compare(options: arguments.Compare) -> int:
     models = [load(folder, device=default_device()) for folder in options.models]
     name_apart(models, options.models)
     data = load_data(options.data)
-    result = measure(models, data, steps=steps, samples=options.samples, seed=options.seed)
+    result = measure(
+        models,
+        data,
+        steps=steps,
+        solver=options.solver,
+        grid=options.grid,
+        samples=options.samples,
+        seed=options.seed,
+    )
     print("\n" + table(result))
     if options.out is None:
         print("\nnext  the same with --out DIR writes compare.json and an HTML report")
@@ -189,9 +197,33 @@ def list(options: arguments.List) -> int:
     """List what there is."""
     if options.what not in arguments.LISTS:
         raise unknown("list", options.what, arguments.LISTS)
+    if options.table is not None:
+        return show_table(options)
+    if (options.steps, options.grid, options.path) != (None, None, None):
+        raise UserError("--steps, --grid and --path belong to --table: fewstep list solvers --table heun --steps 4.")
     for name, text in catalogue(options.what):
         print(f"{name:20} {text}".rstrip())
     print(f"\nnext  {NEXT[options.what]}")
+    return 0
+
+
+def show_table(options: arguments.List) -> int:
+    """Print a solver's rows on a grid."""
+    from fewstep.flow.grids import explicit_times, make_grid
+    from fewstep.flow.paths import make_path
+    from fewstep.solvers.show import rows
+    from fewstep.solvers.tables import table
+
+    if options.what != "solvers":
+        raise UserError(f"--table belongs to solvers: write fewstep list solvers --table {options.table}.")
+    assert options.table is not None
+    spec = options.grid or "uniform"
+    steps = options.steps if options.steps is not None or explicit_times(spec) is not None else 4
+    path = options.path or "linear"
+    made = table(options.table, make_grid(spec, steps), make_path(path))
+    print(f"{options.table} on {spec}, {len(made.grid) - 1} steps, {path} path: {len(made.times)} network calls\n")
+    print("\n".join(rows(made)))
+    print(f"\nnext  {NEXT['solvers']}")
     return 0
 
 
@@ -214,7 +246,11 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
     if what == "solvers":
         from fewstep.solvers.tables import SOLVERS
 
-        return [(name, f"order {s.order}, {s.calls} network call(s) a step") for name, s in SOLVERS.items()]
+        return [
+            *((name, f"order {s.order}, {s.calls} network call(s) a step") for name, s in SOLVERS.items()),
+            ("auto", "the best solver and grid for the model and a number of network calls, found on a pilot"),
+            ("fitted", "times and coefficients fitted to the model for a number of network calls"),
+        ]
     if what == "grids":
         from fewstep.flow.grids import GRIDS
 

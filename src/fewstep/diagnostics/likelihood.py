@@ -25,16 +25,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
+from fewstep.diagnostics.divergence import QuadraticForms, chunk, rademacher
 from fewstep.errors import UserError, unknown
-from fewstep.flow.derivatives import Derivative, plain_attention, rows_of
-from fewstep.flow.field import Field, Velocity, as_field
+from fewstep.flow.derivatives import rows_of
+from fewstep.flow.field import Velocity, as_field
 from fewstep.flow.grids import Grid, GridSpec, explicit_times, make_grid
 from fewstep.flow.noise import BLOCK, block_rows, generator_for
 from fewstep.solvers.solve import check_start, solve
@@ -45,8 +45,6 @@ STEPS = 100
 EXACT_UP_TO = 128  # dimensions, with "auto"
 CONVERGED = 0.005  # bits per dimension by which halving the steps may move a likelihood
 CHECKED = 64  # samples solved again with half the steps
-ROWS = 4096  # network rows at a time: samples times directions
-NUMBERS = 1 << 19  # and values in them
 
 
 @final
@@ -168,9 +166,9 @@ def log_likelihood(
         raise UserError(f"the likelihood needs a grid from 0 to 1, got {times[-1]:g} to {times[0]:g}.")
     dimensions = x1[0].numel()
     exact = divergence == "exact" or (divergence == "auto" and dimensions <= EXACT_UP_TO)
-    problem = _Problem(as_field(v), solver, dimensions if exact else probes, exact, seed, row, grad)
-    if not grad:
-        problem.choose(x1, given)
+    forms = QuadraticForms(as_field(v), grad)
+    forms.choose(x1.detach(), given)
+    problem = _Problem(forms, solver, dimensions if exact else probes, exact, seed, row)
     log_prob, x0, error = problem.solve(x1, given, times)
     bad = int((~torch.isfinite(log_prob)).sum())
     if bad:
@@ -178,7 +176,7 @@ def log_likelihood(
             f"the log-likelihood is NaN or infinite for {bad} of {len(x1)} samples: the network's velocity or its "
             "derivative is not finite on their trajectories. Check its weights and the scale of the data."
         )
-    nfe = problem.spent // len(x1)
+    nfe = forms.spent // len(x1)
     found = problem.check(x1.detach(), x0.detach(), log_prob.detach(), given, times) if check else _Checks()
     return Likelihood(
         log_prob=log_prob,
@@ -216,20 +214,6 @@ def dequantise(x: Tensor, quantum: float, *, seed: int = 0, row: int = 0) -> Ten
     return x + quantum * noise.to(x)
 
 
-def rademacher(num: int, dimensions: int, probes: int, *, seed: int, row: int) -> Tensor:
-    """Independent signs for samples ``row … row + num``, (num, probes, dimensions) int8.
-
-    A probe of a sample depends on ``seed`` and on the two numbers alone.
-    """
-
-    def draw(probe: int, block: int) -> Tensor:
-        generator = generator_for(seed, "probe", probe, block)
-        return torch.randint(0, 2, (BLOCK, dimensions), generator=generator, dtype=torch.int8) * 2 - 1
-
-    empty = torch.empty(0, dimensions, dtype=torch.int8)
-    return torch.stack([block_rows(num, row, partial(draw, m), empty) for m in range(probes)], 1)
-
-
 @final
 @dataclass(frozen=True)
 class _Checks:
@@ -243,37 +227,25 @@ class _Checks:
 
 
 @final
+@dataclass(frozen=True)
 class _Problem:
-    """One flow, its solver and its divergence, for any samples.
+    """One flow, its solver and its divergence, for any samples."""
 
-    Attributes:
-        spent: network evaluations so far, summed over samples.
-    """
-
-    def __init__(
-        self, field: Field, solver: str, directions: int, exact: bool, seed: int, row: int, grad: bool
-    ) -> None:
-        self.field, self.solver, self.directions, self.exact = field, solver, directions, exact
-        self.seed, self.row, self.grad = seed, row, grad
-        self.derivative = Derivative(field)
-        self.spent = 0
+    forms: QuadraticForms
+    solver: str
+    directions: int
+    exact: bool
+    seed: int
+    row: int
 
     def name(self) -> str:
-        kind = "exact" if self.exact else "Hutchinson, Rademacher"
-        unit = "direction" if self.exact else "probe"
-        how = "reverse" if self.grad else self.derivative.used
-        return f"{kind}, {self.directions} {unit}{'s' * (self.directions != 1)}, {how}"
-
-    def choose(self, x1: Tensor, cond: dict[str, Any]) -> None:
-        """Find how the network can be differentiated, before anything is counted."""
-        few = x1[:4]
-        w = rademacher(len(few), few[0].numel(), 1, seed=self.seed, row=self.row).to(x1).reshape(few.shape)
-        self.derivative(few, few.new_ones(len(few)), w, **rows_of(cond, len(x1), slice(4)))
+        kind, unit = ("exact", "direction") if self.exact else ("Hutchinson, Rademacher", "probe")
+        return f"{kind}, {self.directions} {unit}{'s' * (self.directions != 1)}, {self.forms.used}"
 
     def solve(self, x1: Tensor, cond: dict[str, Any], times: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
         """``log_prob`` (B,), the noise (B, ...), and the standard error over probes (B,)."""
-        size = max(1, min(ROWS // self.directions, NUMBERS // (self.directions * x1[0].numel())))
-        with torch.set_grad_enabled(self.grad):
+        size = chunk(x1, self.directions)
+        with torch.set_grad_enabled(self.forms.grad):
             parts = [
                 self._solve(x1[i : i + size], self.row + i, rows_of(cond, len(x1), slice(i, i + size)), times)
                 for i in range(0, len(x1), size)
@@ -293,49 +265,21 @@ class _Problem:
 
         def augmented(state: Tensor, t: Tensor) -> Tensor:
             """``(v, w^T J w)`` at ``(z, l)``; the divergence does not depend on ``l``."""
-            v, terms = self._rates(state[:, :dimensions].reshape(x1.shape), t, w, cond)
+            v, terms = self.forms(state[:, :dimensions].reshape(x1.shape), t, w, cond)
             return torch.cat([v.flatten(1), terms.sum(1, keepdim=True) if self.exact else terms], 1)
 
-        end = solve(augmented, start, solver=self.solver, grid=times, grad=self.grad).x
+        end = solve(augmented, start, solver=self.solver, grid=times, grad=self.forms.grad).x
         z, change = end[:, :dimensions], end[:, dimensions:]
         log_base = -0.5 * (z.square().sum(1, keepdim=True) + dimensions * math.log(2 * math.pi))
         return log_base + change, z.reshape(x1.shape)
 
-    def _rates(self, x: Tensor, t: Tensor, w: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """``v`` and ``w_m^T (dv/dx) w_m``, (b, M), with every sample repeated for each of its directions."""
-        v, terms = None, []
-        for part in w.split(max(1, min(ROWS, NUMBERS // x[0].numel())), 1):
-            count = part.shape[1]
-            rows = torch.arange(len(x), device=x.device).repeat_interleave(count)
-            before = self.field.calls
-            way = self._reverse if self.grad else self.derivative
-            value, along = way(x[rows], t[rows], part.reshape(len(rows), *x.shape[1:]), **rows_of(cond, len(x), rows))
-            self.spent += (self.field.calls - before) * len(rows)
-            terms.append((along.flatten(1) * part.flatten(0, 1)).sum(1).unflatten(0, (-1, count)))
-            v = value[::count] if v is None else v
-        assert v is not None, "there is a direction"
-        return v, torch.cat(terms, 1)
-
-    def _reverse(self, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
-        """``v`` and ``w^T dv/dx`` with their graph; times ``w`` it is the same quadratic form."""
-        x = x if x.requires_grad else x.requires_grad_()
-        with plain_attention():
-            v = self.field(x, t, **cond)
-            if not v.requires_grad:
-                raise UserError(
-                    "grad=True needs a network that lets gradients through, and this one computes under no_grad or "
-                    "detaches its input: remove that, or leave grad out."
-                )
-            (pulled,) = torch.autograd.grad(v, x, w.to(v.dtype), create_graph=True, allow_unused=True)
-        return v, torch.zeros_like(x) if pulled is None else pulled
-
     @torch.no_grad()
     def check(self, x1: Tensor, x0: Tensor, log_prob: Tensor, cond: dict[str, Any], times: Grid) -> _Checks:
         """Solve forward again, and some samples with half the steps."""
-        size = max(1, min(ROWS, NUMBERS // x1[0].numel()))
+        size = chunk(x1, 1)
         trips = [
             solve(
-                self.field,
+                self.forms.field,
                 x0[i : i + size],
                 solver=self.solver,
                 grid=times[::-1],
@@ -346,7 +290,7 @@ class _Problem:
         trip = float((torch.cat(trips) - x1).abs().max())
         if len(times) == 2:
             return _Checks(trip, converged=False, notes=("one step: a few-step log-density is not a likelihood",))
-        again = _Problem(self.field, self.solver, self.directions, self.exact, self.seed, self.row, grad=False)
+        again = replace(self, forms=self.forms.without_graph())
         few, some = x1[:CHECKED], rows_of(cond, len(x1), slice(CHECKED))
         coarse = again.solve(few, some, (*times[:-1:2], times[-1]))[0]
         bits = float((log_prob[:CHECKED] - coarse).abs().mean()) / (x1[0].numel() * math.log(2.0))

@@ -5,12 +5,12 @@ r"""Directional derivatives of a velocity field, of any network.
 
 Along a trajectory, ``dx = v``, ``dt = 1`` gives the acceleration ``x'' = ∂_t v + (∂_x v) v``.
 
-Three ways lead to ``dv``. *Forward-mode* differentiation (``torch.func.jvp``) is the cheapest, about two network
-calls, and not every operation has it: fused attention kernels never do (the plain "math" kernel is taken instead),
-and GroupNorm or reshapes in some networks fail. *Double reverse* differentiation runs wherever training runs: the
-reverse derivative ``u -> u^T J`` is linear in ``u``, and differentiating it again gives ``J dx``. *Finite differences*
-run always: a second-order difference of three values, one-sided next to t = 0 and t = 1 so that no time outside
-[0, 1] is asked for.
+Three ways lead to ``dv``. *Forward-mode* differentiation (``torch.func.jvp``) keeps no graph and costs about two
+network calls where the tensors are large (several where they are small); not every operation has it: fused attention
+kernels never do (the plain "math" kernel is taken instead), and GroupNorm or reshapes in some networks fail. *Double
+reverse* differentiation runs wherever training runs: the reverse derivative ``u -> u^T J`` is linear in ``u``, and
+differentiating it again gives ``J dx``. *Finite differences* run always: a second-order difference of three values,
+one-sided next to t = 0 and t = 1 so that no time outside [0, 1] is asked for.
 
 ``auto`` takes the first that works, and says which in :attr:`Derivative.used`. A network that detaches its input, or
 part of it, raises nothing and is differentiated wrongly by both (``no_grad`` inside it stops only the reverse way), so

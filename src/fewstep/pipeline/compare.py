@@ -15,6 +15,7 @@ from fewstep.data.dataset import DataSet
 from fewstep.data.scaling import Scaling
 from fewstep.diagnostics.diagnose import diagnose
 from fewstep.errors import UserError
+from fewstep.flow.grids import GridSpec, explicit_times
 from fewstep.generator import Draw, Generator
 from fewstep.metrics import data_rows, evaluate, moment_matched_gaussian, sample_count
 from fewstep.networks import parameter_count
@@ -27,6 +28,7 @@ TIMED_SECONDS = 0.05
 DIAGNOSED = 256  # noises for straightness
 
 Say = Callable[[str], None]
+Way = tuple[str | None, GridSpec | None]
 
 
 def compare(
@@ -34,6 +36,8 @@ def compare(
     data: DataSet,
     *,
     steps: Sequence[int] = (1, 2, 4, 8, 50),
+    solver: str | None = None,
+    grid: GridSpec | None = None,
     samples: int | None = None,
     seed: int = 0,
     say: Say = print,
@@ -43,7 +47,9 @@ def compare(
     Args:
         models: generators of the data's shape; their names must differ.
         data: the reference: its training split, with the held-out split beside it.
-        steps: step counts for velocity models; a map is sampled with its own.
+        steps: step counts for velocity models; a map is sampled with its own. Explicit times in ``grid`` fix them.
+        solver, grid: how velocity models are sampled, their own way when absent; with ``auto`` and ``fitted`` steps
+            are network evaluations.
         samples: generated samples, at most the default ``min(4000, training rows)``.
         seed: of the samples; the same noise for every model and step count.
         say: called with a line of progress.
@@ -60,13 +66,15 @@ def compare(
     count = check_count(samples, len(train), say)
     beside = held_out if len(held_out) >= LEAST_ROWS else None
     rows: list[dict[str, Any]] = []
+    fixed = None if grid is None else explicit_times(grid)
     for model in models:
-        for number in steps_of(model, steps):
-            draw = model.draw(count, steps=number, seed=seed)
+        way = way_of(model, solver, grid)
+        for number in steps_of(model, steps if fixed is None else (len(fixed) - 1,)):
+            draw = model.draw(count, steps=number, seed=seed, solver=way[0], grid=way[1])
             scores = evaluate(in_reference_units(draw.x, model, data), train, beside).as_dict()
-            rows.append(row(model, number, draw, scores))
+            rows.append(row(model, number, draw, scores, way))
             say(f"  {model.name} at {number} step(s): energy {scores['energy']:.4f}")
-    add_times(rows, models, seed)
+    add_times(rows, models, seed, solver, grid)
     for name, x in (
         (GAUSSIAN, moment_matched_gaussian(train, count, seed)),
         (TRAINING, data_rows(train, count)),
@@ -167,6 +175,11 @@ def name_apart(models: Sequence[Generator], folders: Sequence[Path]) -> None:
         models[k].name = "/".join(paths[k].parts[-depth:])
 
 
+def way_of(model: Generator, solver: str | None, grid: GridSpec | None) -> Way:
+    """How a model is sampled: as asked for, or a map by its own sampler."""
+    return (solver, grid) if model.config.kind == "velocity" else (None, None)
+
+
 def steps_of(model: Generator, steps: Sequence[int]) -> list[int]:
     """The step counts a model is measured at."""
     if model.config.kind == "map":
@@ -174,44 +187,54 @@ def steps_of(model: Generator, steps: Sequence[int]) -> list[int]:
     return sorted(set(steps))
 
 
-def row(model: Generator, steps: int, draw: Draw, scores: dict[str, Any]) -> dict[str, Any]:
+def row(model: Generator, steps: int, draw: Draw, scores: dict[str, Any], way: Way) -> dict[str, Any]:
     """One line of the table."""
+    velocity, grid = model.config.kind == "velocity", way[1] or model.config.grid
     return {
         "model": model.name,
         "method": model.config.method,
         "steps": steps,
         "nfe": draw.nfe,
-        "solver": model.config.solver if model.config.kind == "velocity" else "own",
+        "solver": way[0] or model.config.solver if velocity else "own",
+        "grid": (grid if isinstance(grid, str) else list(grid)) if velocity else None,
         "parameters": parameter_count(model.module),
         "scores": scores,
     }
 
 
-def add_times(rows: list[dict[str, Any]], models: Sequence[Generator], seed: int) -> None:
+def add_times(
+    rows: list[dict[str, Any]], models: Sequence[Generator], seed: int, solver: str | None, grid: GridSpec | None
+) -> None:
     """Median wall time of a batch for every row, in shuffled order, as a ratio to the slowest row.
 
     Absolute times on a shared machine mean little; ratios from one interleaved run do.
     """
     by_name = {model.name: model for model in models}
-    repeats = [_draws_per_timing(by_name[line["model"]], line["steps"], seed) for line in rows]
+
+    def work(line: dict[str, Any]) -> Callable[[], object]:
+        model = by_name[line["model"]]
+        chosen, times = way_of(model, solver, grid)
+        return lambda: model.draw(TIMED_ROWS, steps=line["steps"], seed=seed, solver=chosen, grid=times)
+
+    works = [work(line) for line in rows]
+    repeats = [_draws_per_timing(draw) for draw in works]
     times: list[list[float]] = [[] for _ in rows]
     shuffled = random.Random(seed)
     # full rounds, each in its own order: a busy spell falls on all rows alike
     for k in [k for _ in range(TIMED_REPEATS) for k in shuffled.sample(range(len(rows)), len(rows))]:
-        model = by_name[rows[k]["model"]]
         start = time.perf_counter()
         for _ in range(repeats[k]):
-            model.draw(TIMED_ROWS, steps=rows[k]["steps"], seed=seed)
+            works[k]()
         times[k].append((time.perf_counter() - start) / repeats[k])
     medians = [statistics.median(values) for values in times]
     for line, median in zip(rows, medians, strict=True):
         line["relative_time"] = median / max(medians)
 
 
-def _draws_per_timing(model: Generator, steps: int, seed: int) -> int:
+def _draws_per_timing(draw: Callable[[], object]) -> int:
     """How often a quick draw is repeated within one timing, so that the clock and other processes weigh little."""
     start = time.perf_counter()
-    model.draw(TIMED_ROWS, steps=steps, seed=seed)
+    draw()
     return max(1, min(50, int(TIMED_SECONDS / (time.perf_counter() - start))))
 
 

@@ -27,6 +27,8 @@ def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
         models,
         data,
         steps=header.compare.steps,
+        solver=header.compare.solver,
+        grid=header.compare.grid,
         samples=header.compare.samples,
         seed=header.compare.seed,
     )

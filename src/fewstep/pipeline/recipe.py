@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Annotated, Any, final
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fewstep.data.builtin import DATA
+from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError, suggestion, unknown
+from fewstep.flow.grids import explicit_times, make_grid
 from fewstep.generator import read_config
 from fewstep.methods.base import Options, PairOptions
 from fewstep.methods.registry import METHODS, find_method
+from fewstep.solvers.tables import find_solver
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 RESERVED = {"recipe.yaml", "run.json", "stats.jsonl", "compare.json", "compare.md", "report.html"}
@@ -33,6 +36,8 @@ class CompareOptions(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     steps: tuple[Annotated[int, Field(gt=0)], ...] = (1, 2, 4, 8, 50)
+    solver: str | None = Field(default=None, description="of velocity models; their own when absent")
+    grid: str | None = Field(default=None, description="of velocity models; their own when absent")
     samples: int | None = Field(default=None, gt=5, description="generated samples; default min(4000, reference)")
     seed: int = Field(default=0, ge=0, lt=2**63)
 
@@ -45,6 +50,16 @@ class CompareOptions(BaseModel):
         if value is None or not isinstance(value, list | tuple) or not value:
             raise ValueError("must be a list of step counts, such as [1, 2, 4, 8]")
         return value
+
+    @model_validator(mode="after")
+    def _known_sampler(self) -> CompareOptions:
+        if self.solver is not None and self.solver not in KINDS:
+            find_solver(self.solver)
+        if self.solver in KINDS and self.grid is not None:
+            raise ValueError(f"solver {self.solver!r} finds its own grid: leave grid out")
+        if self.grid is not None:
+            make_grid(self.grid, None if explicit_times(self.grid) else max(self.steps))
+        return self
 
 
 class Header(BaseModel):
