@@ -39,8 +39,9 @@ SOLVER_CALLS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}  # network calls
 BATCH = 256
 SIZE = 2  # dimensions of the training case
 
-# Euler is the bar users feel; several stages per step add tensor operations that a hand-written solver has too
-BARS = {"euler": 1.12}
+# Euler is the bar users feel; stages and histories add tensor operations that a hand-written solver has too
+BARS = {"euler": 1.12, "heun": 1.15, "ab2": 1.18, "dpm++2m": 1.2, "unipc2": 1.2}
+SMALLEST = 0.1  # what is added for a network whose calls cost ten tensor operations
 
 
 @dataclass
@@ -82,15 +83,15 @@ class Case:
 
 
 class TinyMLP(nn.Module):
-    """Three hidden layers of 64 on (x, t)."""
+    """Hidden layers of equal width on (x, t)."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int, depth: int) -> None:
         super().__init__()
-        widths = [SIZE + 1, 64, 64, 64]
+        widths = [SIZE + 1, *[width] * depth]
         layers: list[nn.Module] = []
         for a, b in itertools.pairwise(widths):
             layers += [nn.Linear(a, b), nn.SiLU()]
-        self.layers = nn.Sequential(*layers, nn.Linear(64, SIZE))
+        self.layers = nn.Sequential(*layers, nn.Linear(width, SIZE))
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return self.layers(torch.cat([x, t[:, None]], 1))
@@ -129,7 +130,7 @@ def loop_case(steps: int) -> Case:
 
 def network_case(name: str, network: nn.Module, x0: Tensor, solver: str, nfe: int, bar: float, repeats: int) -> Case:
     """A solve against the same number of bare network calls."""
-    steps = nfe // SOLVER_CALLS[solver]
+    steps = nfe // SOLVER_CALLS.get(solver, 1)
     t = torch.full((len(x0),), 0.5)
 
     @torch.no_grad()
@@ -199,20 +200,32 @@ def hand_written_training(data: DataSet, options: Options, steps: int) -> Callab
 
 
 def all_cases() -> list[Case]:
-    tiny, points = TinyMLP().eval(), torch.randn(64, SIZE)
+    nets = {"MLP 3x64": TinyMLP(64, 3).eval(), "MLP 2x32": TinyMLP(32, 2).eval()}
     plans = [
         ("euler", 8),
         ("euler", 50),
         ("midpoint", 16),
         ("heun", 16),
         ("rk4", 32),
+        ("ab2", 8),
+        ("dpm++2m", 8),
+        ("unipc2", 8),
     ]  # (solver, network calls)
     unet = networks.build(networks.resolve({"name": "unet", "preset": "small"}, (1, 28, 28))).eval()
     return [
         loop_case(8),
         loop_case(50),
         *(
-            network_case("MLP 3x64, batch 64", tiny, points, *plan, BARS.get(plan[0], 1.2), max(1, 64 // plan[1]))
+            network_case(
+                f"{name}, batch {batch}",
+                net,
+                torch.randn(batch, SIZE),
+                *plan,
+                BARS.get(plan[0], 1.2) + (SMALLEST if name == "MLP 2x32" else 0.0),
+                max(1, 64 // plan[1]),
+            )
+            for name, net in nets.items()
+            for batch in (64, 1)
             for plan in plans
         ),
         training_case(50),

@@ -51,3 +51,35 @@ def test_what_a_tuned_sampler_cannot_take_is_refused(teacher: Path, tiny_run: Pa
         fs.load(tiny_run / "onestep").tune(2)
     (teacher / "samplers.json").write_text('{"format": 1, "weights": "?"}')
     fs.load(teacher).tune(1)
+
+
+def test_grids_made_from_the_model_are_kept_and_used(teacher: Path) -> None:
+    model = fs.load(teacher)
+    for grid in ("error", "dp"):
+        draw = model.draw(300, steps=4, grid=grid, seed=3)
+        assert draw.nfe == 4
+    grids = json.loads((teacher / "samplers.json").read_text())["grids"]
+    assert sorted(grids) == ["dp, 4 steps", "error, 4 steps"]
+    times = ",".join(map(repr, grids["dp, 4 steps"]))
+    assert torch.equal(fs.load(teacher).draw(300, grid=times, seed=3).x, draw.x)
+
+
+def test_adaptive_solvers_count_their_calls_and_choose_their_steps(teacher: Path) -> None:
+    model = fs.load(teacher)
+    exact = model.draw(300, steps=100, solver="rk4", seed=3).x
+    draws = [model.draw(300, solver=f"rk45:{tolerance}", seed=3, batch_size=70) for tolerance in ("1e-2", "1e-4")]
+    assert draws[0].nfe < draws[1].nfe
+    assert float((draws[1].x - exact).abs().max()) < 0.02
+    with pytest.raises(UserError, match="chooses its own steps"):
+        model.draw(4, solver="rk45", steps=4)
+
+
+def test_stochastic_samples_do_not_depend_on_the_batch_and_need_an_independent_coupling(
+    teacher: Path, tiny_run: Path
+) -> None:
+    model = fs.load(teacher)
+    for solver in ("dpm++sde", "ddim:1", "sde:0.5"):
+        x = model.draw(300, solver=solver, steps=8, seed=3).x
+        torch.testing.assert_close(model.draw(300, solver=solver, steps=8, seed=3, batch_size=77).x, x)
+        with pytest.raises(UserError, match="was trained on dependent pairs"):
+            fs.load(tiny_run / "straight").draw(4, solver=solver, steps=8)

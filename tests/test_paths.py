@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.flow.paths import PATHS, VP, AffinePath, Cosine, Linear, expand_time, make_path
+from fewstep.flow import closed_form
+from fewstep.flow.couplings import EmpiricalSource, GaussianSource
+from fewstep.flow.paths import PATHS, VP, AffinePath, Cosine, Interpolant, Linear, expand_time, make_path
+from fewstep.methods.flow_matching import FlowMatchingOptions, make_coupling
 
-ALL = [Linear(), Cosine(), VP(), VP(0.5, 5.0)]
+ALL = [Linear(), Cosine(), VP(), VP(0.5, 5.0), Interpolant()]
 INSIDE = torch.tensor([0.03, 0.2, 0.5, 0.77, 0.96], dtype=torch.float64)
 KINDS = ("velocity", "data", "noise", "score")
 
@@ -62,7 +66,7 @@ def test_ends_are_exact_and_signal_to_noise_grows(path: AffinePath) -> None:
     assert bool(((path.alpha(t) / path.sigma(t)).log().diff() > 0).all())
 
 
-@pytest.mark.parametrize("path", [Cosine(), VP()], ids=repr)
+@pytest.mark.parametrize("path", [Cosine(), VP(), Interpolant()], ids=repr)
 def test_variance_is_preserved(path: AffinePath) -> None:
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     torch.testing.assert_close(path.alpha(t) ** 2 + path.sigma(t) ** 2, torch.ones_like(t))
@@ -95,17 +99,17 @@ def test_velocity_to_data_and_noise_are_regular_at_both_ends(path: AffinePath, e
 
 
 SINGULAR = [
-    ("data_to_velocity", 1.0, {"linear", "cosine", "vp"}),
-    ("data_to_noise", 1.0, {"linear", "cosine", "vp"}),
-    ("data_to_score", 1.0, {"linear", "cosine", "vp"}),
-    ("noise_to_score", 1.0, {"linear", "cosine", "vp"}),
+    ("data_to_velocity", 1.0, set(PATHS)),
+    ("data_to_noise", 1.0, set(PATHS)),
+    ("data_to_score", 1.0, set(PATHS)),
+    ("noise_to_score", 1.0, set(PATHS)),
     ("velocity_to_score", 1.0, {"linear", "cosine"}),
-    ("noise_to_velocity", 1.0, {"vp"}),
-    ("noise_to_velocity", 0.0, {"linear", "cosine"}),
-    ("noise_to_data", 0.0, {"linear", "cosine"}),
-    ("score_to_velocity", 0.0, {"linear", "cosine"}),
+    ("noise_to_velocity", 1.0, {"vp", "interpolant"}),
+    ("noise_to_velocity", 0.0, {"linear", "cosine", "interpolant"}),
+    ("noise_to_data", 0.0, {"linear", "cosine", "interpolant"}),
+    ("score_to_velocity", 0.0, {"linear", "cosine", "interpolant"}),
     ("score_to_velocity", 1.0, set()),
-    ("score_to_data", 0.0, {"linear", "cosine"}),
+    ("score_to_data", 0.0, {"linear", "cosine", "interpolant"}),
 ]
 
 
@@ -125,9 +129,43 @@ def test_conversions_refuse_exactly_their_singular_times(
         assert bool(torch.isfinite(convert(x, x, t)).all())
 
 
-def test_vp_target_is_refused_at_the_data_end() -> None:
+@pytest.mark.parametrize("path", [VP(), Interpolant()], ids=repr)
+def test_targets_with_an_infinite_noise_rate_are_refused_at_the_data_end(path: AffinePath) -> None:
     with pytest.raises(UserError, match="sigma'"):
-        VP().target(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))
+        path.target(torch.ones(1, 2), torch.ones(1, 2), torch.ones(1))
+
+
+def test_the_interpolant_is_the_line_with_its_latent_noise_merged() -> None:
+    """x_t = t x1 + (1 - t) x0 + gamma z, gamma^2 = 2 t (1 - t): law, and E[dx_t/dt | x_t] for Gaussian data."""
+    t, mean, std = INSIDE, 0.7, 0.4
+    gamma_squared, gamma_gamma_dot = 2 * t * (1 - t), 1 - 2 * t
+    torch.testing.assert_close(Interpolant().sigma(t) ** 2, (1 - t) ** 2 + gamma_squared)
+    # with x_t - t mean = y: dx_t/dt = x1 - x0 + gamma' z regressed on it
+    slope = (t * std**2 - (1 - t) + gamma_gamma_dot) / (t**2 * std**2 + (1 - t) ** 2 + gamma_squared)
+    flow = closed_form.gaussian(torch.tensor([mean]), torch.tensor([std]), path=Interpolant())
+    x = torch.linspace(-1, 2, len(t), dtype=torch.float64)
+    expected = mean + slope * (x - t * mean)
+    torch.testing.assert_close(flow.velocity(x[:, None], t)[:, 0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_the_interpolant_is_the_cosine_path_in_another_time() -> None:
+    s = INSIDE
+    t = torch.sin(math.pi / 2 * s)
+    torch.testing.assert_close(Interpolant().alpha(t), Cosine().alpha(s))
+    torch.testing.assert_close(Interpolant().sigma(t), Cosine().sigma(s))
+
+
+@pytest.mark.parametrize("coupling", ["ot", "inpainting", "super_resolution"])
+def test_flow_matching_refuses_the_interpolant_with_dependent_pairs(coupling: str) -> None:
+    with pytest.raises(ValueError, match="latent noise beside x0.*leave 'coupling: " + coupling):
+        FlowMatchingOptions(method="flow_matching", path="interpolant", coupling=coupling)  # type: ignore[arg-type]
+
+
+def test_flow_matching_refuses_the_interpolant_from_another_base() -> None:
+    options = FlowMatchingOptions(method="flow_matching", path="interpolant")
+    assert make_coupling(options, SimpleNamespace(source=GaussianSource((2,)))).facts.independent  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"latent noise beside x0.*leave 'base' out"):
+        make_coupling(options, SimpleNamespace(source=EmpiricalSource(torch.ones(3, 2))))  # type: ignore[arg-type]
 
 
 def test_expand_time_goes_by_dimensions_and_refuses_other_shapes() -> None:

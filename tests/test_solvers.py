@@ -441,6 +441,16 @@ def test_plans_are_cached_by_what_was_asked() -> None:
         ({"grid": (0, 0.5, 0.5, 1)}, "turns round or repeats"),
         ({"path": "cosin"}, "unknown path 'cosin': did you mean 'cosine'"),
         ({"path": 3}, "path must be a path or its name .* got int"),
+        ({"solver": "heun:2"}, "solver 'heun' takes no value, got 'heun:2': write 'heun'"),
+        ({"solver": "ddim:half"}, "'half' is not a number. Write for example 'ddim:0.5'"),
+        ({"solver": "ddim:1.5"}, "eta is the share of the posterior's noise, from 0"),
+        ({"solver": "sde:-1"}, "must be a number from 0 up"),
+        ({"solver": "sde:nan"}, "must be finite"),
+        ({"solver": "rk45", "steps": 3}, "chooses its own steps: leave steps out"),
+        ({"solver": "rk45", "grid": "shift:3"}, "grid 'shift:3' has no meaning for it"),
+        ({"solver": "rk45:0"}, "tolerance must be a positive number"),
+        ({"compile": True, "grad": True}, "no autograd graph: leave compile or grad out"),
+        ({"compile": True, "solver": "rk45"}, "'rk45' has none: leave compile out"),
     ],
 )
 def test_wrong_solvers_and_grids_are_refused(arguments: dict[str, object], message: str) -> None:

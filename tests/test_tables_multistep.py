@@ -13,7 +13,7 @@ from scipy.integrate import quad
 from torch import Tensor
 
 import fewstep as fs
-from fewstep.flow.paths import VP, AffinePath, Cosine, Linear, expand_time
+from fewstep.flow.paths import VP, AffinePath, Cosine, Interpolant, Linear, expand_time
 from fewstep.solvers.forms import exponential_moments
 from fewstep.solvers.multistep import Multistep
 from fewstep.solvers.tables import SOLVERS, table
@@ -21,7 +21,7 @@ from fewstep.solvers.tables import SOLVERS, table
 MULTISTEP = {name: method for name, method in SOLVERS.items() if isinstance(method, Multistep)}
 DATA = [name for name in MULTISTEP if name.startswith(("ddim", "dpm++", "unipc"))]
 NOISE = [name for name in MULTISTEP if name.startswith("deis")]
-PATHS = {"linear": Linear(), "cosine": Cosine(), "vp": VP()}
+PATHS = {"linear": Linear(), "cosine": Cosine(), "vp": VP(), "interpolant": Interpolant()}
 
 INSIDE = (0.05, 0.2, 0.3, 0.55, 0.7, 0.85, 0.9)
 WHOLE = (0.0, 0.1, 0.35, 0.5, 0.7, 0.9, 1.0)
@@ -326,7 +326,7 @@ def test_times_next_to_the_ends_give_finite_tables(solver: str, grid: tuple[floa
         torch.testing.assert_close(fs.solve(lambda x, t: c, 0 * c, solver=solver, grid=times).x, end, atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("path", ["cosine", "vp"])
+@pytest.mark.parametrize("path", ["cosine", "vp", "interpolant"])
 @pytest.mark.parametrize("solver", [*DATA, *NOISE])
 def test_pairs_joined_by_the_path_itself_are_solved_exactly_on_it(solver: str, path: str) -> None:
     """With x1 = B x0 every trajectory is alpha B x0 + sigma x0: data and noise predictions stay what they are."""

@@ -78,7 +78,7 @@ def test_inside_the_interval_the_error_falls_at_the_nominal_order(solver: str, s
     assert order == pytest.approx(ORDERS[solver], abs=0.25)
 
 
-@pytest.mark.parametrize("path", ["cosine", "vp"])
+@pytest.mark.parametrize("path", ["cosine", "vp", "interpolant"])
 @pytest.mark.parametrize("solver", ORDERS)
 def test_the_order_is_the_same_on_every_affine_path(solver: str, path: str) -> None:
     assert observed(solver, path, 0.1, 0.9, (128, 256), True) == pytest.approx(ORDERS[solver], abs=0.25)

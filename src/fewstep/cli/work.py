@@ -248,13 +248,16 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
 
         return [
             *((name, f"order {s.order}, {s.calls} network call(s) a step") for name, s in SOLVERS.items()),
+            ("rk45", "adaptive, order 5(4), a step size for every sample; rk45:1e-4 sets the tolerance"),
+            ("dopri5", "adaptive, torchdiffeq's, one step size for all (extra 'adaptive')"),
             ("auto", "the best solver and grid for the model and a number of network calls, found on a pilot"),
             ("fitted", "times and coefficients fitted to the model for a number of network calls"),
         ]
     if what == "grids":
-        from fewstep.flow.grids import GRIDS
+        from fewstep.flow.grids import FROM_MODEL, GRIDS
 
-        return [(name, (f.__doc__ or "").splitlines()[0].replace("``", "")) for name, f in GRIDS.items()]
+        named = [(name, (f.__doc__ or "").splitlines()[0].replace("``", "")) for name, f in GRIDS.items()]
+        return [*named, *FROM_MODEL.items()]
     if what == "networks":
         from fewstep.networks import NETWORKS
 

@@ -1,12 +1,14 @@
-"""Straightness, curvature and local error of a flow, measured along its own trajectories.
+"""Straightness, curvature, error and stiffness of a flow, measured along its own trajectories.
 
-From one fine RK4 trajectory ``Z_t`` per noise, with velocities at its nodes:
+From fine RK4 trajectories ``Z_t``, one per noise, on panels as short as the flow needs (:mod:`.profiles`):
 
 - straightness ``S = int_0^1 E|(Z_1 - Z_0) - v(Z_t, t)|^2 dt`` (arXiv:2209.03003, sec. 2.2): zero exactly when
   every trajectory is a straight line run at constant speed, and then one Euler step is exact;
-- acceleration ``Z'' = d/dt v(Z_t, t)`` and its part normal to the velocity: the first counts changes of
+- acceleration ``Z'' = ∂_t v + (∂_x v) v`` and its part normal to the velocity: the first counts changes of
   speed, the second only changes of direction;
-- local error of an Euler step of length h: ``h^2/2 |Z''|``;
+- local error of an Euler step of length h: ``h^2/2 |Z''|``, and once more from halved steps, without derivatives;
+- endpoint error of Euler's method, and where along t it is made (:mod:`.sensitivity`);
+- stiffness: the largest ``|λ|`` of ``∂v/∂x`` (:mod:`.stiffness`);
 - one-step gap: the distance between one Euler step and the trajectory's end.
 
 Sums run over dimensions; relative values are divided by ``E|Z_1 - Z_0|^2`` (or its root), which is
@@ -16,201 +18,284 @@ scale-free.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.diagnostics.diagnosis import Diagnosis
+from fewstep.diagnostics.profiles import (
+    Path,
+    RowCount,
+    at,
+    follow,
+    pieces,
+    resolved_times,
+    root_mean,
+    rows,
+    simpson_weights,
+    standard_error,
+    with_middles,
+)
+from fewstep.diagnostics.sensitivity import (
+    AGREED,
+    EULER_STEPS,
+    MOST_STEPS,
+    adjoint_weights,
+    endpoint_errors,
+    root_mean_square,
+    unit_error,
+)
+from fewstep.diagnostics.stiffness import eigenvalues
 from fewstep.errors import UserError
-from fewstep.flow.field import Field, Velocity, as_field
-from fewstep.flow.grids import Grid, check_steps, check_times
+from fewstep.flow.derivatives import Derivative
+from fewstep.flow.field import Velocity, as_field
 from fewstep.solvers.solve import check_start, solve
+
+__all__ = ["Diagnosis", "diagnose"]
 
 NODES = 64
 CHUNK = 256  # samples measured at a time, fewer where they are large
 CHUNK_NUMBERS = 1 << 24  # at most so many velocity components at a time
-FLOOR = 0.02  # smallest local error a grid is built for, as a share of the largest
+PILOT = 32  # samples that place the nodes
+DERIVED, DERIVED_NUMBERS = 64, 1 << 15  # samples for derivatives: at least, and as long as they are small
+STIFF, STIFF_NUMBERS, STIFF_MOST = 16, 1 << 12, 256  # samples for eigenvalues
+STIFF_TIMES = 16  # intervals between times of eigenvalues
+
+Rows = dict[str, np.ndarray]
 
 
-@final
-@dataclass(frozen=True)
-class Diagnosis:
-    """What :func:`diagnose` measures; arrays run over ``times``.
-
-    Attributes:
-        straightness: S, summed over dimensions.
-        straightness_error: its standard error.
-        relative_straightness: ``S / E|Z_1 - Z_0|^2``.
-        displacement: ``E|Z_1 - Z_0|^2``.
-        one_step_gap: RMS over samples of ``|Z_0 + v(Z_0, 0) - Z_1|``.
-        relative_gap: the gap over the root of the displacement.
-        path_length_ratio: mean length of the trajectory over that of its chord (1: geometrically straight).
-        times: nodes of the measurement, (N + 1,).
-        deviation: ``E|(Z_1 - Z_0) - v|^2`` at every node; its integral is S.
-        curvature: RMS of ``|Z''|`` at every node.
-        normal_curvature: RMS of the normal part of ``Z''``.
-        local_error: RMS error of an Euler step per ``h^2``: ``|Z''| / 2``.
-        nfe: network evaluations per sample spent.
-        solver: how the trajectories were solved.
-    """
-
-    straightness: float
-    straightness_error: float
-    relative_straightness: float
-    displacement: float
-    one_step_gap: float
-    relative_gap: float
-    path_length_ratio: float
-    times: np.ndarray
-    deviation: np.ndarray
-    curvature: np.ndarray
-    normal_curvature: np.ndarray
-    local_error: np.ndarray
-    nfe: int
-    solver: str
-
-    def grid(self, steps: int) -> Grid:
-        """Times that give every Euler step the same local error.
-
-        The step density is proportional to ``local_error^(1/2)`` (floored at 2 % of its largest value), which
-        minimises the sum of the local errors for a given number of steps.
-        """
-        steps = check_steps(steps)
-        profile = np.maximum(self.local_error, FLOOR * max(self.local_error.max(), 1e-12))
-        density = np.sqrt(profile)
-        mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(self.times))])
-        inner = np.interp(np.arange(1, steps) / steps * mass[-1], mass, self.times)
-        times = (0.0, *(float(t) for t in inner), 1.0)
-        check_times(times)
-        return times
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
-
-
-def diagnose(v: Velocity, x0: Tensor, *, cond: Mapping[str, Any] | None = None, nodes: int = NODES) -> Diagnosis:
+def diagnose(
+    v: Velocity,
+    x0: Tensor,
+    *,
+    cond: Mapping[str, Any] | None = None,
+    nodes: int = NODES,
+    adaptive: bool = True,
+    sensitivity: bool = True,
+    stiffness: bool = True,
+) -> Diagnosis:
     """Measure a velocity field along the trajectories that start at ``x0``.
+
+    Derivatives are taken for as many samples as make 32 768 numbers, 64 at least, and eigenvalues for fewer: the result
+    says for how many. A smooth flow keeps its ``nodes``; data of width s ask for a few more per halving of s. Exact
+    fields of data of width 0 are singular at t = 1: their trajectories end there at infinite acceleration, and the
+    closed forms refuse that time.
 
     Args:
         v: ``v(x, t, **cond)``.
         x0: base samples, (M, ...); a few hundred give S to a few per cent.
         cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
-        nodes: RK4 steps and quadrature nodes, even.
+        nodes: RK4 steps and quadrature nodes of the starting grid, even.
+        adaptive: put more nodes where 32 pilot trajectories need them, at most four times as many.
+        sensitivity: also measure what local errors become at the end.
+        stiffness: also measure eigenvalues.
 
     Returns:
         A :class:`Diagnosis`.
 
     Raises:
         UserError: a start that :func:`fewstep.solve` refuses, conditions of another length, an odd number of
-            nodes, a velocity that is not finite.
+            nodes, a velocity that is not finite, or that is none.
     """
     check_start(x0)
     if not isinstance(nodes, int) or nodes < 4 or nodes % 2:
         raise UserError(f"nodes must be an even number of at least 4, got {nodes}.")
-    cond = cond or {}
+    cond = dict(cond or {})
     for name, value in cond.items():
         if isinstance(value, Tensor) and value.shape[:1] != x0.shape[:1]:
             raise UserError(
                 f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per sample."
             )
-    field = as_field(v)
-    before = field.calls
-    size = max(1, min(CHUNK, CHUNK_NUMBERS // ((nodes + 1) * x0[0].numel())))
-    chunks = [slice(i, i + size) for i in range(0, len(x0), size)]
-    parts = [_measure(field, x0[rows], _rows(cond, rows), nodes) for rows in chunks]
-    nfe = (field.calls - before) // len(chunks)
-    return _summary({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, nodes, nfe)
+    measurement = _Measurement(v, x0, cond, sensitivity, stiffness)
+    return measurement.run(nodes, adaptive)
 
 
-def _rows(cond: Mapping[str, Any], rows: slice) -> dict[str, Any]:
-    """The conditions of some samples; what is no tensor belongs to all of them."""
-    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in cond.items()}
+@final
+class _Measurement:
+    """One diagnosis in the making: the field, its derivative, and how many samples serve for what."""
 
+    def __init__(self, v: Velocity, x0: Tensor, cond: dict[str, Any], sensitivity: bool, stiffness: bool) -> None:
+        self.field = RowCount(as_field(v))
+        self.derivative = Derivative(self.field)
+        self.x0, self.cond = x0, cond
+        self.sensitivity, self.stiffness = sensitivity, stiffness
+        size = x0[0].numel()
+        self.derived = min(len(x0), max(DERIVED, DERIVED_NUMBERS // size))
+        self.stiff = min(self.derived, max(STIFF, min(STIFF_NUMBERS // size, STIFF_MOST))) if stiffness else 0
+        generator = torch.Generator().manual_seed(0)
+        few = (self.derived, *x0.shape[1:])
+        # drawn for all samples at once, so that they do not depend on how samples are cut
+        self.signs = (torch.randint(0, 2, few, generator=generator) * 2 - 1).to(x0)
+        self.directions = torch.randn((self.stiff, *x0.shape[1:]), generator=generator).to(x0)
 
-@torch.no_grad()
-def _measure(field: Field, x0: Tensor, cond: Mapping[str, Any], nodes: int) -> dict[str, np.ndarray]:
-    """Per-sample quantities, (B,) or (B, nodes + 1)."""
-    flat, chord = _trajectory(field, x0, cond, nodes)
-    acceleration = torch.einsum("mn,bnd->bmd", torch.from_numpy(difference_matrix(nodes)), flat)
-    speed = flat.square().sum(-1)
-    along = (acceleration * flat).sum(-1).square() / speed.clamp_min(1e-30)
-    total = acceleration.square().sum(-1)
-    rows = {
-        "deviation": (chord[:, None] - flat).square().sum(-1),
-        "total": total,
-        "normal": (total - along).clamp_min(0),
-        "speed": speed.sqrt(),
-        "displacement": chord.square().sum(-1),
-        "gap": (flat[:, 0] - chord).square().sum(-1),
-    }
-    return {name: value.numpy() for name, value in rows.items()}
+    def run(self, nodes: int, adaptive: bool) -> Diagnosis:
+        """Place the nodes, measure piece by piece, and sum up."""
+        solve(self.field, self.x0[:1], steps=1, cond=rows(self.cond, slice(0, 1)))  # refuses what is no velocity
+        times = self.nodes(nodes) if adaptive else with_middles(np.linspace(0.0, 1.0, nodes // 2 + 1))
+        size = max(1, min(CHUNK, CHUNK_NUMBERS // (len(times) * self.x0[0].numel())))
+        parts = pieces(len(self.x0), size)
+        ends, found = zip(*(self.measure(part, times) for part in parts), strict=True)
+        table = {name: np.concatenate([one[name] for one in found if name in one]) for name in found[0]}
+        euler = self.euler(torch.cat(ends), parts, table["unit"]) if self.sensitivity else {}
+        return self.summary(table, times, nodes, euler)
 
+    def nodes(self, nodes: int) -> np.ndarray:
+        """Times that resolve a few of the trajectories."""
+        pilot = slice(0, PILOT)
+        return resolved_times(self.field, self.derivative, self.x0[pilot], rows(self.cond, pilot), nodes // 2)
 
-def _trajectory(field: Field, x0: Tensor, cond: Mapping[str, Any], nodes: int) -> tuple[Tensor, Tensor]:
-    """Velocities along the trajectories, (B, nodes + 1, D), and chords, (B, D); float64 on the CPU."""
-    solution = solve(field, x0, solver="rk4", steps=nodes, cond=cond, trajectory=True)
-    assert solution.trajectory is not None
-    states = solution.trajectory
-    velocity = torch.stack(
-        [field(x, x.new_full((len(x),), t), **cond) for x, t in zip(states, solution.times, strict=True)]
-    )
-    bad = ~torch.isfinite(velocity).flatten(1).all(1)
-    if bad.any():
-        time = solution.times[int(bad.nonzero()[0, 0])]
-        raise UserError(
-            f"the network's velocity is NaN or infinite at t = {time:g} on its own trajectories: nothing can "
-            "be measured there. Check the network's weights, its conditions and the scale of the start."
+    def measure(self, part: slice, times: np.ndarray) -> tuple[Tensor, Rows]:
+        """End points, and per-sample quantities, (B,) or (B, N + 1); fewer rows where derivatives are needed."""
+        derived = max(0, min(self.derived - part.start, part.stop - part.start))
+        path = follow(self.field, self.derivative, self.x0[part], times, rows(self.cond, part), derived)
+        found = _velocity_rows(path)
+        if derived:
+            found |= _acceleration_rows(path, derived)
+            own = rows(self.cond, slice(part.start, part.start + derived))
+            if self.sensitivity:
+                e = unit_error(self.derivative, path, own)
+                found["unit"] = e.flatten(1).cpu().double().norm(dim=1).numpy()
+                signs = self.signs[part.start : part.start + derived]
+                weights = adjoint_weights(self.field, self.derivative, path, signs, own)
+                if weights is not None:
+                    found["weighted"] = weights
+            if part.start < self.stiff:
+                found |= self.spectrum(path, part, times)
+        return path.states[-1], found
+
+    def spectrum(self, path: Path, part: slice, times: np.ndarray) -> Rows:
+        """Largest modulus, smallest and largest real part of the eigenvalues, (B, K) each."""
+        few = min(self.stiff, part.stop) - part.start
+        own = rows(self.cond, slice(part.start, part.start + few))
+        start = self.directions[part.start : part.start + few]
+        values = []
+        for k in stiffness_nodes(times):
+            x, t = path.states[k][:few], float(times[k])
+
+            def product(q: Tensor, x: Tensor = x, t: float = t) -> Tensor:
+                return self.derivative(x, at(t, x), q, **own)[1].to(x.dtype)
+
+            values.append(eigenvalues(product, start))
+        ritz = torch.stack(values, 1)
+        return {
+            "modulus": ritz.abs().amax(-1).numpy(),
+            "lowest": ritz.real.amin(-1).numpy(),
+            "highest": ritz.real.amax(-1).numpy(),
+        }
+
+    def euler(self, x1: Tensor, parts: list[slice], unit: np.ndarray) -> Rows:
+        """Norms of Euler's endpoint errors by number of steps, (M, K), and those numbers."""
+        steps, norms = list(EULER_STEPS), []
+        for number in steps:
+            norms.append(endpoint_errors(self.field, self.x0, x1, self.cond, number, parts))
+            if number == steps[-1] < MOST_STEPS:
+                here = number * root_mean_square(norms[-1][: len(unit)], trimmed=True)
+                first = root_mean_square(unit, trimmed=True)
+                if max(here, first) > AGREED * min(here, first):
+                    steps.append(2 * number)
+        return {"steps": np.array(steps), "norms": np.stack(norms, 1)}
+
+    def summary(self, table: Rows, times: np.ndarray, nodes: int, euler: Rows) -> Diagnosis:
+        """Means over samples and their standard errors."""
+        weights = simpson_weights(times)
+        samples = table["deviation"] @ weights
+        displacement = float(table["displacement"].mean())
+        gap = float(np.sqrt(table["gap"].mean()))
+        lengths = table["speed"] @ weights
+        curvature, curvature_error = root_mean(table["total"])
+        normal, normal_error = root_mean(table["normal"])
+        panels = "equal panels" if len(times) == nodes + 1 else "panels"
+        assert self.derivative.used is not None
+        return Diagnosis(
+            straightness=float(samples.mean()),
+            straightness_error=float(standard_error(samples)),
+            relative_straightness=float(samples.mean()) / max(displacement, 1e-30),
+            displacement=displacement,
+            one_step_gap=gap,
+            relative_gap=gap / max(np.sqrt(displacement), 1e-30),
+            path_length_ratio=float(lengths.mean() / max(np.sqrt(table["displacement"]).mean(), 1e-30)),
+            times=times,
+            deviation=table["deviation"].mean(0),
+            deviation_error=standard_error(table["deviation"]),
+            curvature=curvature,
+            curvature_error=curvature_error,
+            normal_curvature=normal,
+            normal_curvature_error=normal_error,
+            local_error=curvature / 2,
+            doubling_error=root_mean(table["doubled"])[0],
+            **_sensitivity_fields(table, euler, len(self.x0)),
+            **_stiffness_fields(table, times),
+            derivatives=self.derivative.used,
+            samples=len(self.x0),
+            derivative_samples=self.derived,
+            stiffness_samples=self.stiff,
+            dimensions=self.x0[0].numel(),
+            nfe=round(self.field.rows / len(self.x0)),
+            solver=f"rk4, {len(times) - 1} steps on {panels}, Simpson quadrature",
         )
-    flat = velocity.flatten(2).transpose(0, 1).cpu().double()
-    return flat, (states[-1] - states[0]).flatten(1).cpu().double()
 
 
-def _summary(rows: dict[str, np.ndarray], nodes: int, nfe: int) -> Diagnosis:
-    weights = simpson_weights(nodes)
-    samples = rows["deviation"] @ weights
-    displacement = float(rows["displacement"].mean())
-    gap = float(np.sqrt(rows["gap"].mean()))
-    curvature = np.sqrt(rows["total"].mean(0))
-    lengths = rows["speed"] @ weights
-    error = samples.std(ddof=1) / np.sqrt(len(samples)) if len(samples) > 1 else np.nan
-    return Diagnosis(
-        straightness=float(samples.mean()),
-        straightness_error=float(error),
-        relative_straightness=float(samples.mean()) / max(displacement, 1e-30),
-        displacement=displacement,
-        one_step_gap=gap,
-        relative_gap=gap / max(np.sqrt(displacement), 1e-30),
-        path_length_ratio=float(lengths.mean() / max(np.sqrt(rows["displacement"]).mean(), 1e-30)),
-        times=np.linspace(0.0, 1.0, nodes + 1),
-        deviation=rows["deviation"].mean(0),
-        curvature=curvature,
-        normal_curvature=np.sqrt(rows["normal"].mean(0)),
-        local_error=curvature / 2,
-        nfe=nfe,
-        solver=f"rk4, {nodes} steps, Simpson quadrature",
-    )
+def _velocity_rows(path: Path) -> Rows:
+    """What needs the velocities alone; the chord is known only at the end."""
+    chord = (path.states[-1] - path.states[0]).flatten(1).cpu().double()
+    deviation, speed, doubled = [], [], []
+    for v, d in zip(path.velocities, path.doubled, strict=True):
+        flat = v.flatten(1).cpu().double()
+        deviation.append((chord - flat).square().sum(1))
+        speed.append(flat.norm(dim=1))
+        doubled.append(d.flatten(1).cpu().double().square().sum(1))
+    return {
+        "deviation": torch.stack(deviation, 1).numpy(),
+        "speed": torch.stack(speed, 1).numpy(),
+        "doubled": torch.stack(doubled, 1).numpy(),
+        "displacement": chord.square().sum(1).numpy(),
+        "gap": deviation[0].numpy(),
+    }
 
 
-def difference_matrix(nodes: int) -> np.ndarray:
-    """First derivatives to fourth order on ``nodes`` equal intervals of [0, 1]: (N + 1, N + 1).
-
-    Row i differentiates the quartic through five neighbouring values, one-sided near the ends: its weights
-    solve ``sum_j w_j x_j^k = [k = 1]``, ``k = 0 … 4``, over the offsets ``x_j`` from node i.
-    """
-    matrix = np.zeros((nodes + 1, nodes + 1))
-    for i in range(nodes + 1):
-        first = min(max(i - 2, 0), nodes - 4)
-        offsets = np.arange(first, first + 5) - i
-        moments = np.vander(offsets, 5, increasing=True).T.astype(float)
-        matrix[i, first : first + 5] = np.linalg.solve(moments, np.eye(5)[1]) * nodes
-    return matrix
+def _acceleration_rows(path: Path, derived: int) -> Rows:
+    """Squares of the acceleration and of its part normal to the velocity."""
+    total, normal = [], []
+    for v, a in zip(path.velocities, path.accelerations, strict=True):
+        speed, bend = v[:derived].flatten(1).cpu().double(), a.flatten(1).cpu().double()
+        along = (bend * speed).sum(1, keepdim=True) / speed.square().sum(1, keepdim=True).clamp_min(1e-30)
+        total.append(bend.square().sum(1))
+        normal.append((bend - along * speed).square().sum(1))
+    return {"total": torch.stack(total, 1).numpy(), "normal": torch.stack(normal, 1).numpy()}
 
 
-def simpson_weights(nodes: int) -> np.ndarray:
-    """Weights of Simpson's rule on ``nodes`` equal intervals of [0, 1] (``nodes`` even)."""
-    weights = np.ones(nodes + 1)
-    weights[1:-1:2], weights[2:-1:2] = 4.0, 2.0
-    return weights / (3.0 * nodes)
+def stiffness_nodes(times: np.ndarray) -> list[int]:
+    """Nodes nearest to multiples of 1/16, and as many more where panels were halved."""
+    even = [int(np.abs(times - k / STIFF_TIMES).argmin()) for k in range(STIFF_TIMES + 1)]
+    inner = np.flatnonzero(np.diff(times)[1:] < 0.75 * np.diff(times).max()) + 1
+    more = inner[:: max(1, -(-len(inner) // STIFF_TIMES))]
+    return sorted({*even, *map(int, more)})
+
+
+def _sensitivity_fields(table: Rows, euler: Rows, samples: int) -> dict[str, Any]:
+    names = ("weighted_error", "unit_error", "unit_error_trimmed", "euler_steps", "euler_error", "euler_error_trimmed")
+    if not euler:
+        return dict.fromkeys(names)
+    weighted = np.sqrt(table["weighted"].mean(0)) / 2 if "weighted" in table else None
+    found: list[Any] = []
+    for trimmed in (False, True):
+        errors = np.array([root_mean_square(column, trimmed=trimmed) for column in euler["norms"].T])
+        unit = root_mean_square(table["unit"], trimmed=trimmed)
+        if len(table["unit"]) < samples:  # few samples give the ratio to a run better than the size
+            few = root_mean_square(euler["norms"][: len(table["unit"]), -1], trimmed=trimmed)
+            unit *= float(errors[-1]) / max(few, 1e-30)
+        found += [unit, errors]
+    unit, errors, unit_trimmed, errors_trimmed = found
+    values = (weighted, unit, unit_trimmed, euler["steps"], errors, errors_trimmed)
+    return dict(zip(names, values, strict=True))
+
+
+def _stiffness_fields(table: Rows, times: np.ndarray) -> dict[str, Any]:
+    names = ("stiffness_times", "stiffness", "stiffness_error", "contraction", "expansion")
+    if "modulus" not in table:
+        return dict.fromkeys(names)
+    modulus = table["modulus"]
+    values = (times[stiffness_nodes(times)], modulus.mean(0), standard_error(modulus))
+    return dict(zip(names, (*values, table["lowest"].mean(0), table["highest"].mean(0)), strict=True))

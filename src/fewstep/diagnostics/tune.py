@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,11 +25,11 @@ FEWEST, MOST = 256, 2048  # of the noises on either side that a generator draws 
 ENTRIES = {"auto": 1 << 12, FITTED: 1 << 16}  # of those noises: few dimensions need many, for their outliers' sake
 
 
-def noises_for(kind: str, dimensions: int) -> int:
-    """How many noises :func:`tune` makes good use of: half of them fit, half judge."""
+def noises_for(kind: str, shape: Sequence[int]) -> int:
+    """How many noises of that shape :func:`tune` makes good use of: half of them fit, half judge."""
     if kind not in KINDS:
         raise unknown("kind of tuning", kind, KINDS)
-    return 2 * min(MOST, max(FEWEST, ENTRIES[kind] // dimensions))
+    return 2 * min(MOST, max(FEWEST, ENTRIES[kind] // math.prod(shape)))
 
 
 def tune(
@@ -72,7 +73,7 @@ def tune(
     pilot, held_out = whole.split(half)
     if kind == "auto":
         return pick(pilot, held_out, calls, path)
-    few = noises_for("auto", x0[0].numel()) // 2
+    few = noises_for("auto", x0.shape[1:]) // 2
     choice = pick(pilot.part(few), held_out.part(few), calls, path)
     table = fit(pilot, held_out, choice.table)
     error = held_out.error(table)

@@ -107,6 +107,13 @@ GRIDS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
+# grids that are made from a model, with what they are; :mod:`fewstep.diagnostics.grids` makes them
+FROM_MODEL = {
+    "error": "Equal shares of Euler's endpoint error in every step, from the model's own profile of it.",
+    "dp": "Least sum of the steps' errors along the model's own trajectories, by dynamic programming.",
+}
+
+
 def explicit_times(spec: GridSpec) -> Grid | None:
     """Return the times of an explicit grid, or None when ``spec`` names one."""
     if isinstance(spec, str):
@@ -179,8 +186,13 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
         return times
     assert isinstance(spec, str)
     name, _, value = spec.partition(":")
+    if name in FROM_MODEL:
+        raise UserError(
+            f"grid {name!r} is made from a model, and here is none: take model.sample(…, grid={name!r}), or the times "
+            f"of fewstep.diagnostics.grids.model_grid({name!r}, v, x0, steps)."
+        )
     if name not in GRIDS:
-        raise unknown("grid", name, GRIDS)
+        raise unknown("grid", name, [*GRIDS, *FROM_MODEL])
     if steps is None:
         raise UserError(f"grid {name!r} needs the number of steps: pass steps=N.")
     with np.errstate(over="ignore", under="ignore"):  # what overflows here coincides, and is refused below

@@ -106,7 +106,7 @@ class AffinePath(ABC):
         return _solve(self.data_coefficients(t), x, x1, t, "data to velocity", "sigma(t) = 0 there")
 
     def noise_to_velocity(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Inverse of :meth:`velocity_to_noise`; singular where alpha(t) = 0, and at t = 1 on VP."""
+        """Inverse of :meth:`velocity_to_noise`; singular where alpha(t) = 0, and at t = 1 on VP and interpolant."""
         reason = "v has weight 0 in the noise prediction there"
         return _solve(self.noise_coefficients(t), x, x0, t, "noise to velocity", reason)
 
@@ -121,7 +121,8 @@ class AffinePath(ABC):
     def velocity_to_score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
         """grad log p_t(x) = -x0 / sigma, on the linear path (t v - x) / (1 - t).
 
-        Valid for an independent coupling with x0 ~ N(0, I) only. Singular where sigma(t) = 0, except on VP.
+        Valid for an independent coupling with x0 ~ N(0, I) only. Singular where sigma(t) = 0, except on VP and
+        interpolant.
         """
         a, b = self.score_coefficients(t)
         _refuse(~(torch.isfinite(a) & torch.isfinite(b)), t, "velocity to score", "sigma(t) = 0 there")
@@ -288,7 +289,53 @@ class VP(AffinePath):
         return (1 - t) * (self.beta_max - self.beta_min) / 2 + self.beta_min / 2
 
 
-PATHS: dict[str, type[AffinePath]] = {"linear": Linear, "cosine": Cosine, "vp": VP}
+@final
+@dataclass(frozen=True)
+class Interpolant(AffinePath):
+    """The stochastic interpolant ``x_t = t x1 + (1 - t) x0 + sqrt(2 t (1 - t)) z`` (2303.08797, Sec. 2.1, Table 4).
+
+    With ``x0`` and the latent ``z`` both N(0, I), independent of each other and of ``x1``, the two noises are one,
+    of variance ``(1 - t)^2 + 2 t (1 - t) = 1 - t^2``: the same laws, velocity and score as the affine path
+
+        alpha = t,   sigma = sqrt(1 - t^2),
+
+    which is what this class computes (the cosine path in another time). It needs the independent Gaussian coupling:
+    with any other, ``z`` cannot be merged into ``x0``. sigma' is infinite at t = 1: the *target* is refused there,
+    while the velocity stays finite, as on VP.
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sqrt((1 - t) * (1 + t))
+
+    def alpha_dot(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def sigma_dot(self, t: Tensor) -> Tensor:
+        sigma = self.sigma(t)
+        _refuse(sigma == 0, t, "the interpolant path's sigma'(t)", "sigma is a square root with value 0 there")
+        return -t / sigma
+
+    def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        return -t
+
+    def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x1 = t x + (1 - t^2) v, as d = -1 / sigma."""
+        return t, (1 - t) * (1 + t)
+
+    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """x0 = sigma x - t sigma v."""
+        sigma = self.sigma(t)
+        return sigma, -t * sigma
+
+    def score_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """score = t v - x, regular also at t = 1."""
+        return -torch.ones_like(t), t
+
+
+PATHS: dict[str, type[AffinePath]] = {"linear": Linear, "cosine": Cosine, "vp": VP, "interpolant": Interpolant}
 
 
 def make_path(name: str) -> AffinePath:

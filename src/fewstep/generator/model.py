@@ -15,20 +15,20 @@ from torch import Tensor, nn
 
 from fewstep.data.scaling import Scaling
 from fewstep.diagnostics.pick import Choice
-from fewstep.diagnostics.tune import KINDS, noises_for, tune
+from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError
 from fewstep.flow.field import CountedField, Field, Guided
-from fewstep.flow.grids import GridSpec, check_steps, explicit_times
+from fewstep.flow.grids import FROM_MODEL, GridSpec
 from fewstep.flow.noise import integer_rows, noise_rows
+from fewstep.generator.choose import choose
 from fewstep.generator.config import Config, read_config, sample_shape
-from fewstep.generator.folder import read_base, read_tensors, save_model, weights_digest, words
+from fewstep.generator.folder import read_base, read_tensors, save_model, weights_digest
 from fewstep.generator.labels import Label, draw_labels
-from fewstep.generator.samplers import Samplers
+from fewstep.generator.samplers import Pilot, Samplers
 from fewstep.networks import build
 from fewstep.solvers.solve import check_start, solve
 from fewstep.solvers.tables import Table
 
-TUNED_CALLS = 8  # network evaluations of a tuned sampler when the user names no number
 TUNING_SEED = 0x7E57  # of the noises samplers are tuned on, other than the ones anybody asks for
 
 
@@ -187,12 +187,15 @@ class Generator:
         batch_size: int = 256,
     ) -> Draw:
         """As :meth:`sample`, in network units and with the count of network evaluations."""
-        chosen, grid, steps = self._how(solver, grid, steps)
+        chosen, grid, steps = choose(self.config, self.name, solver, grid, steps)
         field_ = self._field(guidance)
         how: str | Table = chosen
         if chosen in KINDS:
             assert steps is not None, "tuned samplers have a number of calls"
             how, grid, steps = self.tune(steps, chosen, guidance).table, "uniform", None
+        elif isinstance(grid, str) and grid in FROM_MODEL:
+            assert steps is not None, "a named grid has a number of steps"
+            grid, steps = self._samplers().grid(grid, steps, guidance, self._pilot(guidance)), None
         x0, shown = self._starts(num, noise, context, seed)
         labels = draw_labels(self.config, self.name, len(x0), label, seed)
         if batch_size < 1:
@@ -204,9 +207,19 @@ class Generator:
             if shown is not None:
                 cond["context"] = shown[rows].to(self.device, self.dtype)
             start = x0[rows].to(self.device, self.dtype)
-            solution = solve(field_, start, solver=how, steps=steps, grid=grid, cond=cond, path=self.config.path)
+            solution = solve(
+                field_,
+                start,
+                solver=how,
+                steps=steps,
+                grid=grid,
+                cond=cond,
+                path=self.config.path,
+                seed=seed,
+                row=first,
+            )
             parts.append(solution.x.cpu())
-            nfe = solution.nfe
+            nfe += solution.nfe * len(start)
         x = torch.cat(parts)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
@@ -214,35 +227,7 @@ class Generator:
                 f"{int((~finite).sum())} of {len(x)} samples of {self.name!r} are NaN or infinite: its "
                 "weights are damaged or its training diverged, or the guidance is too large."
             )
-        return Draw(x, x0, labels, nfe, shown)
-
-    def _how(self, solver: str | None, grid: GridSpec | None, steps: int | None) -> tuple[str, GridSpec, int | None]:
-        """The solver, grid and steps to use; a map refuses what it was not made for."""
-        config = self.config
-        if config.kind == "map":
-            allowed = config.steps or (1,)
-            if steps is not None and steps not in allowed:
-                raise UserError(
-                    f"{self.name!r} was made for {words(allowed)} step(s), not {steps}: leave steps out, or "
-                    "sample the flow it was distilled from."
-                )
-            if solver not in (None, "euler") or grid not in (None, "uniform"):
-                raise UserError(f"{self.name!r} is a map with its own sampler: leave solver and grid out.")
-            return "euler", "uniform", config.default_steps if steps is None else steps
-        solver, chosen = config.solver if solver is None else solver, config.grid if grid is None else grid
-        if solver in KINDS:
-            if grid is not None:
-                raise UserError(f"solver {solver!r} finds its own grid: leave grid out, or name a solver.")
-            return solver, "uniform", TUNED_CALLS if steps is None else steps
-        times = explicit_times(chosen)
-        if times is None:
-            return solver, chosen, config.default_steps if steps is None else steps
-        if (times[0], times[-1]) != (0.0, 1.0):
-            raise UserError(
-                f"a grid for sampling runs from 0 (noise) to 1 (data), and this one from {times[0]:g} to "
-                f"{times[-1]:g}: write for example '0,0.2,1'. For a part of the way there is fs.solve."
-            )
-        return solver, chosen, steps
+        return Draw(x, x0, labels, -(-nfe // len(x)), shown)
 
     def tune(self, calls: int, kind: str = "auto", guidance: float | None = None) -> Choice:
         """The best way to sample this model with ``calls`` evaluations of its network: see :func:`fewstep.tune`.
@@ -256,24 +241,24 @@ class Generator:
         """
         if self.config.kind == "map":
             raise UserError(f"{self.name!r} is a map with its own sampler: tune the flow it was distilled from.")
-        calls = check_steps(calls)
+        return self._samplers().tuned(kind, calls, guidance, self.config.shape, self._pilot(guidance))
+
+    def _samplers(self) -> Samplers:
         if self.samplers is None:
-            self.samplers = Samplers(weights_digest(self.module.state_dict()), self.config.path)
-            if self.folder is not None:
-                self.samplers.read(self.folder)
-        found = self.samplers.find(kind, calls, guidance)
-        if found is not None:
-            return found
-        num = noises_for(kind, math.prod(self.config.shape))
-        x0, shown = self._starts(num, None, None, TUNING_SEED)
-        given = {"label": draw_labels(self.config, self.name, num, None, TUNING_SEED), "context": shown}
-        cond = {name: value.to(self.device) for name, value in given.items() if value is not None}
-        start = x0.to(self.device, self.dtype)
-        choice = tune(self._field(guidance), start, calls=calls, kind=kind, cond=cond, path=self.config.path)
-        self.samplers.add(kind, calls, guidance, choice)
-        if self.folder is not None and os.access(self.folder, os.W_OK):
-            self.samplers.write(self.folder)
-        return choice
+            digest = weights_digest(self.module.state_dict())
+            self.samplers = Samplers(digest, self.config.path, self.folder)
+        return self.samplers
+
+    def _pilot(self, guidance: float | None) -> Pilot:
+        """Starts and conditions as :meth:`draw` makes them, of a seed that is nobody else's."""
+
+        def pilot(num: int) -> tuple[Field, Tensor, dict[str, Tensor]]:
+            x0, context = self._starts(num, None, None, TUNING_SEED)
+            labels = draw_labels(self.config, self.name, num, None, TUNING_SEED)
+            cond = Draw(x0, x0, labels, 0, context).conditions(self.device)
+            return self._field(guidance), x0.to(self.device, self.dtype), cond
+
+        return pilot
 
     def _field(self, guidance: float | None) -> Field:
         if guidance is not None and not math.isfinite(guidance):
@@ -328,7 +313,7 @@ class Generator:
     def save(self, folder: str | Path) -> Path:
         """Write ``config.json``, ``model.safetensors`` and a card to a folder, atomically file by file."""
         saved = save_model(folder, self.module.state_dict(), self.config, self.base_rows, self.base_context)
-        if self.samplers:
+        if self.samplers is not None and len(self.samplers):
             self.samplers.write(saved)
         return saved
 

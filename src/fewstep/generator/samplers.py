@@ -1,54 +1,84 @@
-"""Samplers that were found for a model, kept beside its weights as numbers: ``samplers.json``.
+"""Samplers and grids that are found for a model, and kept beside its weights as numbers: ``samplers.json``.
 
-A choice belongs to weights, number of calls and guidance. The file names the weights it was made for; beside other
-weights it is ignored, and written anew.
+What is found belongs to weights, a number of calls or steps, and guidance. The file names the weights it was made for;
+beside other weights it is ignored, and written anew.
 """
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, final
 
+from torch import Tensor
+
+from fewstep.diagnostics.grids import model_grid
 from fewstep.diagnostics.pick import Choice, restore
+from fewstep.diagnostics.tune import noises_for, tune
 from fewstep.errors import UserError
+from fewstep.flow.field import Field
+from fewstep.flow.grids import Grid, check_steps, make_grid
 from fewstep.flow.paths import make_path
 from fewstep.store.files import read_json, write_json
 
 FILE = "samplers.json"
 FORMAT = 1
+GRID_NOISES = 256
+
+Pilot = Callable[[int], tuple[Field, Tensor, dict[str, Any]]]  # number of noises -> the field, starts, conditions
 
 
 @final
 class Samplers:
-    """The choices made for one model so far.
+    """What was found for one model so far, and how to find more.
 
     Args:
-        weights: digest of the weights they were made for.
+        weights: digest of the weights.
         path: name of the path the model was trained on.
+        folder: where it is kept; None for a model that lies nowhere.
     """
 
-    def __init__(self, weights: str, path: str) -> None:
-        self.weights = weights
-        self.path = path
+    def __init__(self, weights: str, path: str, folder: Path | None = None) -> None:
+        self.weights, self.path, self.folder = weights, path, folder
         self._choices: dict[str, Choice] = {}
-
-    def find(self, kind: str, calls: int, guidance: float | None) -> Choice | None:
-        """The choice for a kind of tuning, a number of calls and a guidance weight; None when there is none yet."""
-        return self._choices.get(_key(kind, calls, guidance))
-
-    def add(self, kind: str, calls: int, guidance: float | None, choice: Choice) -> None:
-        """Keep a choice."""
-        self._choices[_key(kind, calls, guidance)] = choice
+        self._grids: dict[str, Grid] = {}
+        if folder is not None:
+            self._read(folder)
 
     def __len__(self) -> int:
-        return len(self._choices)
+        return len(self._choices) + len(self._grids)
+
+    def tuned(self, kind: str, calls: int, guidance: float | None, shape: tuple[int, ...], pilot: Pilot) -> Choice:
+        """The sampler of that kind with that many calls, found now if need be."""
+        key = f"{kind}, {check_steps(calls)} calls{_guided(guidance)}"
+        if key not in self._choices:
+            field, x0, cond = pilot(noises_for(kind, shape))
+            self._choices[key] = tune(field, x0, calls=calls, kind=kind, cond=cond, path=self.path)
+            self._keep()
+        return self._choices[key]
+
+    def grid(self, name: str, steps: int, guidance: float | None, pilot: Pilot) -> Grid:
+        """The model's grid of that name and number of steps, made now if need be."""
+        key = f"{name}, {check_steps(steps)} steps{_guided(guidance)}"
+        if key not in self._grids:
+            field, x0, cond = pilot(GRID_NOISES)
+            self._grids[key] = model_grid(name, field, x0, steps, cond=cond)
+            self._keep()
+        return self._grids[key]
 
     def write(self, folder: Path) -> None:
         """Write ``samplers.json``."""
         choices = {key: self._choices[key].as_dict() for key in sorted(self._choices)}
-        write_json(folder / FILE, {"format": FORMAT, "weights": self.weights, "choices": choices})
+        grids = {key: list(self._grids[key]) for key in sorted(self._grids)}
+        write_json(folder / FILE, {"format": FORMAT, "weights": self.weights, "choices": choices, "grids": grids})
 
-    def read(self, folder: Path) -> None:
+    def _keep(self) -> None:
+        """A folder that cannot be written to is no reason not to sample."""
+        if self.folder is not None and os.access(self.folder, os.W_OK):
+            self.write(self.folder)
+
+    def _read(self, folder: Path) -> None:
         """Take what ``samplers.json`` holds, if it is there and of these weights."""
         if not (folder / FILE).is_file():
             return
@@ -57,10 +87,11 @@ class Samplers:
             return
         path = make_path(self.path)
         try:
-            self._choices |= {key: restore(choice, path) for key, choice in dict(values["choices"]).items()}
+            self._choices = {key: restore(choice, path) for key, choice in dict(values["choices"]).items()}
+            self._grids = {key: make_grid(times) for key, times in dict(values["grids"]).items()}
         except (UserError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"{folder / FILE} is damaged: delete it, and samplers are found again.") from error
 
 
-def _key(kind: str, calls: int, guidance: float | None) -> str:
-    return f"{kind}, {calls} calls" + ("" if guidance in (None, 1.0) else f", guidance {guidance:g}")
+def _guided(guidance: float | None) -> str:
+    return "" if guidance in (None, 1.0) else f", guidance {guidance:g}"

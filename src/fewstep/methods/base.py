@@ -21,6 +21,7 @@ from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, Pair, Source
 from fewstep.flow.field import Guided, Velocity
+from fewstep.flow.grids import explicit_times, make_grid
 from fewstep.flow.noise import Draws
 from fewstep.solvers.tables import find_solver
 
@@ -52,6 +53,7 @@ class PairOptions(Options):
 
     pairs: int = Field(20_000, gt=0, description="generated pairs per round")
     solver: str = Field("rk4", description="the solver that makes the pairs")
+    grid: str = Field("uniform", description="the named time grid of those solves")
     nfe: int | None = Field(None, gt=0, description="network calls per pair; chosen by the error gate when absent")
     tolerance: float = Field(0.02, gt=0, description="largest relative endpoint error of the pairs")
     guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked into the pairs")
@@ -64,7 +66,15 @@ class PairOptions(Options):
 
     @model_validator(mode="after")
     def _known_solver(self) -> PairOptions:
-        calls = find_solver(self.solver).calls
+        if self.solver in ("auto", "fitted"):
+            raise ValueError("pairs are made in both directions by a solver of known order: name one, such as 'rk4'")
+        solver = find_solver(self.solver)
+        if solver.stochastic:
+            raise ValueError(f"solver {self.solver!r} adds noise, and a pair is a noise with its one endpoint")
+        if explicit_times(self.grid) is not None:
+            raise ValueError(f"pairs need a named grid, for any number of steps (got {self.grid!r})")
+        make_grid(self.grid, 2)
+        calls = solver.calls
         if self.nfe is not None and self.nfe % calls:
             raise ValueError(
                 f"nfe = {self.nfe} is no multiple of the {calls} calls that a step of {self.solver!r} makes"

@@ -28,6 +28,10 @@ from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, Sampl
 from fewstep.methods.batches import DataBatches
 from fewstep.methods.straight_line import VelocityRegression
 
+LATENT = (
+    "path 'interpolant' has a latent noise beside x0, and the two are one noise only where x0 is Gaussian and "
+    "independent of the data"
+)
 EXAMPLES = 1024  # held-out rows whose damaged versions are kept with a model that starts from them
 
 
@@ -48,6 +52,8 @@ class FlowMatchingOptions(Options):
         if self.teacher is not None:
             raise ValueError("it learns from data: leave 'teacher' out, or write 'init' to start from its weights")
         make_path(self.path)
+        if self.path == "interpolant" and self.coupling != "independent":
+            raise ValueError(f"{LATENT}: leave 'coupling: {self.coupling}' out, or take another path ('linear')")
         make_time_law(self.time)
         if self.ot_batch_size is not None and self.coupling != "ot":
             raise ValueError("ot_batch_size belongs to 'coupling: ot': set that, or leave it out")
@@ -59,6 +65,8 @@ def make_coupling(options: FlowMatchingOptions, stage: Stage) -> Coupling:
     if options.coupling == "ot":
         return MinibatchOT(stage.source, batch_size=options.ot_batch_size)
     if options.coupling == "independent":
+        if options.path == "interpolant" and not stage.source.gaussian:
+            raise UserError(f"{LATENT}: leave 'base' out, or take another path ('linear').")
         return Independent(stage.source)
     if not isinstance(stage.source, GaussianSource):
         raise UserError(f"coupling {options.coupling!r} makes its own base from the data: leave 'base' out.")

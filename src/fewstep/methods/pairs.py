@@ -108,7 +108,7 @@ class _Maker:
             "teacher": self.request.teacher.digest,
             "solver": options.solver,
             **accuracy,
-            "grid": "uniform",
+            "grid": options.grid,
             "guidance": options.guidance,
             "seed": self.stage.seed,
             "tag": self.request.tag,
@@ -142,9 +142,11 @@ class _Maker:
         run = solve if self.request.direction == "generated" else invert
         device = self.stage.world.device
         cond = {name: value.to(device) for name, value in cond.items()}
-        solver = self.request.options.solver
-        path = self.request.teacher.path
-        return run(self.velocity, x.to(device), solver=solver, steps=steps, cond=cond, path=path).x.cpu()
+        options, path = self.request.options, self.request.teacher.path
+        x = x.to(device)
+        return run(
+            self.velocity, x, solver=options.solver, steps=steps, grid=options.grid, cond=cond, path=path
+        ).x.cpu()
 
     def rows(self, start: int, count: int, bar: Any) -> Columns:
         """Columns of one shard, solved in chunks of 256 rows."""

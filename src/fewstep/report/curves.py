@@ -138,6 +138,7 @@ STRAIGHTNESS = (
     ("curvature", "acceleration  |Z″|, RMS"),
     ("normal_curvature", "its part normal to the velocity"),
 )
+ERRORS = (("local_error", "-"), ("weighted_error", (0, (4, 2))))
 
 
 def straightness_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -> Picture | None:
@@ -152,6 +153,7 @@ def straightness_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -
         for name, values in diagnosis.items():
             y = np.maximum(np.asarray(values[key], dtype=float), 1e-6 * top)
             ax.plot(values["times"], y, color=colours[name], linewidth=1.7)
+            _band(ax, values, y, f"{key}_error", colours[name])
             ends.append((float(y[-1]), name, colours[name]))
             heights.append(float(y.min()))
         log_height(ax, min(heights), top)
@@ -161,11 +163,63 @@ def straightness_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -
             label_ends(ax, ends)
     caption = (
         "Along time, from noise (0) to data (1), in network units: how far the velocity is from the "
-        "trajectory's own chord (its integral is S), and how much trajectories accelerate and bend. "
+        "trajectory's own chord (its integral is S), and how much trajectories accelerate and bend; bands are "
+        "two standard errors to either side. "
         "Where a curve is high, few steps lose accuracy; a solver needs its steps there. Zero everywhere "
         "means that one Euler step is exact."
     )
     return picture(figure, "deviation, acceleration and bending along time", caption)
+
+
+def _band(ax: Any, values: Mapping[str, Any], y: np.ndarray, key: str, colour: str) -> None:
+    """Two standard errors about a curve; nothing where they are not known."""
+    error = 2 * np.array([value or 0.0 for value in values.get(key) or [0.0]])
+    if np.isfinite(error).all() and error.any():
+        ax.fill_between(values["times"], np.maximum(y - error, 0.05 * y), y + error, color=colour, alpha=0.18, lw=0)
+
+
+def error_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -> Picture | None:
+    """Local error, what is left of it at the end, and stiffness along t; None where they were not measured."""
+    diagnosis = {name: d for name, d in diagnoses(result).items() if d.get("weighted_error") or d.get("stiffness")}
+    if not diagnosis:
+        return None
+    figure, axes = panels(1, 2, WIDE, 3.1)
+    errors, stiffness = axes[0]
+    heights = [_error_lines(errors, d, colours[name]) for name, d in diagnosis.items()]
+    log_height(errors, min(low for low, _ in heights), max(high for _, high in heights))
+    tidy(errors, title="error of a step per h²: local (solid), at t = 1 (dashed)", x="t   (0 noise, 1 data)")
+    ends, tops = [], [8.0]
+    for name, d in diagnosis.items():
+        if d.get("stiffness"):
+            y = np.asarray(d["stiffness"], dtype=float)
+            stiffness.plot(d["stiffness_times"], y, color=colours[name], linewidth=1.7, marker="o", markersize=3)
+            ends.append((float(y[-1]), name, colours[name]))
+            tops.append(float(y.max()))
+    if max(tops) > 80:
+        log_height(stiffness, 0.5, max(tops))
+    else:
+        stiffness.set_ylim(0, 1.08 * max(tops))
+    stiffness.axhline(8, color=DATA, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+    tidy(stiffness, title="stiffness: largest |λ| of ∂v/∂x, mean over samples", x="t   (0 noise, 1 data)")
+    label_ends(stiffness, [*ends, (8.0, "8 steps", DATA)])
+    for ax in axes[0]:
+        ax.set_xlim(0, 1)
+    caption = (
+        "Left: the error that one Euler step of length h makes at t, over h², RMS (solid), and what the flow has made "
+        "of it by t = 1 (dashed): steps belong where the dashed line is high. Right: how fast neighbouring "
+        "trajectories come together or part. Above the dashed line eight equal steps overshoot."
+    )
+    return picture(figure, "local error and stiffness along time", caption)
+
+
+def _error_lines(ax: Any, values: Mapping[str, Any], colour: str) -> tuple[float, float]:
+    """Local error solid, weighted error dashed; their lowest and highest value."""
+    lines = [(np.asarray(values[key], dtype=float), style) for key, style in ERRORS if values.get(key)]
+    top = max(float(y.max()) for y, _ in lines) or 1.0
+    lines = [(np.maximum(y, 1e-4 * top), style) for y, style in lines]
+    for y, style in lines:
+        ax.plot(values["times"], y, color=colour, linewidth=1.7, linestyle=style)
+    return min(float(y.min()) for y, _ in lines), top
 
 
 def read_statistics(path: Path) -> dict[str, list[dict[str, Any]]]:

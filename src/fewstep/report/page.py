@@ -15,7 +15,7 @@ from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.generator import Generator
 from fewstep.methods.registry import METHODS
-from fewstep.report.curves import energy_curve, fidelity_curves, loss_curves, straightness_curves
+from fewstep.report.curves import energy_curve, error_curves, fidelity_curves, loss_curves, straightness_curves
 from fewstep.report.drawing import model_colours
 from fewstep.report.samples import samples
 from fewstep.report.tables import comparison, facts, straightness, timing
@@ -120,6 +120,7 @@ def content(
         "fidelity": fidelity_curves(result, colours),
         "trajectories": trajectories(models, data, colours, seed, result, pairs),
         "straightness": straightness_curves(result, colours),
+        "error_profiles": error_curves(result, colours),
         "straightness_rows": straightness(result),
         "timing": timing(result),
         "losses": loss_curves(stats, colours) if stats is not None and stats.exists() else None,

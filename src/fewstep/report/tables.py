@@ -95,7 +95,7 @@ def _cell(row: Row, key: str, best: str | None) -> Cell:
 
 
 def straightness(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Model and ``S ± error, S / E|Δ|², one-step gap, relative gap, path length``."""
+    """Model and ``S ± error, S / E|Δ|², one-step gap, relative gap, path length, Euler errors, largest |λ|``."""
     return [
         (
             name,
@@ -105,10 +105,20 @@ def straightness(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
                 number(d["one_step_gap"]),
                 number(d["relative_gap"]),
                 f"{d['path_length_ratio']:.3f}",
+                *(_euler_share(d, steps) for steps in (8, 16)),
+                number(max(d.get("stiffness") or [math.nan])),
             ],
         )
         for name, d in diagnoses(result).items()
     ]
+
+
+def _euler_share(d: Mapping[str, Any], steps: int) -> str:
+    """Euler's endpoint error over the displacement, in per cent."""
+    known = dict(zip(d.get("euler_steps") or (), d.get("euler_error_trimmed") or (), strict=True))
+    if steps not in known or d["displacement"] < 1e-20:
+        return "–"
+    return f"{100 * known[steps] / math.sqrt(d['displacement']):.3g} %"
 
 
 def timing(result: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -123,7 +123,8 @@ def solve_adaptive(
     Args:
         name: a name of :data:`ADAPTIVE`.
         tolerance: absolute and relative tolerance of one step's error, default 1e-5; at least the resolution of
-            x0's dtype.
+            x0's dtype. Data of spread s stretch by 1/s on their way to the noise, and errors with them: inverting
+            takes a tolerance that is small beside s.
         field: the velocity field, whose calls are counted.
         x0: start, (B, ...), floating point; its dtype is kept.
         times: in either direction.

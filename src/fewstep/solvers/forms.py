@@ -59,9 +59,19 @@ class Schedule:
         self.data = [tuple(c) for c in torch.stack(path.data_coefficients(t), 1).tolist()]
         self.noise = [tuple(c) for c in torch.stack(path.noise_coefficients(t), 1).tolist()]
 
-    def ddim(self, x: Combination, v: Combination, i: int) -> Combination:
-        """``alpha_b m_a + sigma_b e_a`` for step i; on the linear path ``x + (b - a) v``."""
-        alpha, sigma = self.alpha[i + 1], self.sigma[i + 1]
+    def predict_data(self, x: Combination, v: Combination, i: int) -> Combination:
+        """``m = E[x1 | x_t]`` at time ``i`` from the state and the velocity there."""
+        own, other = self.data[i]
+        return own * x + other * v
+
+    def predict_noise(self, x: Combination, v: Combination, i: int) -> Combination:
+        """``e = E[x0 | x_t]`` at time ``i`` from the state and the velocity there."""
+        own, other = self.noise[i]
+        return own * x + other * v
+
+    def ddim(self, x: Combination, v: Combination, i: int, share: float = 1.0) -> Combination:
+        """``alpha_b m_a + share sigma_b e_a`` for step i; on the linear path, all shared, ``x + (b - a) v``."""
+        alpha, sigma = self.alpha[i + 1], share * self.sigma[i + 1]
         (data_x, data_v), (noise_x, noise_v) = self.data[i], self.noise[i]
         own = alpha * data_x + sigma * noise_x
         return (1.0 if abs(own - 1.0) < _ROUNDING else own) * x + (alpha * data_v + sigma * noise_v) * v
@@ -139,8 +149,7 @@ class _Data(Form):
     """``q = m``, ``dw = sigma_b d(alpha / sigma)``, infinite at sigma = 0."""
 
     def quantity(self, x: Combination, v: Combination, i: int) -> Combination:
-        own, other = self.schedule.data[i]
-        return own * x + other * v
+        return self.schedule.predict_data(x, v, i)
 
     def carry(self, i: int) -> float:
         return self.schedule.sigma[i + 1] / self.schedule.sigma[i]
@@ -155,8 +164,7 @@ class _Noise(Form):
     """``q = e``, ``dw = alpha_b d(sigma / alpha)``, infinite at alpha = 0."""
 
     def quantity(self, x: Combination, v: Combination, i: int) -> Combination:
-        own, other = self.schedule.noise[i]
-        return own * x + other * v
+        return self.schedule.predict_noise(x, v, i)
 
     def carry(self, i: int) -> float:
         return self.schedule.alpha[i + 1] / self.schedule.alpha[i]

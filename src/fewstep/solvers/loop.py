@@ -11,7 +11,7 @@ made at once in one block, and each velocity is added to all later ones by one k
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -21,7 +21,7 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.flow.field import Field
 from fewstep.solvers.tables import Table
-from fewstep.solvers.tape import Atom, Combination
+from fewstep.solvers.tape import Atom
 
 CACHED_SHAPES = 8  # batch shapes whose time tensors a plan keeps
 CACHED_NUMBERS = 1 << 20  # larger blocks of times are made anew for every solve
@@ -31,8 +31,14 @@ DENSE_TERMS = 2.0  # mean number of tensor operations a row beyond which it does
 DENSE_SIZE = 16.0  # largest sum of a row's absolute coefficients: beyond, the dense form would lose digits
 
 
+Noise = Callable[[int], Tensor]
+
+
 class Row(NamedTuple):
-    """How a state is formed; slot ``2 j`` holds the state of row j, slot ``2 j + 1`` its velocity."""
+    """How a state is formed.
+
+    Slot ``2 j`` holds the state of row j, slot ``2 j + 1`` its velocity; behind those of all rows come the noises.
+    """
 
     base: int  # the slot the sum starts from
     factor: float  # its coefficient, mostly one
@@ -40,6 +46,7 @@ class Row(NamedTuple):
     free: tuple[int, ...]  # slots nobody needs once this state is formed
     keep: bool  # a later row needs this state itself
     node: bool  # this is a grid time's state
+    draw: tuple[int, ...]  # noises first used in this state
 
 
 class Work(NamedTuple):
@@ -65,23 +72,55 @@ class Plan:
         nodes = {id(node) for node in table.nodes}
         states = [*table.points, table.nodes[-1]]
         assert nodes <= {id(state) for state in states}, "every grid time's state is a row's or the end point"
-        free = _free(states)
-        kept = {slot for state in states[1:] for slot in map(_slot, state.terms)}
+        self.noises = 2 * len(table.points)  # slot of the first noise
+        sums = [[(self._slot(atom), c) for atom, c in state.terms.items() if c] for state in states]
+        free, draw = self._first_and_last(sums)
+        kept = {slot for terms in sums[1:] for slot, _ in terms}
         rows = [
-            Row(*_terms(state), free[j], keep=2 * j in kept, node=j == 0 or id(state) in nodes)
+            Row(*self._terms(sums[j]), free[j], keep=2 * j in kept, node=j == 0 or id(state) in nodes, draw=draw[j])
             for j, state in enumerate(states)
         ]
         self.rows, self.end = tuple(rows[:-1]), rows[-1]
+        noises = 1 + max((k for row in rows for k in row.draw), default=-1)
+        self.slots = self.noises + noises
         self._times: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, int, tuple[Tensor, ...]]] = {}
         self._weights: dict[tuple[torch.dtype, int], tuple[Tensor, tuple[Tensor, ...]]] = {}
         self._work: dict[tuple[torch.Size, torch.dtype], Work] = {}
         self.dense = self._dense_wins()
 
+    def _slot(self, atom: Atom) -> int:
+        kind, j = atom
+        return self.noises + j if kind == "z" else 2 * j + (kind == "v")
+
+    def _terms(self, items: list[tuple[int, float]]) -> tuple[int, float, tuple[tuple[int, float], ...]]:
+        """Base, factor and other terms: states first, and of them those with coefficient one."""
+        assert items, "a state is never empty"
+        first, *others = sorted(items, key=lambda item: (item[0] >= self.noises or item[0] % 2, item[1] != 1.0, item))
+        return *first, tuple(others)
+
+    def _first_and_last(self, sums: list[list[tuple[int, float]]]) -> tuple[list[tuple[int, ...]], ...]:
+        """For every row the slots that no later row uses, and the noises that no earlier row uses."""
+        last: dict[int, int] = {}
+        first: dict[int, int] = {}
+        for j, terms in enumerate(sums):
+            for slot, _ in terms:
+                last[slot] = j
+                if slot >= self.noises:
+                    first.setdefault(slot - self.noises, j)
+        free: list[list[int]] = [[] for _ in sums]
+        draw: list[list[int]] = [[] for _ in sums]
+        for slot, j in last.items():
+            if j > 0:  # row 0 is the start itself
+                free[j].append(slot)
+        for k, j in first.items():
+            draw[j].append(k)
+        return [tuple(slots) for slots in free], [tuple(numbers) for numbers in draw]
+
     def _dense_wins(self) -> bool:
         """Whether small problems run faster, and as accurately, by the table's dense form."""
         rows = [*self.rows[1:], self.end]
         operations = sum(len(row.terms) + (row.factor != 1.0) for row in rows) / len(rows)
-        if operations <= DENSE_TERMS or len(rows) > DENSE_ROWS:
+        if operations <= DENSE_TERMS or len(rows) > DENSE_ROWS or self.table.stochastic:
             return False
         a, b = self.table.dense
         return bool((np.abs(a) + np.abs(b).sum(1)).max() <= DENSE_SIZE)
@@ -138,21 +177,45 @@ class Plan:
 
 
 def run(
-    plan: Plan, field: Field, x0: Tensor, cond: Mapping[str, Any], *, trajectory: bool = False
+    plan: Plan,
+    field: Field,
+    x0: Tensor,
+    cond: Mapping[str, Any],
+    *,
+    trajectory: bool = False,
+    noise: Noise | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a plan from ``x0``; return the end point and, if asked, the states at the grid's times.
 
+    ``noise(k)`` gives the stochastic solvers' noise number k, like ``x0``.
     A state that a network has seen is never changed: it may return its own input, or a caller may keep it.
     """
     if plan.dense and not torch.is_grad_enabled() and _small(plan, x0):
         return _run_dense(plan, field, x0, cond, trajectory)
+    times = plan.times(x0.shape[0], x0.dtype, x0.device)
+    return run_terms(plan.rows, plan.end, plan.slots, field, x0, times, cond, trajectory, noise)
+
+
+def run_terms(
+    rows: tuple[Row, ...],
+    last: Row,
+    slots: int,
+    field: Field,
+    x0: Tensor,
+    times: tuple[Tensor, ...],
+    cond: Mapping[str, Any],
+    trajectory: bool = False,
+    noise: Noise | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`run` term by term, on any device and in any dtype, with or without gradients."""
     dtype = x0.dtype
-    kept: list[Any] = [None] * (2 * len(plan.rows))
+    kept: list[Any] = [None] * slots
     path: list[Tensor] = []
-    x, slot = x0, 0
-    times = plan.times(x0.shape[0], dtype, x0.device)
-    for (base, factor, terms, free, keep, node), t in zip(plan.rows, times, strict=True):
+    x, slot, noises = x0, 0, 2 * len(rows)
+    for (base, factor, terms, free, keep, node, draw), t in zip(rows, times, strict=True):
         if slot:
+            for k in draw:
+                kept[noises + k] = _drawn(noise, k)
             x = _form(kept, base, factor, terms, free)
         if keep:
             kept[slot] = x
@@ -164,7 +227,9 @@ def run(
         kept[slot + 1] = velocity
         del velocity  # the next call must not find it alive where no later row needs it
         slot += 2
-    x = _form(kept, *plan.end[:4])
+    for k in last.draw:
+        kept[noises + k] = _drawn(noise, k)
+    x = _form(kept, last.base, last.factor, last.terms, last.free)
     if trajectory:
         path.append(x)
     return x, path
@@ -223,6 +288,11 @@ def _form(
     return x
 
 
+def _drawn(noise: Noise | None, k: int) -> Tensor:
+    assert noise is not None, "a stochastic plan needs noise"
+    return noise(k)
+
+
 def _like(velocity: Any, x: Tensor) -> Tensor:
     """A velocity in its state's dtype; refuses what is no velocity."""
     if not isinstance(velocity, Tensor):
@@ -236,33 +306,3 @@ def _like(velocity: Any, x: Tensor) -> Tensor:
             "a velocity must have its input's shape."
         )
     return velocity if velocity.dtype is x.dtype else velocity.to(x.dtype)
-
-
-def _slot(atom: Atom) -> int:
-    kind, j = atom
-    return 2 * j if kind == "y" else 2 * j + 1
-
-
-def _terms(state: Combination) -> tuple[int, float, tuple[tuple[int, float], ...]]:
-    """Base, factor and other terms: states before velocities, those with coefficient one before others."""
-    items = sorted(
-        (kind == "v", coefficient != 1.0, j, coefficient)
-        for (kind, j), coefficient in state.terms.items()
-        if coefficient
-    )
-    assert items, "a state is never empty"
-    (first, *others) = [(2 * j + velocity, coefficient) for velocity, _, j, coefficient in items]
-    return *first, tuple(others)
-
-
-def _free(states: list[Combination]) -> list[tuple[int, ...]]:
-    """For every row the slots that no later row uses."""
-    last: dict[int, int] = {}
-    for j, state in enumerate(states):
-        for slot in map(_slot, state.terms):
-            last[slot] = j
-    free: list[list[int]] = [[] for _ in states]
-    for slot, j in last.items():
-        if j > 0:  # row 0 is the start itself
-            free[j].append(slot)
-    return [tuple(slots) for slots in free]

@@ -26,7 +26,7 @@ from fewstep.flow.paths import AffinePath
 from fewstep.solvers.forms import Form, Schedule
 from fewstep.solvers.tape import Combination, Solver, Tape
 
-_APART = 1e-4  # nodes nearer than this share of the step would be weighed by its inverse
+APART = 1e-4  # nodes nearer than this share of the step would be weighed by its inverse
 
 Rule = Callable[[Form, int, int], list[float]]  # (form, step, number of nodes) -> the moments to match
 
@@ -129,7 +129,7 @@ class _Step:
         kept, newest = [], 0.0
         for z, value in past:
             (r,) = self._ratios([z])
-            if abs(r - newest) > _APART:
+            if abs(r - newest) > APART:
                 kept.append((z, value))
                 newest = r
         return kept

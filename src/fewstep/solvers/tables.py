@@ -5,10 +5,11 @@ every explicit fixed-step solver is a list of rows
 
     y_j = sum_i a_ji y_i + sum_k b_jk v_k   (i, k < j),      v_j = v(y_j, t_j),
 
-with ``y_0 = x_0`` and an end point of the same form. The table is computed in float64 by running the solver's
-own formulas once on a :class:`~fewstep.solvers.tape.Tape`, which records the linear combinations instead of
-evaluating a network. NFE is the number of rows. Substituting earlier states gives the dense lower-triangular form
-over ``(x_0, v_0, v_1, …)`` (:meth:`Table.dense`), in which equal solvers are equal matrices.
+with ``y_0 = x_0`` and an end point of the same form; stochastic solvers add ``sum_l c_jl z_l``, ``z_l ~ N(0, I)``. The
+table is computed in float64 by running the solver's own formulas once on a :class:`~fewstep.solvers.tape.Tape`, which
+records the linear combinations instead of evaluating a network. NFE is the number of rows. Substituting earlier states
+gives the dense lower-triangular form over ``(x_0, v_0, v_1, …)`` (:meth:`Table.dense`), in which equal solvers are
+equal matrices.
 
 Names: a number is how many values the predictor uses; ``-rho`` and ``-t`` name the variable of the polynomial where
 it is not the usual one (``t`` for DEIS, ``lambda`` for UniPC), ``-bh1`` UniPC's other B, ``-reference`` the form
@@ -32,6 +33,7 @@ from fewstep.flow.paths import AffinePath, Linear
 from fewstep.solvers.forms import DataInLambda, DataInTime, NoiseInRho, NoiseInTime, VelocityInTime
 from fewstep.solvers.multistep import Multistep, bh1, bh2, without_two
 from fewstep.solvers.runge_kutta import RungeKutta
+from fewstep.solvers.stochastic import Ancestral, EulerMaruyama, StochasticMultistep
 from fewstep.solvers.tape import Combination, Solver, Tape
 
 
@@ -61,18 +63,41 @@ class Table:
         Returns:
             ``a`` of shape (J + 1,) and ``b`` of shape (J + 1, J), float64, ``b`` strictly lower triangular.
         """
+        a, b, _ = self._matrices
+        return a, b
+
+    @cached_property
+    def noise(self) -> np.ndarray:
+        """``c`` of shape (J + 1, K): what stochastic solvers add to the dense form, ``sum_l c_jl z_l``."""
+        return self._matrices[2]
+
+    @cached_property
+    def stochastic(self) -> bool:
+        """Whether any state has fresh noise in it."""
+        return any(kind == "z" for state in self._states for kind, _ in state.terms)
+
+    @property
+    def _states(self) -> list[Combination]:
+        return [*self.points, self.nodes[-1]]
+
+    @cached_property
+    def _matrices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         rows = len(self.times)
-        a, b = np.zeros(rows + 1), np.zeros((rows + 1, rows))
-        for j, combination in enumerate([*self.points, self.nodes[-1]]):
-            for (kind, i), coefficient in combination.terms.items():
+        noises = 1 + max((i for state in self._states for kind, i in state.terms if kind == "z"), default=-1)
+        a, b, c = np.zeros(rows + 1), np.zeros((rows + 1, rows)), np.zeros((rows + 1, noises))
+        for j, state in enumerate(self._states):
+            for (kind, i), coefficient in state.terms.items():
                 if kind == "v":
                     b[j, i] += coefficient
+                elif kind == "z":
+                    c[j, i] += coefficient
                 elif i == j:
                     a[j] += coefficient  # row 0 is x_0 itself
                 else:
                     a[j] += coefficient * a[i]
                     b[j] += coefficient * b[i]
-        return a, b
+                    c[j] += coefficient * c[i]
+        return a, b, c
 
 
 LINEAR = Linear()
@@ -103,40 +128,49 @@ SOLVERS: dict[str, Solver] = {
     "unipc1-t": Multistep(DataInTime, values=1, order=2, corrector=True),
     "unipc2-t": Multistep(DataInTime, values=2, order=3, corrector=True),
     "unipc3-t": Multistep(DataInTime, values=3, order=4, corrector=True),
+    "dpm++sde": StochasticMultistep(),
+    "sde": EulerMaruyama(1.0),
 }
 
-VALUED: dict[str, Callable[[float], Solver]] = {}  # solvers that take a value, as in ``name:value``
+VALUED: dict[str, Callable[[float], Solver]] = {"ddim": Ancestral, "sde": EulerMaruyama}  # as ``name:value``
+
+EXAMPLES = {"ddim": "ddim:0.5", "sde": "sde:1", "dopri5": "dopri5:1e-5", "rk45": "rk45:1e-5"}
+ADAPTIVE_NAMES = ("dopri5", "rk45")  # of fewstep.solvers.adaptive: what has no table
 
 
 def find_solver(name: str) -> Solver:
     """Look a solver up by its name, or ``name:value`` (``ddim:0.5``) where the name is in :data:`VALUED`.
 
     Raises:
-        UserError: unknown name; a value that is no number, out of range, or given to a solver that takes none.
+        UserError: unknown name; an adaptive solver, which has no table; a value that is no number, out of range, or
+            given to a solver that takes none.
     """
-    word, colon, value = name.partition(":") if isinstance(name, str) else ("", "", "")
-    if word not in SOLVERS:
-        raise unknown("solver", name, SOLVERS)
-    return VALUED[word](_value(name, word, value)) if colon and _takes_value(name, word) else SOLVERS[word]
+    word, value = solver_words(name)
+    if word in ADAPTIVE_NAMES:
+        raise UserError(
+            f"solver {word!r} chooses its own steps, so it has no table and no fixed number of network calls: "
+            "name a fixed-step solver here ('rk4')."
+        )
+    return SOLVERS[word] if value is None else VALUED[word](value)
 
 
-def _takes_value(name: str, word: str) -> bool:
-    if word in VALUED:
-        return True
-    raise UserError(
-        f"solver {word!r} takes no value, got {name!r}: write {word!r}. With a value: {', '.join(sorted(VALUED))}."
-    )
-
-
-def _value(name: str, word: str, text: str) -> float:
-    """The number after the colon."""
+def solver_words(name: str) -> tuple[str, float | None]:
+    """Split ``name`` or ``name:value``, adaptive solvers included (``rk45:1e-4``); refuse what is neither."""
+    word, colon, text = name.partition(":") if isinstance(name, str) else ("", "", "")
+    if word not in SOLVERS and word not in ADAPTIVE_NAMES:
+        raise unknown("solver", name, [*SOLVERS, *ADAPTIVE_NAMES])
+    if not colon:
+        return word, None
+    valued = sorted([*VALUED, *ADAPTIVE_NAMES])
+    if word not in valued:
+        raise UserError(f"solver {word!r} takes no value, got {name!r}: write {word!r}. With one: {', '.join(valued)}.")
     try:
         value = float(text)
     except ValueError as error:
-        raise UserError(f"solver {name!r}: {text!r} is not a number. Write for example '{word}:0.5'.") from error
-    if not (math.isfinite(value) and value >= 0.0):
-        raise UserError(f"solver {name!r}: the value must be a finite number from 0 up.")
-    return value
+        raise UserError(f"solver {name!r}: {text!r} is not a number. Write for example {EXAMPLES[word]!r}.") from error
+    if not math.isfinite(value):
+        raise UserError(f"solver {name!r}: the value must be finite.")
+    return word, value
 
 
 def table(solver: str, grid: Grid, path: AffinePath = LINEAR) -> Table:

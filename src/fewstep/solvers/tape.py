@@ -1,4 +1,4 @@
-"""What every solver is written with: linear combinations of states and velocities, and the tape recording them.
+"""What every solver is written with: linear combinations of states, velocities and noise, and the tape recording them.
 
 A solver's formulas are run once on a :class:`Tape`, which hands out atoms instead of evaluating a network; see
 :mod:`fewstep.solvers.tables` for the result.
@@ -13,13 +13,14 @@ from typing import final
 from fewstep.flow.grids import Grid
 from fewstep.flow.paths import AffinePath
 
-Atom = tuple[str, int]  # ("y", j): the state of row j; ("v", j): the velocity evaluated there
+# ("y", j): the state of row j; ("v", j): the velocity evaluated there; ("z", k): fresh noise number k, N(0, I)
+Atom = tuple[str, int]
 
 
 @final
 @dataclass(frozen=True)
 class Combination:
-    """A linear combination of states and velocities: ``terms`` maps each atom to its coefficient."""
+    """A linear combination of states, velocities and noise: ``terms`` maps each atom to its coefficient."""
 
     terms: dict[Atom, float]
 
@@ -45,6 +46,7 @@ class Tape:
     def __init__(self) -> None:
         self.points: list[Combination] = []
         self.times: list[float] = []
+        self.noises = 0
 
     def evaluate(self, point: Combination, t: float) -> tuple[Combination, Combination]:
         """Record a network call at ``(point, t)``; return the state and the velocity as new atoms."""
@@ -53,6 +55,11 @@ class Tape:
         self.times.append(float(t))
         return Combination({("y", j): 1.0}), Combination({("v", j): 1.0})
 
+    def noise(self) -> Combination:
+        """Fresh noise N(0, I), independent of all else, as a new atom."""
+        self.noises += 1
+        return Combination({("z", self.noises - 1): 1.0})
+
 
 class Solver(ABC):
     """A fixed-step solver: formulas that can be run on a tape.
@@ -60,12 +67,15 @@ class Solver(ABC):
     Attributes:
         order: order of convergence on smooth fields, away from singular ends and after start-up.
         b: weights of a step's calls on a constant field; they sum to one.
-        stochastic: whether its steps add fresh noise.
     """
 
     order: int
     b: tuple[float, ...]
-    stochastic: bool = False
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether its steps add fresh noise."""
+        return False
 
     @property
     def calls(self) -> int:

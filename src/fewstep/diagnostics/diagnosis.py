@@ -1,0 +1,146 @@
+"""The result of a diagnosis: numbers, the grids made from them, and the error they predict."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+
+from fewstep.diagnostics.sensitivity import interpolated
+from fewstep.errors import UserError
+from fewstep.flow.grids import Grid, check_steps, check_times
+
+FLOOR = 0.02  # smallest local error a grid is built for, as a share of the largest
+WEIGHTED_FLOOR = 1e-4  # of the weighted error, whose range is wide: for a Gaussian of width s it is 1 : s^4
+
+
+@final
+@dataclass(frozen=True)
+class Diagnosis:
+    """What :func:`~fewstep.diagnostics.diagnose.diagnose` measures; arrays run over ``times`` unless said.
+
+    Sums run over dimensions: divide an RMS by ``sqrt(dimensions)`` for its value per dimension. What was not measured
+    is None.
+
+    Attributes:
+        straightness: S, summed over dimensions.
+        straightness_error: its standard error.
+        relative_straightness: ``S / E|Z_1 - Z_0|^2``.
+        displacement: ``E|Z_1 - Z_0|^2``.
+        one_step_gap: RMS over samples of ``|Z_0 + v(Z_0, 0) - Z_1|``.
+        relative_gap: the gap over the root of the displacement.
+        path_length_ratio: mean length of the trajectory over that of its chord (1: geometrically straight).
+        times: nodes of the measurement, (N + 1,): ends and middles of panels, denser where the velocity changes fast.
+        deviation: ``E|(Z_1 - Z_0) - v|^2`` at every node; its integral is S.
+        deviation_error: its standard error.
+        curvature: RMS of ``|Z''|`` at every node.
+        curvature_error: its standard error.
+        normal_curvature: RMS of the normal part of ``Z''``.
+        normal_curvature_error: its standard error.
+        local_error: RMS error of an Euler step per ``h^2``: ``|Z''| / 2``.
+        doubling_error: the same without derivatives: ``2 |two half steps - one step| / h^2``, h to the next node.
+        weighted_error: the local error carried to t = 1: RMS of ``|Φ(1, t) Z''| / 2``.
+        unit_error: RMS of ``|e(1)|``: Euler's endpoint error with N steps tends to ``unit_error / N``.
+        unit_error_trimmed: the same without the 5 % largest samples.
+        euler_steps: numbers of steps with which Euler's method was run.
+        euler_error: RMS of ``|error|`` at t = 1, for every one of them.
+        euler_error_trimmed: the same without the 5 % largest samples.
+        stiffness_times: where eigenvalues λ of ``∂v/∂x`` were taken.
+        stiffness: mean over samples of the largest ``|λ|`` at ``stiffness_times``.
+        stiffness_error: its standard error.
+        contraction: mean over samples of the smallest real part (negative: trajectories come together).
+        expansion: mean over samples of the largest real part (positive: they go apart).
+        derivatives: how derivatives were taken (``forward``, ``double_vjp``, ``finite_difference``).
+        samples: noises measured.
+        derivative_samples: those of them that derivatives were taken for.
+        stiffness_samples: those of them that eigenvalues were taken for.
+        dimensions: of one sample.
+        nfe: network evaluations per sample spent, a derivative counted as the calls it makes.
+        solver: how the trajectories were solved.
+    """
+
+    straightness: float
+    straightness_error: float
+    relative_straightness: float
+    displacement: float
+    one_step_gap: float
+    relative_gap: float
+    path_length_ratio: float
+    times: np.ndarray
+    deviation: np.ndarray
+    deviation_error: np.ndarray
+    curvature: np.ndarray
+    curvature_error: np.ndarray
+    normal_curvature: np.ndarray
+    normal_curvature_error: np.ndarray
+    local_error: np.ndarray
+    doubling_error: np.ndarray
+    weighted_error: np.ndarray | None
+    unit_error: float | None
+    unit_error_trimmed: float | None
+    euler_steps: np.ndarray | None
+    euler_error: np.ndarray | None
+    euler_error_trimmed: np.ndarray | None
+    stiffness_times: np.ndarray | None
+    stiffness: np.ndarray | None
+    stiffness_error: np.ndarray | None
+    contraction: np.ndarray | None
+    expansion: np.ndarray | None
+    derivatives: str
+    samples: int
+    derivative_samples: int
+    stiffness_samples: int
+    dimensions: int
+    nfe: int
+    solver: str
+
+    def grid(self, steps: int, weighted: bool = False) -> Grid:
+        """Times that give every Euler step the same local error.
+
+        The step density is proportional to ``local_error^(1/2)`` (floored at 2 % of its largest value), which
+        minimises the sum of the local errors for a given number of steps. Weighted, it is ``weighted_error^(1/2)``
+        (floored at .01 % of its largest value), and the least sum is that of the errors as they arrive at t = 1.
+
+        Raises:
+            UserError: steps below 1; weighted, where no sensitivity was measured.
+        """
+        steps = check_steps(steps)
+        error, floor = self.local_error, FLOOR
+        if weighted:
+            if self.weighted_error is None:
+                raise UserError(
+                    "this diagnosis has no weighted error: it was made with sensitivity=False, or the network lets no "
+                    "gradient through to its input. Leave weighted out, or diagnose again."
+                )
+            error, floor = self.weighted_error, WEIGHTED_FLOOR
+        density = np.sqrt(np.maximum(error, floor * max(error.max(), 1e-12)))
+        mass = np.concatenate([[0.0], np.cumsum((density[1:] + density[:-1]) / 2 * np.diff(self.times))])
+        inner = np.interp(np.arange(1, steps) / steps * mass[-1], mass, self.times)
+        times = (0.0, *(float(t) for t in inner), 1.0)
+        check_times(times)
+        return times
+
+    def predicted_error(self, steps: int, trimmed: bool = True) -> float:
+        """Endpoint error of Euler's method on ``steps`` equal steps: RMS over samples of ``|error|``.
+
+        ``N error`` is interpolated in 1/N between the runs at ``euler_steps`` and their limit ``unit_error``. The limit
+        alone is first order in 1/N, which is not enough where the velocity changes within one step.
+
+        Args:
+            steps: N.
+            trimmed: without the 5 % largest samples, whose trajectories part ways with Euler's altogether.
+
+        Raises:
+            UserError: steps below 1; no sensitivity was measured.
+        """
+        steps = check_steps(steps)
+        unit = self.unit_error_trimmed if trimmed else self.unit_error
+        known = self.euler_error_trimmed if trimmed else self.euler_error
+        if unit is None or known is None or self.euler_steps is None:
+            raise UserError("this diagnosis predicts no error: it was made with sensitivity=False.")
+        return interpolated(steps, unit, self.euler_steps, known)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}

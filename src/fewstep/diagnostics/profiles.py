@@ -1,0 +1,201 @@
+r"""Trajectories on a grid of panels, and what is measured at their nodes.
+
+A *panel* ``[a, b]`` is two RK4 steps of half its width; its nodes are ``a``, its middle ``m`` and ``b``, and Simpson's
+rule integrates over it. At every node the acceleration is a directional derivative, ``x'' = ∂_t v + (∂_x v) v``.
+
+A panel is halved while it does not resolve the acceleration. From velocities and accelerations at its ends, the cubic
+through them has in the middle the derivative
+
+    3 (v_b - v_a) / (2 H) - (x''_a + x''_b) / 4,
+
+which differs from the acceleration measured there by O(H^4); and ``x_b - x_a`` differs from the integral of the
+velocity by O(H^5). Both are compared, in RMS over a few pilot trajectories, with the whole change of velocity
+``∫ |x''| dt``. Data of width s bend every path within a time s next to t = 1: panels there become as short as s, and no
+others do.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.derivatives import Derivative
+from fewstep.flow.field import Field
+
+TOLERANCE = 5e-4  # of a panel, as a share of the whole change of velocity
+LEAST_CHANGE = 1e-3  # the whole change of velocity counts as at least this share of the velocity
+SHORTEST = 2.0**-14  # panel; single precision tells its nodes apart
+MOST = 4  # times as many panels as at the start
+
+
+@final
+class RowCount(Field):
+    """Count network evaluations of single samples: calls times rows."""
+
+    def __init__(self, field: Field) -> None:
+        self.field = field
+        self.rows = 0
+
+    @property
+    def calls(self) -> int:  # type: ignore[override]
+        """Those of the field."""
+        return self.field.calls
+
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        before = self.field.calls
+        v = self.field(x, t, **cond)
+        self.rows += (self.field.calls - before) * len(x)
+        return v.to(x.dtype)
+
+
+@final
+@dataclass(frozen=True)
+class Path:
+    """Trajectories at ``times``; lists run over the nodes.
+
+    Attributes:
+        times: (N + 1,).
+        states: (B, ...) each.
+        velocities: (B, ...) each.
+        accelerations: of the first rows, (R, ...) each.
+        doubled: ``(v(x + h/2 v, t + h/2) - v) / h``, (B, ...) each: twice the difference between two half Euler
+            steps and one of length h, over h^2. ``h`` is the step to the next node (to the one before, at the end).
+    """
+
+    times: np.ndarray
+    states: list[Tensor]
+    velocities: list[Tensor]
+    accelerations: list[Tensor]
+    doubled: list[Tensor]
+
+
+def at(t: float, x: Tensor) -> Tensor:
+    """One time for all rows, (B,)."""
+    return x.new_full((len(x),), t)
+
+
+def rows(cond: Mapping[str, Any], part: slice) -> dict[str, Any]:
+    """The conditions of some samples; what is no tensor belongs to all of them."""
+    return {name: value[part] if isinstance(value, Tensor) else value for name, value in cond.items()}
+
+
+@torch.no_grad()
+def follow(
+    field: Field, derivative: Derivative, x: Tensor, times: np.ndarray, cond: Mapping[str, Any], derived: int
+) -> Path:
+    """RK4 from node to node; the acceleration of the first ``derived`` rows at every node."""
+    path = Path(times, [], [], [], [])
+    few = rows(cond, slice(0, derived))
+    for k, t in enumerate(map(float, times)):
+        v = field(x, at(t, x), **cond)
+        _refuse_infinite(v, t)
+        path.states.append(x)
+        path.velocities.append(v)
+        if derived:
+            head = x[:derived]
+            _, a = derivative(head, at(t, head), v[:derived], torch.ones_like(at(t, head)), **few)
+            path.accelerations.append(a.to(x.dtype))
+        last = k == len(times) - 1
+        h = float(times[k] - times[k - 1]) if last else float(times[k + 1] - t)
+        middle = at(t - h / 2 if last else t + h / 2, x)
+        k2 = field(x.add(v, alpha=-h / 2 if last else h / 2), middle, **cond)
+        path.doubled.append((v - k2 if last else k2 - v) / h)
+        if not last:
+            k3 = field(x.add(k2, alpha=h / 2), middle, **cond)
+            k4 = field(x.add(k3, alpha=h), at(float(times[k + 1]), x), **cond)
+            x = x.add(v + 2 * (k2 + k3) + k4, alpha=h / 6)
+    return path
+
+
+def _refuse_infinite(v: Tensor, t: float) -> None:
+    if not bool(torch.isfinite(v).all()):
+        raise UserError(
+            f"the network's velocity is NaN or infinite at t = {t:g} on its own trajectories: nothing can "
+            "be measured there. Check the network's weights, its conditions and the scale of the start."
+        )
+
+
+def with_middles(edges: np.ndarray) -> np.ndarray:
+    """Ends and middles of panels, in order."""
+    times = np.empty(2 * len(edges) - 1)
+    times[::2], times[1::2] = edges, (edges[1:] + edges[:-1]) / 2
+    return times
+
+
+def resolved_times(field: Field, derivative: Derivative, x: Tensor, cond: Mapping[str, Any], panels: int) -> np.ndarray:
+    """Nodes that resolve the acceleration of these trajectories: see the module's docstring.
+
+    Every pass starts again at the first panel that was halved; at most ``MOST`` times the panels are made.
+    """
+    edges, done = np.linspace(0.0, 1.0, panels + 1), np.empty(0)
+    scale = None
+    while True:
+        path = follow(field, derivative, x, with_middles(edges), cond, len(x))
+        scale = _scale(path) if scale is None else scale
+        defect = _defects(path)
+        bad = ~(defect <= TOLERANCE * scale) & (np.diff(edges) > 1.5 * SHORTEST)
+        room = MOST * panels - len(done) - len(bad)
+        if bad.sum() > room:
+            bad &= defect >= np.sort(defect[bad])[::-1][max(room, 1) - 1]
+        if room <= 0 or not bad.any():
+            return with_middles(np.concatenate([done, edges]))
+        first = int(np.argmax(bad))
+        x, done = path.states[2 * first], np.concatenate([done, edges[:first]])
+        middles = ((edges[1:] + edges[:-1]) / 2)[bad]
+        edges = np.sort(np.concatenate([edges[first:], middles]))
+
+
+def _defects(path: Path) -> np.ndarray:
+    """How far each panel is from resolving the acceleration, as a change of velocity, RMS over samples."""
+    found = []
+    for k in range(0, len(path.times) - 1, 2):
+        width = float(path.times[k + 2] - path.times[k])
+        (v0, v1, v2), (a0, a1, a2) = path.velocities[k : k + 3], path.accelerations[k : k + 3]
+        bend = 1.5 * (v2 - v0) - width * ((a0 + a2) / 4 + a1)
+        drift = (path.states[k + 2] - path.states[k]) / width - (v0 + 4 * v1 + v2) / 6
+        found.append(max(_rms(bend), _rms(drift)))
+    return np.array(found)
+
+
+def _scale(path: Path) -> float:
+    """``∫ |x''| dt``, at least a small share of the velocity."""
+    change = float(simpson_weights(path.times) @ [_rms(a) for a in path.accelerations])
+    return max(change, LEAST_CHANGE * max(_rms(v) for v in path.velocities), 1e-30)
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.flatten(1).double().square().sum(1).mean().sqrt())
+
+
+def simpson_weights(times: np.ndarray) -> np.ndarray:
+    """Weights of Simpson's rule on panels whose ends and middles are ``times``."""
+    weights = np.zeros(len(times))
+    for k in range(0, len(times) - 1, 2):
+        weights[k : k + 3] += (times[k + 2] - times[k]) / 6 * np.array([1.0, 4.0, 1.0])
+    return weights
+
+
+def root_mean(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Root of the mean over samples (M, …), and its standard error by the delta method, ``se(m) / (2 sqrt(m))``."""
+    root = np.sqrt(squares.mean(0))
+    return root, standard_error(squares) / np.maximum(2 * root, 1e-150)
+
+
+def standard_error(values: np.ndarray) -> np.ndarray:
+    """Of the mean over samples (M, …); NaN for one sample."""
+    if len(values) < 2:
+        return np.full(values.shape[1:], np.nan)
+    return np.asarray(values.std(0, ddof=1) / np.sqrt(len(values)))
+
+
+def pieces(total: int, size: int) -> list[slice]:
+    """Slices of at most ``size`` rows."""
+    cuts = [*range(0, total, size), total]
+    return [slice(a, b) for a, b in itertools.pairwise(cuts)]

@@ -1,0 +1,58 @@
+"""Which solver, grid and number of steps a model is sampled with, from what the user said and what the model is."""
+
+from __future__ import annotations
+
+from fewstep.diagnostics.tune import KINDS
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Facts, require_independent
+from fewstep.flow.grids import GridSpec, explicit_times
+from fewstep.generator.config import Config
+from fewstep.generator.folder import words
+from fewstep.solvers.tables import ADAPTIVE_NAMES, find_solver
+
+TUNED_CALLS = 8  # network evaluations of a tuned sampler when the user names no number
+
+
+def choose(
+    config: Config, name: str, solver: str | None, grid: GridSpec | None, steps: int | None
+) -> tuple[str, GridSpec, int | None]:
+    """The solver, grid and steps to use; None steps where the grid or the solver settles them.
+
+    Raises:
+        UserError: what the model cannot be sampled with: step counts a map was not made for, a grid for a solver that
+            finds its own, times that do not run from noise to data, a stochastic solver after a dependent coupling.
+    """
+    if config.kind == "map":
+        return _of_map(config, name, solver, grid, steps)
+    solver, chosen = config.solver if solver is None else solver, config.grid if grid is None else grid
+    if solver in KINDS:
+        if grid is not None:
+            raise UserError(f"solver {solver!r} finds its own grid: leave grid out, or name a solver.")
+        return solver, "uniform", TUNED_CALLS if steps is None else steps
+    adaptive = isinstance(solver, str) and solver.partition(":")[0] in ADAPTIVE_NAMES
+    if not adaptive and find_solver(solver).stochastic and config.coupling:
+        require_independent(Facts(**config.coupling), f"solver {solver!r}")
+    times = explicit_times(chosen)
+    if times is None:
+        return solver, chosen, steps if adaptive or steps is not None else config.default_steps
+    if (times[0], times[-1]) != (0.0, 1.0):
+        raise UserError(
+            f"a grid for sampling runs from 0 (noise) to 1 (data), and this one from {times[0]:g} to "
+            f"{times[-1]:g}: write for example '0,0.2,1'. For a part of the way there is fs.solve."
+        )
+    return solver, chosen, steps
+
+
+def _of_map(
+    config: Config, name: str, solver: str | None, grid: GridSpec | None, steps: int | None
+) -> tuple[str, GridSpec, int]:
+    """A map has its own sampler, for the steps it was made for."""
+    allowed = config.steps or (1,)
+    if steps is not None and steps not in allowed:
+        raise UserError(
+            f"{name!r} was made for {words(allowed)} step(s), not {steps}: leave steps out, or "
+            "sample the flow it was distilled from."
+        )
+    if solver not in (None, "euler") or grid not in (None, "uniform"):
+        raise UserError(f"{name!r} is a map with its own sampler: leave solver and grid out.")
+    return "euler", "uniform", config.default_steps if steps is None else steps

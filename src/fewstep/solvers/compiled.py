@@ -1,0 +1,79 @@
+"""The loop as one compiled program: its steps unrolled, the network's layers fused with them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from types import CodeType, FunctionType, MethodType
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.field import CountedField, Field, Guided
+from fewstep.solvers.loop import Plan, run_terms
+
+BACKEND = "inductor"
+
+Program = Callable[..., tuple[Tensor, list[Tensor]]]
+
+# A plan's programs, by network: neither is kept alive by being here.
+_programs: WeakKeyDictionary[Plan, WeakKeyDictionary[Any, Program]] = WeakKeyDictionary()
+
+
+def run_compiled(
+    plan: Plan, field: Field, x0: Tensor, cond: Mapping[str, Any], *, trajectory: bool = False
+) -> tuple[Tensor, list[Tensor]]:
+    """:func:`fewstep.solvers.loop.run` under ``torch.compile``, to rounding.
+
+    Raises:
+        UserError: a stochastic plan; no compiler; a network that cannot be compiled.
+    """
+    if plan.table.stochastic:
+        raise UserError(f"compile=True cannot draw the noise of {plan.table.solver!r}: leave compile out.")
+    times = plan.times(x0.shape[0], x0.dtype, x0.device)
+    # a field with its count at zero: the program is made for the numbers it finds in it
+    counted = copy.copy(field)
+    counted.calls = 0
+    try:
+        result = _program(plan, field)(counted, x0, times, dict(cond), trajectory)
+    except Exception as error:
+        if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            first = str(error).strip().splitlines()[0]
+            raise UserError(f"the solve could not be compiled ({first}): leave compile out.") from error
+        raise
+    field.calls += counted.calls
+    return result
+
+
+def _program(plan: Plan, field: Field) -> Program:
+    owner: Any = field.velocity if isinstance(field, (CountedField, Guided)) else field
+    if isinstance(owner, MethodType):  # a bound method is made anew whenever it is asked for
+        owner = owner.__self__
+    programs = _programs.setdefault(plan, WeakKeyDictionary())
+    try:
+        found = programs.get(owner)
+    except TypeError as error:
+        raise UserError(
+            f"compile=True remembers its work by the network, and a {type(owner).__name__} cannot be remembered: wrap "
+            "it in a function."
+        ) from error
+    if found is None:
+        found = programs[owner] = _compile(plan)
+    return found
+
+
+def _compile(plan: Plan) -> Program:
+    rows, end, slots = plan.rows, plan.end, plan.slots
+
+    def program(
+        field: Field, x0: Tensor, times: tuple[Tensor, ...], cond: dict[str, Any], trajectory: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        return run_terms(rows, end, slots, field, x0, times, cond, trajectory)
+
+    # what torch keeps of a program it keeps by its code object, in a small number of variants: each has its own
+    code: CodeType = program.__code__.replace()
+    own = FunctionType(code, program.__globals__, closure=program.__closure__)
+    return torch.compile(own, dynamic=False, backend=BACKEND)
