@@ -43,7 +43,7 @@ def q(d: Diagnosis, s: float) -> np.ndarray:
 def test_straightness_of_a_gaussian_flow_is_two_less_half_pi_times_its_stds(stds: tuple[float, ...]) -> None:
     """S = (2 - pi/2) sum s, whatever the mean."""
     flow, x0 = gaussian(1.3, *stds), standardised(64, len(stds))
-    d = fs.diagnose(flow.velocity, x0, **PLAIN)
+    d = fs.diagnose(flow.velocity, x0, nodes=32, **PLAIN)
     assert d.straightness == pytest.approx((2 - math.pi / 2) * sum(stds), rel=2e-3)
     assert d.straightness == pytest.approx(flow.straightness(), rel=2e-3)
 
@@ -53,7 +53,7 @@ def test_straightness_of_a_correlated_coupling_is_its_closed_form() -> None:
     x0, previous = standardised(64, 2), math.inf
     for rho in (-0.5, 0.0, 0.5, 0.9, 1.0):
         flow = closed_form.coupled_gaussian(0.5, 0.7, rho, shape=(2,))
-        d = fs.diagnose(flow.velocity, x0, **PLAIN)
+        d = fs.diagnose(flow.velocity, x0, nodes=32, **PLAIN)
         expected = 2 * 0.7 * (2 * (1 - rho) - math.sqrt(1 - rho**2) * math.acos(rho))
         assert d.straightness == pytest.approx(expected, rel=2e-3, abs=1e-10)
         assert d.straightness < previous
@@ -283,11 +283,11 @@ def test_standard_errors_are_the_spread_over_seeds() -> None:
 @pytest.mark.parametrize("s", [0.3, 1.0])
 def test_step_doubling_finds_the_local_error_to_first_order(s: float) -> None:
     gaps = []
-    for nodes in (16, 32, 64, 128):
+    for nodes in (16, 32, 64):
         d = fs.diagnose(gaussian(0.1, s).velocity, standardised(16, 1), nodes=nodes, adaptive=False, **PLAIN)
         gaps.append(np.abs(d.doubling_error - d.local_error).max() / d.local_error.max())
-    assert gaps[-1] < 0.02
-    assert [math.log2(a / b) for a, b in itertools.pairwise(gaps)] == pytest.approx([1, 1, 1], abs=0.25)
+    assert gaps[-1] < 0.03
+    assert [math.log2(a / b) for a, b in itertools.pairwise(gaps)] == pytest.approx([1, 1], abs=0.25)
 
 
 def test_a_network_without_derivatives_is_measured_by_differences() -> None:

@@ -24,7 +24,7 @@ from fewstep.methods.registry import METHODS
 from fewstep.networks import build, resolve
 from fewstep.pipeline.compare import compare
 from fewstep.report import scatter_sheet, sheet, write_report, write_sheet
-from fewstep.report.curves import read_statistics, smoothed
+from fewstep.report.curves import error_curves, read_statistics, smoothed
 from fewstep.report.drawing import spread
 from fewstep.report.page import METRIC_CITATIONS
 from fewstep.report.samples import COLUMNS, Plane, frame, label_argument, real_columns, reference_units
@@ -222,6 +222,52 @@ def test_pictures_decode_to_their_sizes(digits_page: Page) -> None:
         assert abs(image.width - 2 * width) <= 1
         assert 400 < width <= 1100
         assert len(image.convert("L").getcolors()) > 20  # something is drawn on it
+
+
+def test_the_diagnosis_is_drawn_and_tabled(digits_page: Page, digits_result: dict[str, Any]) -> None:
+    drawn = {alt: image for alt, image, _ in digits_page.images() if "along time" in alt}
+    assert set(drawn) == {"deviation, acceleration and bending along time", "local error and stiffness along time"}
+    assert all(len(image.convert("L").getcolors()) > 20 for image in drawn.values())
+    for name, d in digits_result["diagnosis"].items():
+        errors = dict(zip(d["euler_steps"], d["euler_error_trimmed"], strict=True))
+        shares = [f"{100 * errors[steps] / d['displacement'] ** 0.5:.3g} %" for steps in (8, 16)]
+        end = f"{d['path_length_ratio']:.3f} {shares[0]} {shares[1]} {number(max(d['stiffness']))}"
+        assert any(row.startswith(f"{name} ") and row.endswith(end) for row in digits_page.rows("model")), end
+
+
+def test_every_profile_of_the_errors_is_drawn(digits_result: dict[str, Any]) -> None:
+    """The picture of equal numbers is the same; with one profile doubled it is another."""
+    colours = {"teacher": "#2b6cb0", "straight": "#d2602a"}
+    picture = error_curves(digits_result, colours)
+    assert picture is not None
+    assert picture.png == error_curves(digits_result, colours).png  # type: ignore[union-attr]
+    found = digits_result["diagnosis"]
+    d = found["teacher"]
+    for key in ("stiffness", "weighted_error", "local_error"):
+        other = {**d, key: [2 * value for value in d[key]]}
+        changed = error_curves(
+            {**digits_result, "diagnosis": {**digits_result["diagnosis"], "teacher": other}}, colours
+        )
+        assert changed is not None
+        assert changed.png != picture.png, key
+
+
+def test_a_diagnosis_of_an_older_run_lacks_errors_and_stiffness(
+    trio: list[Generator], digits: DataSet, digits_result: dict[str, Any], tmp_path: Path
+) -> None:
+    new = ("_error", "stiffness", "euler", "unit")
+    old = {
+        name: {key: value for key, value in d.items() if not any(word in key for word in new) or key == "local_error"}
+        for name, d in digits_result["diagnosis"].items()
+    }
+    for d, whole in zip(old.values(), digits_result["diagnosis"].values(), strict=True):
+        d["straightness_error"] = whole["straightness_error"]
+    result = {**digits_result, "diagnosis": old}
+    page = Page(write_report(tmp_path / "r.html", result=result, models=trio, data=digits, title="old"))
+    assert [alt for alt, _, _ in page.images() if "along time" in alt] == [
+        "deviation, acceleration and bending along time"
+    ]
+    assert any(row.startswith("straight ") and row.endswith("– – –") for row in page.rows("model"))
 
 
 def test_a_strip_shows_the_samples_that_generator_sample_gives(digits_page: Page, trio: list[Generator]) -> None:

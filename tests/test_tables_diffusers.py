@@ -99,3 +99,25 @@ def test_deis_repeats_its_last_noise_level_and_never_arrives(steps: int) -> None
     sigmas = scheduler.sigmas.double().numpy()
     assert sigmas[-1] == sigmas[-2] > 0
     assert np.all(np.diff(sigmas[:-1]) < 0)
+
+
+@pytest.mark.parametrize("steps", STEPS)
+def test_euler_and_heun_agree_on_their_own_noise_levels(steps: int) -> None:
+    """Their Heun divides by the next noise level, .001 at the end, in single precision: four digits are left.
+
+    Its last step, into sigma = 0, is Euler's.
+    """
+    x, times = theirs(diffusers.FlowMatchEulerDiscreteScheduler(), steps)
+    torch.testing.assert_close(x, fs.solve(field, start(), grid=times).x, atol=1e-6, rtol=0)
+
+    scheduler = diffusers.FlowMatchHeunDiscreteScheduler()
+    scheduler.set_timesteps(steps)
+    levels = (1.0 - scheduler.sigmas.double()).tolist()
+    x = start().float()
+    for t, timestep in zip(levels, scheduler.timesteps, strict=False):
+        v = field(x.double(), torch.full((len(x),), t, dtype=torch.float64))
+        x = scheduler.step(-v.float(), timestep, x).prev_sample
+    times = tuple(sorted(set(levels)))
+    inner = fs.solve(field, start(), solver="heun", grid=times[:-1]).x if len(times) > 2 else start()
+    ours = fs.solve(field, inner, grid=times[-2:]).x
+    torch.testing.assert_close(x.double(), ours, atol=1e-4, rtol=0)
