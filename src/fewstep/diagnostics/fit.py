@@ -29,11 +29,12 @@ from fewstep.solvers.numeric import numeric_table
 from fewstep.solvers.tables import Table
 
 SHARE = 4  # of the pilot the first iterations do with one such part
-ITERATIONS, LAST_ITERATIONS = 12, 4
+ITERATIONS, LAST_ITERATIONS = 10, 2
 DAMPING = 1e-2  # of the first iteration, as a share of the curvature in every direction
 STOP = 5e-3  # relative gain of an iteration that is not worth another one
 DAMPING_LIMIT = 1e6
-DIFFERENCE = 2e-3  # root mean square change of the state, or change of t, in difference quotients
+DIFFERENCE = 3e-4  # root mean square change of the state, or change of t, in difference quotients
+LEAST_TANGENT = 1e-3  # shorter tangents, as a share of the mean one, are not stretched to that
 ROWS = 1 << 15  # rows through the network at a time
 APART = 1e-4  # times stay so far from each other and from the ends
 
@@ -119,16 +120,18 @@ def _through(pilot: Pilot, state: Tensor, velocity: Tensor, t: float, dy: Tensor
     By differences, ``(v(y + h dy, t + h dt) - v(y, t)) / h``: a step of the fit needs no exact derivative, and this
     takes one network call where the forward mode takes the work of four.
     """
-    batch, piece = len(state), max(1, ROWS // len(state))
+    piece = max(1, ROWS // len(state))
     parts = []
     for first in range(0, len(dy), piece):
         tangent, time = dy[first : first + piece].reshape(-1, *state.shape), dt[first : first + piece]
-        size = tangent.flatten(1).square().mean(1).sqrt()
-        h = DIFFERENCE / torch.maximum(size, time).clamp_min(1e-12)
-        moved = state + h.reshape(-1, *(1,) * state.ndim) * tangent
-        times = (t + h * time).repeat_interleave(batch)
-        v = pilot.field(moved.flatten(0, 1), times, **pilot.repeated(len(tangent))).reshape(moved.shape)
-        parts.append(((v.to(state.dtype) - velocity) / h.reshape(-1, *(1,) * state.ndim)).flatten(1))
+        # a step for every sample: the tangents of the few beside a boundary between modes are much longer
+        size = torch.maximum(tangent.flatten(2).square().mean(2).sqrt(), time[:, None])
+        h = DIFFERENCE / size.maximum(LEAST_TANGENT * size.mean(1, keepdim=True)).clamp_min(1e-12)
+        wide = h.reshape(*h.shape, *(1,) * (state.ndim - 1))
+        times = (t + h * time[:, None]).flatten()
+        moved = (state + wide * tangent).flatten(0, 1)
+        v = pilot.field(moved, times, **pilot.repeated(len(tangent))).reshape(tangent.shape)
+        parts.append(((v.to(state.dtype) - velocity) / wide).flatten(1))
     return torch.cat(parts)
 
 

@@ -50,6 +50,7 @@ class Choice:
         origin: the named grid it was refined from.
         calls: network evaluations per sample.
         error: root mean square endpoint error per dimension on held-out noises.
+        pilot_error: the same on the noises it was chosen on.
         uniform: the same of the solver (of the solver it started from) on the uniform grid.
         euler: the same of Euler on the uniform grid.
         spread: root mean square deviation of the endpoints from their mean, per dimension.
@@ -62,6 +63,7 @@ class Choice:
     origin: str
     calls: int
     error: float
+    pilot_error: float
     uniform: float
     euler: float
     spread: float
@@ -158,7 +160,7 @@ def refine(pilot: Pilot, solver: str, grid: Grid, path: AffinePath = LINEAR) -> 
     return tuple(times), best
 
 
-def pick(pilot: Pilot, held_out: Pilot, calls: int, path: AffinePath = LINEAR) -> Choice:
+def pick(pilot: Pilot, held_out: Pilot, calls: int, path: AffinePath = LINEAR, refined: int = REFINED) -> Choice:
     """The best solver and grid for ``calls`` network calls, refined where refinement holds on other noises.
 
     Args:
@@ -166,17 +168,18 @@ def pick(pilot: Pilot, held_out: Pilot, calls: int, path: AffinePath = LINEAR) -
         held_out: other noises, on which a refined grid must beat the named one, and both the uniform one.
         calls: network evaluations per sample.
         path: the path the field was trained on.
+        refined: how many of the best solvers have their grids refined.
     """
     calls = check_steps(calls)
     ranked = scan(pilot, calls, path)
     best: tuple[float, Candidate] | None = None
-    for first in _first_of_each_solver(ranked)[:REFINED]:
+    for first in _first_of_each_solver(ranked)[:refined]:
         kept, error = _gated(pilot, held_out, first, calls, path)
         if best is None or error < best[0]:
             best = (error, kept)
     assert best is not None, "Euler spends any number of calls"
     error, kept = best
-    return _choice(held_out, kept, error, calls, path, nfe=pilot.nfe)
+    return _choice(pilot, held_out, kept, error, calls, path)
 
 
 def _first_of_each_solver(ranked: list[Candidate]) -> list[Candidate]:
@@ -206,7 +209,7 @@ def _on_uniform(solver: str, calls: int, path: AffinePath) -> Candidate:
     return Candidate(math.nan, solver, "uniform", made)
 
 
-def _choice(held_out: Pilot, kept: Candidate, error: float, calls: int, path: AffinePath, nfe: int) -> Choice:
+def _choice(pilot: Pilot, held_out: Pilot, kept: Candidate, error: float, calls: int, path: AffinePath) -> Choice:
     return Choice(
         table=kept.table,
         solver=kept.solver,
@@ -214,8 +217,9 @@ def _choice(held_out: Pilot, kept: Candidate, error: float, calls: int, path: Af
         origin=kept.grid,
         calls=calls,
         error=error,
+        pilot_error=pilot.error(kept.table),
         uniform=held_out.error(_on_uniform(kept.solver, calls, path).table),
         euler=held_out.error(_on_uniform("euler", calls, path).table),
         spread=held_out.spread,
-        nfe=nfe,
+        nfe=pilot.nfe,
     )

@@ -1,8 +1,8 @@
 """A pilot: a few hundred noises with their true endpoints, on which samplers of one field are judged.
 
-The reference endpoints are RK4's, with twice the steps until nothing changes any more. A table of any solver is then
-run in its dense form ``y_j = a_j x_0 + sum_k b_jk v_k``; what two tables have in common at their beginning is
-evaluated once, which halves the cost of searches that move one time of a grid at a time.
+The reference endpoints are RK4's, with as many steps as it takes until twice as many change nothing any more. A table
+of any solver is then run in its dense form ``y_j = a_j x_0 + sum_k b_jk v_k``; what two tables have in common at their
+beginning is evaluated once, which halves the cost of searches that move one time of a grid at a time.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fewstep.solvers.solve import check_start, solve
 from fewstep.solvers.tables import Table
 
 REFERENCE = (16, 32, 64, 128, 256)  # RK4 steps that are tried for the reference, until it stands still
+TRIED = 256  # noises on which that is tried
 STILL = 2e-4  # change of the reference endpoints, as a share of their spread, that counts as none
 
 
@@ -47,11 +48,13 @@ class Pilot:
         self.field: Field = as_field(v)
         self._before = self.field.calls
         self.x0, self.cond = x0, dict(cond or {})
+        self.steps, self.x1 = 0, x0
+        self.spread = 1.0
+        self._evaluated: list[tuple[float, float, bytes]] = []  # time and dense coefficients of the rows evaluated last
+        self._velocities: list[Tensor] = []
         self.steps, self.x1 = self._reference() if steps is None else (steps, self._solved(steps))
         centred = self.x1.double() - self.x1.double().mean(0)
         self.spread = max(float(centred.square().mean().sqrt()), 1e-12)
-        self._evaluated: list[tuple[float, float, bytes]] = []  # time and dense coefficients of the rows evaluated last
-        self._velocities: list[Tensor] = []
 
     @property
     def nfe(self) -> int:
@@ -116,14 +119,18 @@ class Pilot:
         return x
 
     def _reference(self) -> tuple[int, Tensor]:
-        coarse = self._solved(REFERENCE[0])
-        for steps in REFERENCE[1:]:
-            fine = self._solved(steps)
+        """The fewest steps of those tried whose endpoints twice as many do not change, found on some of the noises."""
+        some = self._rows_of(slice(TRIED))
+        coarse = some._solved(REFERENCE[0])
+        for steps in REFERENCE[:-1]:
+            fine = some._solved(2 * steps)
             spread = (fine.double() - fine.double().mean(0)).square().mean().sqrt().clamp_min(1e-12)
             if float((fine - coarse).double().square().mean().sqrt() / spread) <= STILL:
-                return steps, fine
+                break
             coarse = fine
-        return REFERENCE[-1], coarse
+        else:
+            steps = REFERENCE[-1]
+        return steps, self._solved(steps)
 
     def _solved(self, steps: int) -> Tensor:
         x = solve(self.field, self.x0, solver="rk4", steps=steps, cond=self.cond).x

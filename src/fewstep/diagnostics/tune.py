@@ -21,8 +21,8 @@ from fewstep.solvers.tables import LINEAR
 
 KINDS = ("auto", FITTED)
 LEAST = 32  # noises on either side
-FEWEST, MOST = 256, 2048  # of the noises on either side that a generator draws for it
-ENTRIES = {"auto": 1 << 12, FITTED: 1 << 16}  # of those noises: few dimensions need many, for their outliers' sake
+FEWEST, MOST = 256, 1536  # of the noises on either side that a generator draws for it
+ENTRIES = {"auto": 1 << 11, FITTED: 1 << 16}  # of those noises: few dimensions need many, for their outliers' sake
 
 
 def noises_for(kind: str, shape: Sequence[int]) -> int:
@@ -74,9 +74,16 @@ def tune(
     if kind == "auto":
         return pick(pilot, held_out, calls, path)
     few = noises_for("auto", x0.shape[1:]) // 2
-    choice = pick(pilot.part(few), held_out.part(few), calls, path)
+    choice = pick(pilot.part(few), held_out.part(few), calls, path, refined=1)
     table = fit(pilot, held_out, choice.table)
-    error = held_out.error(table)
     if table is choice.table:
         return choice
-    return replace(choice, table=table, solver=FITTED, grid=table.grid, error=error, nfe=field.calls - before)
+    return replace(
+        choice,
+        table=table,
+        solver=FITTED,
+        grid=table.grid,
+        error=held_out.error(table),
+        pilot_error=pilot.error(table),
+        nfe=field.calls - before,
+    )
