@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import fewstep as fs
+from fewstep.cli.diagnosis import likelihood
 from fewstep.cli.main import main
+from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.grids import make_grid
+from fewstep.generator import Config
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.solvers.tables import table
 
@@ -83,3 +89,49 @@ def test_a_recipe_compares_with_any_solver_and_refuses_unknown_ones() -> None:
     ):
         with pytest.raises(UserError, match=message):
             make_recipe({"data": "moons", "stages": stages, "compare": wrong}, "recipe")
+
+
+def test_diagnose_reports_samplers_likelihood_and_a_verdict(
+    tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = Path(shutil.copytree(tiny_run / "teacher", tmp_path / "teacher"))
+    data = tmp_path / "moons.npy"
+    model = fs.load(teacher)
+    np.save(data, model.sample(300, steps=50, seed=11).numpy())  # data of the model's own law
+    how = ["--num", "64", "--calls", "2,4", "--out", tmp_path / "out"]
+    printed = said(capsys, "diagnose", teacher, *how)
+    values = json.loads((tmp_path / "out" / "diagnosis.json").read_text())
+    assert [choice["calls"] for choice in values["choices"]] == [2, 4]
+    assert all(line in printed for line in values["verdict"])
+    assert "ReFlow will pay" in printed
+    assert values["choices"][1] == fs.load(teacher).tune(4).as_dict()
+    assert main(["diagnose", str(teacher), "--data", str(data), "--calls", "none"]) == 2
+    assert "scaled otherwise" in capsys.readouterr().err
+
+
+def test_the_likelihood_of_a_models_own_data_is_measured_in_its_units(labelled_run: Path, tmp_path: Path) -> None:
+    teacher = fs.load(Path(shutil.copytree(labelled_run / "teacher", tmp_path / "teacher")))
+    source = str(labelled_run.parent / "rows.npy")
+    with pytest.raises(UserError, match="has not the labels"):
+        likelihood(teacher, source, 0)
+
+
+def test_likelihood_of_digits_counts_bits(tmp_path: Path) -> None:
+    """A flow that stands still has the density of N(0, I): known in closed form on dequantised held-out digits."""
+    data = load_data("digits")
+    assert data.quantum is not None
+    config = Config(shape=data.shape, scaling=data.scaling.as_dict())
+    lines, values = likelihood(fs.Generator(Still(), config=config), "digits", 0)
+    rows = data.network_rows(data.held_out).double()
+    x = fs.dequantise(rows, data.quantum, seed=0) - data.quantum / 2
+    nats = -0.5 * (x.square() + math.log(2 * math.pi)).mean()
+    assert values["nats_per_dim"] == pytest.approx(float(nats), abs=1e-5)
+    assert values["bits_per_dim"] == pytest.approx(float(-nats / math.log(2) - math.log2(data.quantum)), abs=1e-5)
+    assert "bits per dimension" in lines[1]
+
+
+class Still(torch.nn.Module):
+    """v = 0, as far as autograd can see a function of x."""
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        return 0.0 * x

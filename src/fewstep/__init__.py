@@ -15,9 +15,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose
-    from fewstep.diagnostics.likelihood import Likelihood, log_likelihood
+    from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
     from fewstep.diagnostics.tune import tune
+    from fewstep.diagnostics.verdict import verdict
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
     from fewstep.generator import Generator, load
@@ -31,12 +32,14 @@ _PUBLIC = {
     "Likelihood": "fewstep.diagnostics.likelihood",
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
+    "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
     "solve": "fewstep.solvers.solve",
     "tune": "fewstep.diagnostics.tune",
+    "verdict": "fewstep.diagnostics.verdict",
 }
 _MODULES = {"closed_form": "fewstep.flow.closed_form"}
 
@@ -50,12 +53,14 @@ __all__ = [
     "UserError",
     "__version__",
     "closed_form",
+    "dequantise",
     "diagnose",
     "invert",
     "load",
     "log_likelihood",
     "solve",
     "tune",
+    "verdict",
 ]
 
 

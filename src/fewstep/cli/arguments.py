@@ -104,6 +104,10 @@ class Diagnose:
     """also write diagnosis.json here"""
     num: Annotated[int, WHOLE, shown("N")] = 256
     """noises to measure on"""
+    calls: Annotated[str, shown("K,K,...")] = "4,8,16"
+    """numbers of network calls to find the best sampler for, kept with the model; 'none' to leave that out"""
+    data: Annotated[str | None, shown("DATA", "no likelihood")] = None
+    """also the log-likelihood of this data's held-out rows"""
     seed: Annotated[int, WHOLE] = 0
     """seed of the noises"""
 

@@ -35,7 +35,9 @@ VERBS: dict[str, Verb] = {
     "demo": Verb(Demo, "the whole story on embedded data: teacher, ReFlow, one-step student, report"),
     "run": Verb(Run, "run a recipe's stages; the same command again resumes"),
     "sample": Verb(Sample, "draw samples from a model"),
-    "diagnose": Verb(Diagnose, "straightness, curvature and error along t, and a grid made from them"),
+    "diagnose": Verb(
+        Diagnose, "straightness, curvature, error and stiffness along t; the best solver and grid; a verdict"
+    ),
     "compare": Verb(Compare, "quality, network calls and time of several models side by side"),
     "list": Verb(List, "what there is: methods, solvers, data, networks, grids, recipes"),
     "doctor": Verb(Doctor, "what this machine can do"),

@@ -105,13 +105,15 @@ def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
 
 
 def diagnose(options: arguments.Diagnose) -> int:
-    """Measure a velocity model along its trajectories."""
+    """Measure a velocity model along its trajectories, and find its best samplers."""
+    from fewstep.cli import diagnosis
     from fewstep.diagnostics.diagnose import diagnose as measure
     from fewstep.generator import load
 
     set_threads()
     if options.num < 2:
         raise UserError(f"--num must be at least 2, got {options.num}.")
+    calls = [] if options.calls == "none" else number_list("--calls", options.calls)
     model = load(options.model, device=default_device())
     if model.config.kind != "velocity":
         raise UserError(
@@ -119,31 +121,24 @@ def diagnose(options: arguments.Diagnose) -> int:
         )
     if options.out is not None:
         check_place(options.out)
-    draw = model.draw(options.num, steps=1, seed=options.seed)
-    cond = draw.conditions(model.device)
-    d = measure(model.module, draw.x0.to(model.device), cond=cond)
-    dimensions = int(np.prod(model.config.shape))
+    draw = model.draw(options.num, steps=1, solver="euler", grid="uniform", seed=options.seed)
+    d = measure(model.module, draw.x0.to(model.device), cond=draw.conditions(model.device))
     print(f"model            {options.model}")
-    print(f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {dimensions} dimensions")
-    print(f"                 {d.relative_straightness:.4f} of the squared displacement (0 is straight)")
-    print(f"one-step gap     {d.one_step_gap:.4g}, {d.relative_gap:.3f} of the displacement")
-    print(f"path length      {d.path_length_ratio:.3f} × the chord")
-    print(f"acceleration     {profile(d.times, d.curvature)}")
-    print(f"  normal part    {profile(d.times, d.normal_curvature)}")
-    for steps in (4, 8):
-        print(f"grid, {steps} steps    {','.join(f'{t:.3f}' for t in d.grid(steps))}")
+    print("\n".join(diagnosis.measures(d)), flush=True)
+    lines, values = diagnosis.likelihood(model, options.data, options.seed) if options.data else ([], None)
+    for line in lines:
+        print(line, flush=True)
+    found = diagnosis.choices(model, calls)
+    for choice in found:
+        print(f"best at          {diagnosis.advice(choice)}")
+    words = diagnosis.conclusions(model, d, found)
+    print("\n" + "\n".join(f"- {line}" for line in words) + "\n")
     if options.out is not None:
-        write_json(options.out / "diagnosis.json", d.as_dict())
+        fields = {"verdict": words, "choices": [choice.as_dict() for choice in found], "likelihood": values}
+        write_json(options.out / "diagnosis.json", d.as_dict() | fields)
         print(f"wrote {options.out / 'diagnosis.json'}")
-    grid = ",".join(f"{t:.3f}" for t in d.grid(8))
-    print(f"next  fewstep sample {options.model} --num 64 --grid {grid} --out samples.npy")
+    print(f"next  fewstep sample {options.model} --num 64 --steps 8 --solver auto --out samples.npy")
     return 0
-
-
-def profile(times: np.ndarray, values: np.ndarray) -> str:
-    """A profile along t in five numbers."""
-    chosen = [round(k * (len(times) - 1) / 4) for k in range(5)]
-    return "  ".join(f"t={times[k]:.2f}: {values[k]:.3g}" for k in chosen)
 
 
 def compare(options: arguments.Compare) -> int:
@@ -155,7 +150,7 @@ def compare(options: arguments.Compare) -> int:
     from fewstep.pipeline.finish import write_comparison
 
     set_threads()
-    steps = step_list(options.steps)
+    steps = number_list("--steps", options.steps)
     if options.samples is not None and options.samples < 1:
         raise UserError(f"--samples must be at least 1, got {options.samples}.")
     if options.out is not None:
@@ -182,15 +177,15 @@ def compare(options: arguments.Compare) -> int:
     return 0
 
 
-def step_list(words: str) -> Sequence[int]:
+def number_list(option: str, words: str) -> Sequence[int]:
     """``1,2,4`` as numbers."""
     try:
-        steps = [int(word) for word in words.split(",")]
+        numbers = [int(word) for word in words.split(",")]
     except ValueError as error:
-        raise UserError(f"--steps {words!r} is not a list of whole numbers: write for example 1,2,4,8.") from error
-    if min(steps) < 1:
-        raise UserError(f"--steps {words!r}: every step count must be at least 1.")
-    return steps
+        raise UserError(f"{option} {words!r} is not a list of whole numbers: write for example 1,2,4,8.") from error
+    if min(numbers) < 1:
+        raise UserError(f"{option} {words!r}: every number must be at least 1.")
+    return numbers
 
 
 def list(options: arguments.List) -> int:

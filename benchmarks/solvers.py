@@ -1,0 +1,123 @@
+"""What the best samples of a frozen model cost: `python benchmarks/solvers.py [MODEL ...] [--calls 4,6,8,10]`.
+
+For every model and number of network calls, on fresh noises and against a converged reference, root mean square endpoint
+error per dimension of: Euler and the best of seven usual solvers on uniform steps; the best of the whole scan (every
+solver on every grid, chosen in hindsight); `auto`; `fitted`. A MODEL is a folder, or the name of a data set, whose teacher
+is then trained first (`digits`: the demo's; 2-D sets: defaults; `fashion_mnist`: benchmarks/assets).
+With `--refined`, what refinement gains on uniform steps for every multistep solver. Run it with OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+import fewstep as fs
+from fewstep.diagnostics.pick import candidates, refine
+from fewstep.diagnostics.pilot import Pilot
+from fewstep.diagnostics.tune import noises_for
+from fewstep.flow.grids import make_grid
+from fewstep.flow.paths import make_path
+from fewstep.pipeline.recipe import make_recipe
+from fewstep.pipeline.run import run_recipe
+from fewstep.solvers.tables import SOLVERS, Table, table
+from fewstep.training.world import LocalWorld, set_threads
+
+USUAL = ("euler", "midpoint", "heun", "ab2", "ab3", "dpm++2m", "unipc2")
+MULTISTEP = ("ab2", "ab3", "abm2", "dpm++2m", "unipc2")
+ASSETS = Path(__file__).parent / "assets"
+FRESH = {True: 512, False: 4096}  # noises, for images of 28 x 28 and for small data
+SEED = 1000
+
+
+def model_of(name: str, out: Path, seed: int) -> fs.Generator:
+    """A model's folder, or the teacher of a data set, trained now if need be."""
+    if (Path(name) / "config.json").is_file():
+        return fs.load(name)
+    if name == "fashion_mnist":
+        return fs.load(ASSETS / "fashion_mnist_teacher")
+    teacher = {"method": "flow_matching", "samples": 800_000 if name == "digits" else 600_000}
+    network = {"name": "mlp", "preset": "small"} if name == "digits" else {}
+    fields = {"data": name, "network": network, "seed": seed, "stages": {"teacher": teacher}}
+    run_recipe(make_recipe(fields, "benchmarks/solvers.py"), out / f"{name}-{seed}", LocalWorld(quiet=True))
+    return fs.load(out / f"{name}-{seed}" / "teacher")
+
+
+def uniform(solver: str, calls: int) -> Table | None:
+    """A solver on uniform steps; None when it cannot spend that many calls."""
+    each = SOLVERS[solver].calls
+    return None if calls % each else table(solver, make_grid("uniform", calls // each))
+
+
+def noises(model: fs.Generator, num: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    draw = model.draw(num, steps=1, solver="euler", grid="uniform", seed=seed)
+    return draw.x0, draw.conditions(model.device)
+
+
+def line(model: fs.Generator, fresh: Pilot, calls: int) -> str:
+    """One row of the table."""
+    path = make_path(model.config.path)
+    usual = {name: fresh.error(made) for name in USUAL if (made := uniform(name, calls)) is not None}
+    best = min(usual, key=lambda name: usual[name])
+    scanned = min((fresh.error(made), solver, grid) for solver, grid, made in candidates(calls, path))
+    cells = [f"{usual['euler']:.4f}", f"{usual[best]:.4f} {best}", f"{scanned[0]:.4f} {scanned[1]} {scanned[2]}"]
+    for kind in ("auto", "fitted"):
+        x0, cond = noises(model, noises_for(kind, model.config.shape), SEED + 1)
+        began = time.process_time()
+        choice = fs.tune(model.module, x0, calls=calls, kind=kind, cond=cond, path=path)
+        seconds = time.process_time() - began
+        error = fresh.error(choice.table)
+        cells.append(f"{error:.4f}" + (f" {choice.solver} from {choice.origin}" if kind == "auto" else ""))
+        if kind == "auto":
+            cells.append(f"{error / scanned[0]:.2f}")
+        else:
+            cells += [f"{usual[best] / error:.1f}", f"{error / choice.pilot_error - 1:+.0%}"]
+        cells.append(f"{seconds:.0f}")
+    return f"| {calls} | " + " | ".join(cells) + " |"
+
+
+def refinement(model: fs.Generator, fresh: Pilot, calls: int) -> str:
+    """Refined over uniform error of every multistep solver, on fresh noises."""
+    pilot = Pilot(
+        model.module, *noises(model, noises_for("auto", model.config.shape) // 2, SEED + 1), steps=fresh.steps
+    )
+    cells = []
+    for solver in MULTISTEP:
+        made = uniform(solver, calls)
+        assert made is not None, "multistep solvers spend any number of calls"
+        grid, _ = refine(pilot, solver, made.grid)
+        before, after = fresh.error(made), fresh.error(table(solver, grid))
+        cells.append(f"{before:.4f} → {after:.4f} ({after / before:.2f})")
+    return f"| {calls} | " + " | ".join(cells) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["digits", "moons", "eight_gaussians", "checkerboard"])
+    parser.add_argument("--calls", default="4,6,8,10")
+    parser.add_argument("--refined", action="store_true")
+    parser.add_argument("--seed", type=int, default=0, help="of the teachers")
+    parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
+    arguments = parser.parse_args()
+    set_threads()
+    calls = [int(word) for word in arguments.calls.split(",")]
+    for name in arguments.models:
+        model = model_of(name, arguments.out, arguments.seed)
+        fresh = Pilot(model.module, *noises(model, FRESH[max(model.config.shape) > 16], SEED))
+        print(f"\n### {name}: spread {fresh.spread:.3f}, reference RK4 with {fresh.steps} steps\n")
+        if arguments.refined:
+            print("| calls | " + " | ".join(MULTISTEP) + " |\n|--:|" + "--:|" * len(MULTISTEP))
+        else:
+            print(
+                "| calls | Euler | best of seven, uniform | best of the scan | auto | auto / best of the scan | s | "
+                "fitted | times better than the seven | fresh over pilot | s |\n|--:|" + "--:|" * 10
+            )
+        for number in calls:
+            print((refinement if arguments.refined else line)(model, fresh, number), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""What ``fewstep diagnose`` prints: measures, the best samplers for a few numbers of calls, likelihood, a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fewstep.data.load import load_data
+from fewstep.diagnostics.diagnosis import Diagnosis
+from fewstep.diagnostics.likelihood import dequantise, log_likelihood
+from fewstep.diagnostics.pick import Choice
+from fewstep.diagnostics.verdict import verdict
+from fewstep.errors import UserError
+
+if TYPE_CHECKING:
+    from fewstep.generator import Generator
+
+JUDGED = 256  # held-out rows for the likelihood
+
+
+def measures(d: Diagnosis) -> list[str]:
+    """A diagnosis in lines."""
+    lines = [
+        f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {d.dimensions} dimensions",
+        f"                 {d.relative_straightness:.4f} of the squared displacement (0 is straight)",
+        f"one-step gap     {d.one_step_gap:.4g}, {d.relative_gap:.3f} of the displacement",
+        f"path length      {d.path_length_ratio:.3f} × the chord",
+        f"acceleration     {profile(d.times, d.curvature)}",
+        f"  normal part    {profile(d.times, d.normal_curvature)}",
+    ]
+    if d.weighted_error is not None:
+        lines.append(f"  at the end     {profile(d.times, 2 * d.weighted_error)}")
+    if d.stiffness is not None and d.stiffness_times is not None:
+        lines.append(f"stiffness        {profile(d.stiffness_times, d.stiffness)}")
+    return [*lines, f"derivatives      {d.derivatives.replace('_', ' ')}, {d.derivative_samples} samples"]
+
+
+def profile(times: np.ndarray, values: np.ndarray) -> str:
+    """A profile along t in five numbers."""
+    chosen = [int(np.abs(times - t).argmin()) for t in np.linspace(0.0, 1.0, 5)]
+    return "  ".join(f"t={times[k]:.2f}: {values[k]:.3g}" for k in chosen)
+
+
+def choices(model: Generator, calls: Sequence[int]) -> list[Choice]:
+    """The best solver and grid for every number of calls; kept with the model."""
+    return [model.tune(number) for number in calls]
+
+
+def advice(choice: Choice) -> str:
+    """A choice in a line."""
+    grid = ",".join(f"{t:.3f}" for t in choice.grid)
+    gain = "as good as" if choice.error >= choice.euler else f"{choice.euler / choice.error:.1f} × nearer than"
+    return (
+        f"{choice.calls} calls: {choice.solver} on {grid}\n"
+        f"                 error {choice.error / choice.spread:.2%} of the spread, {gain} uniform Euler steps"
+    )
+
+
+def conclusions(model: Generator, d: Diagnosis, found: Sequence[Choice]) -> list[str]:
+    """The verdict, with the best solver of every number of calls."""
+    deterministic = model.config.coupling.get("deterministic")
+    lines = verdict(d, deterministic=None if deterministic is None else bool(deterministic))
+    best = [f"{choice.solver} at {choice.calls}" for choice in found]
+    return [*lines, f"Best solvers by a pilot run: {', '.join(best)} calls."] if best else lines
+
+
+def likelihood(model: Generator, source: str, seed: int) -> tuple[list[str], dict[str, Any]]:
+    """Log-likelihood of held-out rows, and bits per dimension where the data are discrete."""
+    data = load_data(source)
+    if data.shape != model.config.shape:
+        raise UserError(f"{source} has rows of shape {data.shape}, and the model makes {model.config.shape}.")
+    if model.config.scaling != data.scaling.as_dict():
+        raise UserError(
+            f"{source} is scaled otherwise than the model's own data: the likelihood would be of other data."
+        )
+    if model.config.base != "gaussian":
+        raise UserError(f"the likelihood needs a Gaussian base, and {model.name!r} starts from data.")
+    if model.conditional and (data.labels is None or data.classes != len(model.config.class_weights)):
+        raise UserError(f"{source} has not the labels that {model.name!r} takes: the likelihood is given the label.")
+    rows = data.held_out if len(data.held_out) else data.train
+    rows = rows[: min(JUDGED, len(rows))]
+    x = data.network_rows(rows).double()
+    if data.quantum is not None:
+        # the values are the centres of their cells
+        x = dequantise(x, data.quantum, seed=seed) - data.quantum / 2
+    labels = data.label_rows(rows) if model.conditional else None
+    cond = {} if labels is None else {"label": labels.to(model.device)}
+    found = log_likelihood(model.module, x.to(model.device, model.dtype), cond=cond, seed=seed)
+    bits = None if data.quantum is None else found.bits_per_dim(data.quantum)
+    nats, error = float(found.nats_per_dim.mean()), found.mean_error / found.dimensions
+    lines = [f"log-likelihood   {nats:.4f} ± {error:.2g} nats per dimension, {len(rows)} held-out rows, network units"]
+    if bits is not None:
+        lines.append(
+            f"                 {float(bits.mean()):.3f} ± {error / math.log(2):.2g} bits per dimension, dequantised"
+        )
+    lines.append(f"                 {found.solver}, {found.divergence}; round trip {found.round_trip:.1e}")
+    lines += [f"                 note: {note}" for note in found.notes]
+    values = {"nats_per_dim": nats, "error": error, "bits_per_dim": None if bits is None else float(bits.mean())}
+    return lines, values | {"rows": len(rows), "solver": found.solver, "divergence": found.divergence}
