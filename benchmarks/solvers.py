@@ -1,9 +1,10 @@
 """What the best samples of a frozen model cost: `python benchmarks/solvers.py [MODEL ...] [--calls 4,6,8,10]`.
 
-For every model and number of network calls, on fresh noises and against a converged reference, root mean square endpoint
-error per dimension of: Euler and the best of seven usual solvers on uniform steps; the best of the whole scan (every
-solver on every grid, chosen in hindsight); `auto`; `fitted`. A MODEL is a folder, or the name of a data set, whose teacher
-is then trained first (`digits`: the demo's; 2-D sets: defaults; `fashion_mnist`: benchmarks/assets).
+For every model and number of network calls, on fresh noises and against a converged reference, root mean square
+endpoint error per dimension of: Euler and the best of seven usual solvers on uniform steps; the best of the whole scan
+(every solver on every grid, chosen in hindsight); `auto`; `fitted`. `fresh over pilot` is how much larger the error is
+than on the noises that the choice was made on; `s` are CPU seconds on one thread. A MODEL is a folder, or the name of a
+data set, whose teacher is then trained first (`digits`: the demo's; 2-D sets: defaults; `fashion_mnist`: assets).
 With `--refined`, what refinement gains on uniform steps for every multistep solver. Run it with OMP_NUM_THREADS=1.
 """
 
@@ -71,10 +72,8 @@ def line(model: fs.Generator, fresh: Pilot, calls: int) -> str:
         seconds = time.process_time() - began
         error = fresh.error(choice.table)
         cells.append(f"{error:.4f}" + (f" {choice.solver} from {choice.origin}" if kind == "auto" else ""))
-        if kind == "auto":
-            cells.append(f"{error / scanned[0]:.2f}")
-        else:
-            cells += [f"{usual[best] / error:.1f}", f"{error / choice.pilot_error - 1:+.0%}"]
+        cells.append(f"{error / scanned[0]:.2f}" if kind == "auto" else f"{usual[best] / error:.1f}")
+        cells.append(f"{error / choice.pilot_error - 1:+.0%}")
         cells.append(f"{seconds:.0f}")
     return f"| {calls} | " + " | ".join(cells) + " |"
 
@@ -112,8 +111,8 @@ def main() -> None:
             print("| calls | " + " | ".join(MULTISTEP) + " |\n|--:|" + "--:|" * len(MULTISTEP))
         else:
             print(
-                "| calls | Euler | best of seven, uniform | best of the scan | auto | auto / best of the scan | s | "
-                "fitted | times better than the seven | fresh over pilot | s |\n|--:|" + "--:|" * 10
+                "| calls | Euler | best of seven, uniform | best of the scan | auto | auto / best of the scan | fresh over pilot | s | "
+                "fitted | times better than the seven | fresh over pilot | s |\n|--:|" + "--:|" * 11
             )
         for number in calls:
             print((refinement if arguments.refined else line)(model, fresh, number), flush=True)

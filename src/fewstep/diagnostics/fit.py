@@ -28,7 +28,7 @@ from fewstep.diagnostics.pilot import Pilot
 from fewstep.solvers.numeric import numeric_table
 from fewstep.solvers.tables import Table
 
-SHARE = 4  # of the pilot the first iterations do with one such part
+FIRST = 512  # noises of the first iterations
 ITERATIONS, LAST_ITERATIONS = 10, 2
 DAMPING = 1e-2  # of the first iteration, as a share of the curvature in every direction
 STOP = 5e-3  # relative gain of an iteration that is not worth another one
@@ -136,7 +136,7 @@ def _through(pilot: Pilot, state: Tensor, velocity: Tensor, t: float, dy: Tensor
 
 
 def fit(pilot: Pilot, held_out: Pilot, start: Table) -> Table:
-    """Fit the numbers of a table, first on a quarter of the pilot, then on all of it.
+    """Fit the numbers of a table, first on some of the pilot's noises, then on all of them.
 
     Args:
         pilot: noises the numbers are fitted on.
@@ -146,7 +146,7 @@ def fit(pilot: Pilot, held_out: Pilot, start: Table) -> Table:
     Returns:
         The table that is best on the held-out noises; ``start`` itself where no iteration is better than it.
     """
-    some = pilot.part(max(1, len(pilot) // SHARE))
+    some = pilot.part(FIRST)
     best, error = start, held_out.error(start)
     for noises, most in ((some, ITERATIONS), (pilot, LAST_ITERATIONS)):
         for table in levenberg_marquardt(noises, best, most):

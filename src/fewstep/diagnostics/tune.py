@@ -21,8 +21,8 @@ from fewstep.solvers.tables import LINEAR
 
 KINDS = ("auto", FITTED)
 LEAST = 32  # noises on either side
-FEWEST, MOST = 256, 1536  # of the noises on either side that a generator draws for it
-ENTRIES = {"auto": 1 << 11, FITTED: 1 << 16}  # of those noises: few dimensions need many, for their outliers' sake
+FEWEST, MOST = 256, 2048  # of the noises on either side that a generator draws for it
+ENTRIES = {"auto": 1 << 11, FITTED: 1 << 17}  # of those noises: few dimensions need many, for their outliers' sake
 
 
 def noises_for(kind: str, shape: Sequence[int]) -> int:
