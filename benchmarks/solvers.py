@@ -32,6 +32,11 @@ MULTISTEP = ("ab2", "ab3", "abm2", "dpm++2m", "unipc2")
 ASSETS = Path(__file__).parent / "assets"
 FRESH = {True: 512, False: 4096}  # noises, for images of 28 x 28 and for small data
 SEED = 1000
+COLUMNS = (
+    "calls", "Euler", "best of seven, uniform", "best of the scan",
+    "auto", "auto / best of the scan", "fresh over pilot", "s",
+    "fitted", "times better than the seven", "fresh over pilot", "s",
+)  # fmt: skip
 
 
 def model_of(name: str, out: Path, seed: int) -> fs.Generator:
@@ -110,10 +115,7 @@ def main() -> None:
         if arguments.refined:
             print("| calls | " + " | ".join(MULTISTEP) + " |\n|--:|" + "--:|" * len(MULTISTEP))
         else:
-            print(
-                "| calls | Euler | best of seven, uniform | best of the scan | auto | auto / best of the scan | fresh over pilot | s | "
-                "fitted | times better than the seven | fresh over pilot | s |\n|--:|" + "--:|" * 11
-            )
+            print(f"| {' | '.join(COLUMNS)} |\n|" + "--:|" * len(COLUMNS))
         for number in calls:
             print((refinement if arguments.refined else line)(model, fresh, number), flush=True)
 
