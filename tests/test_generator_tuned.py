@@ -83,3 +83,14 @@ def test_stochastic_samples_do_not_depend_on_the_batch_and_need_an_independent_c
         torch.testing.assert_close(model.draw(300, solver=solver, steps=8, seed=3, batch_size=77).x, x)
         with pytest.raises(UserError, match="was trained on dependent pairs"):
             fs.load(tiny_run / "straight").draw(4, solver=solver, steps=8)
+
+
+def test_a_guided_sampler_is_tuned_guided(labelled_run: Path, tmp_path: Path) -> None:
+    model = fs.load(Path(shutil.copytree(labelled_run / "teacher", tmp_path / "labelled")))
+    draw = model.draw(300, steps=4, solver="auto", guidance=2.0, seed=3)
+    assert draw.nfe == 8
+    exact = model.draw(300, steps=50, solver="rk4", guidance=2.0, seed=3).x
+    euler = model.draw(300, steps=4, guidance=2.0, seed=3).x
+    assert float((draw.x - exact).square().mean()) < 0.5 * float((euler - exact).square().mean())
+    stored = json.loads((tmp_path / "labelled" / "samplers.json").read_text())["choices"]
+    assert list(stored) == ["auto, 4 calls, guidance 2"]
