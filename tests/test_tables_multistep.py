@@ -246,7 +246,7 @@ def test_the_corrector_of_abm2_is_moultons_on_even_steps() -> None:
 
 def worst_step(name: str, path: AffinePath, grid: tuple[float, ...], degree: int) -> float:
     """Largest relative error of steps with full history where the solver's quantity is that power of its variable."""
-    data, in_time = name.startswith("dpm"), name in ("deis2", "deis3")
+    data, in_time = name.startswith("dpm"), name in ("deis2", "deis3", "deis4")
 
     def at(t: float) -> tuple[float, float, float, float]:
         s = torch.tensor([t], dtype=torch.float64)
@@ -283,12 +283,13 @@ def worst_step(name: str, path: AffinePath, grid: tuple[float, ...], degree: int
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize("name", ["deis2", "deis3", "deis2-rho", "deis3-rho", "dpm++3m"])
+@pytest.mark.parametrize("name", ["deis2", "deis3", "deis4", "deis2-rho", "deis3-rho", "deis4-rho", "dpm++3m"])
 def test_steps_integrate_polynomials_in_their_variable_exactly_and_no_higher_ones(name: str, path: str) -> None:
     degree = MULTISTEP[name].values - 1
     for grid in (INSIDE, INSIDE[::-1]):
         assert worst_step(name, PATHS[path], grid, degree) < 1e-10
-    assert worst_step(name, PATHS[path], INSIDE, degree + 1) > 1e-4
+    # the fourth powers that four values miss are small where rho is
+    assert worst_step(name, PATHS[path], INSIDE, degree + 1) > (1e-4 if degree < 3 else 1e-6)
 
 
 @pytest.mark.parametrize("h", [1e-9, -1e-4, 0.03, 0.999, 1.001, -2.5, 13.8, 200.0])
