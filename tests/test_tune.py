@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from fewstep.diagnostics.fit import Unknowns
+from fewstep.diagnostics.fit import Unknowns, can_start
 from fewstep.diagnostics.pick import candidates, restore
 from fewstep.diagnostics.pilot import Pilot
 from fewstep.errors import UserError
@@ -69,6 +69,27 @@ def test_auto_is_near_the_best_of_the_whole_scan_and_fitted_is_far_better_on_fre
     sol = fs.solve(FLOW.velocity, fresh, solver=fitted.table)
     assert sol.nfe == calls
     assert float((sol.x - x1).square().mean().sqrt()) <= 0.5 * on_fresh
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_one_and_two_calls_are_fitted_too(calls: int) -> None:
+    """With one call, ``a x_0 + b v(x_0, 0)``: linear least squares, so nothing of that form is nearer on the pilot."""
+    x0 = noise(1024, 4)
+    choice = fs.tune(FLOW.velocity, x0, calls=calls, kind="fitted")
+    assert choice.solver == "fitted"
+    assert choice.error < choice.uniform
+    if calls == 1:
+        pilot = x0[:512]
+        columns = torch.stack([pilot, FLOW.velocity(pilot, torch.zeros(512))], -1).flatten(0, 1)
+        target = truth(pilot).flatten()[:, None]
+        left = target - columns @ torch.linalg.lstsq(columns, target).solution
+        assert choice.pilot_error == pytest.approx(float(left.square().mean().sqrt()), rel=1e-3)
+
+
+def test_a_fit_can_only_start_where_times_rise_before_the_end() -> None:
+    assert can_start(table("midpoint", (0.0, 0.4, 1.0)))
+    assert not can_start(table("heun", (0.0, 0.4, 1.0)))
+    assert not can_start(table("rk4", (0.0, 1.0)))
 
 
 @pytest.mark.parametrize("kind", ["auto", "fitted"])

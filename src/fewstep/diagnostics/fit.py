@@ -66,13 +66,22 @@ class Unknowns:
                 a[j] = value
             else:
                 b[j, k] = value
-        if np.diff(times).min() < APART:
+        if not _in_order(times):
             return None
         return numeric_table("fitted", times[:-1].tolist(), a, b)
 
     def row(self, index: int) -> int:
         """The row from which on an unknown has an effect."""
         return self.entries[index][1]
+
+
+def can_start(table: Table) -> bool:
+    """Whether a fit can start from a table: its rows' times rise and end before 1 (Heun's and RK4's do not)."""
+    return _in_order(np.array([*table.times, 1.0]))
+
+
+def _in_order(times: np.ndarray) -> bool:
+    return bool(np.diff(times).min() >= APART)
 
 
 def jacobian(pilot: Pilot, table: Table, unknowns: Unknowns) -> Tensor:
@@ -141,7 +150,7 @@ def fit(pilot: Pilot, held_out: Pilot, start: Table) -> Table:
     Args:
         pilot: noises the numbers are fitted on.
         held_out: noises that say which iteration is kept.
-        start: a deterministic table from t = 0 to t = 1.
+        start: a deterministic table from t = 0 to t = 1 that :func:`can_start` a fit.
 
     Returns:
         The table that is best on the held-out noises; ``start`` itself where no iteration is better than it.

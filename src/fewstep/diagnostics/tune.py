@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fewstep.diagnostics.fit import fit
-from fewstep.diagnostics.pick import FITTED, Choice, pick
+from fewstep.diagnostics.fit import can_start, fit
+from fewstep.diagnostics.pick import FITTED, Choice, pick, scan
 from fewstep.diagnostics.pilot import Pilot
 from fewstep.errors import UserError, unknown
 from fewstep.flow.field import Velocity, as_field
@@ -74,9 +74,13 @@ def tune(
     if kind == "auto":
         return pick(pilot, held_out, calls, path)
     few = noises_for("auto", x0.shape[1:]) // 2
-    choice = pick(pilot.part(few), held_out.part(few), calls, path, refined=1)
-    table = fit(pilot, held_out, choice.table)
-    if table is choice.table:
+    some, others = pilot.part(few), held_out.part(few)
+    choice = pick(some, others, calls, path, refined=1)
+    start = choice.table
+    if not can_start(start):
+        start = next(found.table for found in scan(some, calls, path) if can_start(found.table))
+    table = fit(pilot, held_out, start)
+    if held_out.error(table) >= held_out.error(choice.table):
         return choice
     return replace(
         choice,
