@@ -44,7 +44,8 @@ def test_every_solver_and_grid_goes_through_sample_and_compare(
 ) -> None:
     teacher = Path(shutil.copytree(tiny_run / "teacher", tmp_path / "teacher"))
     for solver in ("auto", "fitted", "unipc2", "deis3"):
-        said(capsys, "sample", teacher, "--num", "5", "--steps", "4", "--solver", solver, "--out", tmp_path / "x.npy")
+        how = ["--num", "5", "--steps", "4", "--solver", solver, "--out", tmp_path / "x.npy"]
+        assert (f"{solver}, 4 calls: " in said(capsys, "sample", teacher, *how)) == (solver in ("auto", "fitted"))
         assert np.load(tmp_path / "x.npy").shape == (5, 2)
     how = ["--data", "moons", "--samples", "50", "--out", tmp_path / "out"]
     printed = said(capsys, "compare", teacher, tiny_run / "onestep", *how, "--steps", "2,4", "--solver", "auto")

@@ -58,7 +58,10 @@ def run(options: arguments.Run) -> int:
 
 def sample(options: arguments.Sample) -> int:
     """Draw samples into a file."""
+    from fewstep.cli import diagnosis
+    from fewstep.diagnostics.tune import KINDS
     from fewstep.generator import load
+    from fewstep.generator.choose import TUNED_CALLS
 
     set_threads()
     write = writer(options.out)
@@ -74,6 +77,9 @@ def sample(options: arguments.Sample) -> int:
         batch_size=options.batch_size,
     )
     write(x, model)
+    if options.solver in KINDS:
+        choice = model.tune(options.steps or TUNED_CALLS, options.solver, options.guidance)  # the one just used
+        print(f"{options.solver}, {diagnosis.advice(choice)}")
     print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
     print(f"next  fewstep compare {options.model} --data {model.config.data.get('name') or 'DATA'}")
     return 0
