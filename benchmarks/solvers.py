@@ -5,7 +5,8 @@ endpoint error per dimension of: Euler and the best of seven usual solvers on un
 (every solver on every grid, chosen in hindsight); `auto`; `fitted`. `fresh over pilot` is how much larger the error is
 than on the noises that the choice was made on; `s` are CPU seconds on one thread. A MODEL is a folder, or the name of a
 data set, whose teacher is then trained first (`digits`: the demo's; 2-D sets: defaults; `fashion_mnist`: assets).
-With `--refined`, what refinement gains on uniform steps for every multistep solver. Run it with OMP_NUM_THREADS=1.
+With `--refined`, what the best grid, refined, gains on uniform steps for every multistep solver. Run with
+OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from fewstep.training.world import LocalWorld, set_threads
 USUAL = ("euler", "midpoint", "heun", "ab2", "ab3", "dpm++2m", "unipc2")
 MULTISTEP = ("ab2", "ab3", "abm2", "dpm++2m", "unipc2")
 ASSETS = Path(__file__).parent / "assets"
-FRESH = {True: 512, False: 4096}  # noises, for images of 28 x 28 and for small data
+FRESH = {True: 128, False: 4096}  # noises, for images of 28 x 28 and for small data
 SEED = 1000
 COLUMNS = (
     "calls", "Euler", "best of seven, uniform", "best of the scan",
@@ -88,12 +89,13 @@ def refinement(model: fs.Generator, fresh: Pilot, calls: int) -> str:
     pilot = Pilot(
         model.module, *noises(model, noises_for("auto", model.config.shape) // 2, SEED + 1), steps=fresh.steps
     )
-    cells = []
+    cells, path = [], make_path(model.config.path)
     for solver in MULTISTEP:
         made = uniform(solver, calls)
         assert made is not None, "multistep solvers spend any number of calls"
-        grid, _ = refine(pilot, solver, made.grid)
-        before, after = fresh.error(made), fresh.error(table(solver, grid))
+        scanned = [found for name, _, found in candidates(calls, path) if name == solver]
+        grid, _ = refine(pilot, solver, min(scanned, key=pilot.error).grid, path)
+        before, after = fresh.error(made), fresh.error(table(solver, grid, path))
         cells.append(f"{before:.4f} → {after:.4f} ({after / before:.2f})")
     return f"| {calls} | " + " | ".join(cells) + " |"
 
