@@ -77,10 +77,10 @@ def sample(options: arguments.Sample) -> int:
         batch_size=options.batch_size,
     )
     write(x, model)
+    print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
     if options.solver in KINDS:
         choice = model.tune(options.steps or TUNED_CALLS, options.solver, options.guidance)  # the one just used
         print(f"{options.solver}, {diagnosis.advice(choice)}")
-    print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
     print(f"next  fewstep compare {options.model} --data {model.config.data.get('name') or 'DATA'}")
     return 0
 
