@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.flow.field import Field
+from fewstep.flow.field import CountedField, Field
 from fewstep.solvers.tables import Table
 from fewstep.solvers.tape import Atom
 
@@ -208,7 +208,7 @@ def run_terms(
     noise: Noise | None = None,
 ) -> tuple[Tensor, list[Tensor]]:
     """:func:`run` term by term, on any device and in any dtype, with or without gradients."""
-    dtype = x0.dtype
+    dtype, call = x0.dtype, _uncounted(field)
     kept: list[Any] = [None] * slots
     path: list[Tensor] = []
     x, slot, noises = x0, 0, 2 * len(rows)
@@ -221,12 +221,14 @@ def run_terms(
             kept[slot] = x
         if trajectory and node:
             path.append(x)
-        velocity = field(x, t, **cond)
+        velocity = call(x, t, **cond)
         if slot == 0 or velocity.dtype is not dtype:
             velocity = _like(velocity, x)
         kept[slot + 1] = velocity
         del velocity  # the next call must not find it alive where no later row needs it
         slot += 2
+    if call is not field:
+        field.calls += len(rows)
     for k in last.draw:
         kept[noises + k] = _drawn(noise, k)
     x = _form(kept, last.base, last.factor, last.terms, last.free)
@@ -249,7 +251,7 @@ def _run_dense(
     plan: Plan, field: Field, x0: Tensor, cond: Mapping[str, Any], trajectory: bool
 ) -> tuple[Tensor, list[Tensor]]:
     """:func:`run` by the dense form: all states start as ``a_j x_0``, and each velocity is added to all later ones."""
-    shape, dtype, x = x0.shape, x0.dtype, x0
+    shape, dtype, x, call = x0.shape, x0.dtype, x0, _uncounted(field)
     path: list[Tensor] = []
     start, columns = plan.weights(dtype, len(shape))
     work = plan.borrow(shape, dtype)
@@ -260,16 +262,23 @@ def _run_dense(
             x = work.states[j].clone()
         if trajectory and plan.rows[j].node:
             path.append(x)
-        velocity = field(x, t, **cond)
+        velocity = call(x, t, **cond)
         if j == 0 or velocity.dtype is not dtype:
             velocity = _like(velocity, x)
         work.later[j].addcmul_(columns[j], velocity)
         j += 1
+    if call is not field:
+        field.calls += j
     x = work.states[j].clone()
     plan.give_back(work)
     if trajectory:
         path.append(x)
     return x, path
+
+
+def _uncounted(field: Field) -> Callable[..., Any]:
+    """What the loop calls: the network itself where every evaluation counts one, and the loop adds them up."""
+    return field.velocity if isinstance(field, CountedField) else field
 
 
 def _form(
