@@ -48,9 +48,13 @@ def _of_map(
 ) -> tuple[str, GridSpec, int]:
     """A map has its own sampler, for the steps it was made for."""
     allowed = config.steps or (1,)
-    if steps is not None and steps not in allowed:
+    made_for = steps is None or steps in allowed
+    if config.multiple and steps is not None:
+        made_for = steps > 0 and any(steps % number == 0 for number in allowed)
+    if not made_for:
+        multiples = "multiples of " if config.multiple else ""
         raise UserError(
-            f"{name!r} was made for {words(allowed)} step(s), not {steps}: leave steps out, or "
+            f"{name!r} was made for {multiples}{words(allowed)} step(s), not {steps}: leave steps out, or "
             "sample the flow it was distilled from."
         )
     if solver not in (None, "euler") or grid not in (None, "uniform"):

@@ -25,6 +25,7 @@ class Config:
         shape: of one sample inside the network.
         kind: ``velocity``: any solver, any steps; ``map``: its own sampler, the step counts in ``steps``.
         steps: step counts a map was made for.
+        multiple: whether multiples of ``steps`` are right too.
         default_steps: steps when the user names none.
         solver, grid: how a velocity is sampled when the user names none.
         network: resolved network configuration, None for a module fewstep did not build.
@@ -44,6 +45,7 @@ class Config:
     kind: Literal["velocity", "map"] = "velocity"
     steps: tuple[int, ...] | None = None
     default_steps: int = 50
+    multiple: bool = False
     solver: str = "euler"
     grid: str = "uniform"
     network: dict[str, Any] | None = None

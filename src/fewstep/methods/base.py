@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, Protocol, final
 
 import torch
@@ -82,14 +83,35 @@ class PairOptions(Options):
         return self
 
 
+@final
+@dataclass(frozen=True)
+class Learning:
+    """How one role learns, where it differs from the stage's options.
+
+    Attributes:
+        lr: peak learning rate; None is the stage's. Warm-up and cosine are the stage's too.
+        betas: of AdamW.
+    """
+
+    lr: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
 class Objective(ABC):
     """The loss of a phase and the modules it trains.
 
     Attributes:
-        modules: the trained modules by role; ``student`` is the one that is kept.
+        modules: the trained modules by role; ``student`` is the one that is kept. In a role's turn its own module
+            has gradients (averaged over the processes), all others are frozen.
+        learning: how roles learn that differ from the stage's options.
+        state: tensors beside the modules' that later steps depend on, changed in place; checkpoints keep them.
+        checks: how often in the phase :meth:`check` is called, evenly.
     """
 
     modules: dict[str, nn.Module]
+    learning: Mapping[str, Learning] = MappingProxyType({})
+    state: Mapping[str, Tensor] = MappingProxyType({})
+    checks: int = 0
 
     def turns(self, step: int) -> tuple[str, ...]:
         """The roles that learn at optimiser step ``step``, in order."""
@@ -98,6 +120,14 @@ class Objective(ABC):
     @abstractmethod
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         """Named scalar terms; ``"loss"`` is the one that is minimised for ``role``."""
+
+    def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
+        """Named numbers that tell how training goes, from the student's averaged weights.
+
+        Raises:
+            UserError: it goes so badly that going on is a waste; says what to change.
+        """
+        return {}
 
 
 class Batches(Protocol):
@@ -221,12 +251,14 @@ class SampleRule:
     Attributes:
         kind: ``velocity`` (any solver, any number of steps) or ``map`` (its own sampler).
         steps: the step counts it was made for; None for any.
+        multiple: multiples of these step counts are right too.
         default_steps: steps when the user names none.
     """
 
     kind: Literal["velocity", "map"] = "velocity"
     steps: tuple[int, ...] | None = None
     default_steps: int = 50
+    multiple: bool = False
 
 
 @final

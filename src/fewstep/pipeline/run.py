@@ -229,7 +229,7 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         last = number == len(plan.phases) - 1
         kept = stage.folder / "rounds" / phase.name
         if number < trainer.position.phase:
-            previous = frozen(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
+            previous = as_teacher(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
             continue
         objective, batches = phase.prepare(previous)
         label = stage.name if len(plan.phases) == 1 else f"{stage.name}, {phase.name}"
@@ -242,7 +242,7 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
             save_model(stage.folder if last else kept, trainer.ema.state, config, rows, context)
         run.world.barrier()
         if not last:
-            previous = frozen(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
+            previous = as_teacher(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
 
 
 def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher | None) -> nn.Module:
@@ -297,6 +297,11 @@ def frozen(generator: Generator, name: str) -> Teacher:
             f"{name!r} starts from damaged data (in-painting, super-resolution), and pairs need a base that can be "
             "drawn: learn from a model with a Gaussian base, or sample this one in a few steps."
         )
+    return as_teacher(generator, name)
+
+
+def as_teacher(generator: Generator, name: str) -> Teacher:
+    """A generator's network, frozen: what an earlier phase of the stage left, whatever it is sampled by."""
     state = generator.module.state_dict()
     return Teacher(
         velocity=generator.module,
@@ -327,6 +332,7 @@ def stage_config(
         shape=run.data.shape,
         kind=plan.rule.kind,
         steps=plan.rule.steps,
+        multiple=plan.rule.multiple,
         default_steps=plan.rule.default_steps,
         network=network,
         scaling=run.data.scaling.as_dict(),

@@ -7,6 +7,7 @@ global batch, and cut to the process's rows; so one process or several, resumed 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +21,10 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, mix
-from fewstep.methods.base import Batches, Objective, Options
+from fewstep.methods.base import Batches, Learning, Objective, Options
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
+from fewstep.training.state import load_module, load_optimiser, optimiser_tensors, strip
 from fewstep.training.world import LocalWorld
 
 CHECKPOINT_SECONDS = (2.0, 20.0)  # least and most between two checkpoints
@@ -86,6 +88,7 @@ class Trainer:
         self.position = Position()
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
         self._modules: dict[str, nn.Module] = {"student": self.student}
+        self._objective: Objective | None = None
         self._wrapped: dict[nn.Module, nn.Module] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._key = mix(*key)
@@ -106,8 +109,8 @@ class Trainer:
         tensors, state = found
         try:
             self.position = Position(**state["position"])
-            _load_module(self.student, tensors, "student.")
-            self.ema.load(_strip(tensors, "ema."), state["ema_updates"])
+            load_module(self.student, tensors, "student.")
+            self.ema.load(strip(tensors, "ema."), state["ema_updates"])
         except (KeyError, TypeError) as error:
             raise UserError(
                 f"the checkpoint {self._newest()} was written by another version of fewstep ({error}): "
@@ -129,10 +132,11 @@ class Trainer:
         every = max(1, min(100, -(-samples // size) // LOGS_PER_PHASE))
         self._saved = time.monotonic()
         progress = self.world.progress(samples, position.phase_samples, label)
-        with _isolated_rng(self.world.device), progress as bar:
+        with _isolated_rng(self.world.device), self._turns_ended(), progress as bar:
             while position.phase_samples < samples:
                 self._step(objective, batches, samples)
                 bar.update(size)
+                self._check(objective, samples)
                 if position.step % every == 0 or position.phase_samples >= samples:
                     bar.note = self._flush()
                 if time.monotonic() - self._saved > self._interval:
@@ -153,7 +157,9 @@ class Trainer:
         for role, module in self._modules.items():
             tensors |= {f"{role}.{name}": value for name, value in module.state_dict().items()}
         for role, optimiser in self.optimisers.items():
-            tensors |= _optimiser_tensors(role, optimiser)
+            tensors |= optimiser_tensors(role, optimiser)
+        if self._objective is not None:
+            tensors |= {f"state.{name}": value for name, value in self._objective.state.items()}
         state = {
             "position": vars(self.position),
             "ema_updates": self.ema.updates,
@@ -173,6 +179,7 @@ class Trainer:
 
     def _prepare(self, objective: Objective) -> None:
         """Optimisers for the objective's modules, and data-parallel wrappers for several processes."""
+        self._objective = objective
         self._modules = dict(objective.modules)
         for module in self._modules.values():
             module.to(self.world.device).train()
@@ -180,18 +187,25 @@ class Trainer:
             role: [p for p in module.parameters() if p.requires_grad] for role, module in self._modules.items()
         }
         self.optimisers = {
-            role: torch.optim.AdamW(parameters, lr=self.options.lr, weight_decay=self.options.weight_decay, fused=True)
+            role: torch.optim.AdamW(
+                parameters,
+                lr=self.options.lr,
+                betas=objective.learning.get(role, Learning()).betas,
+                weight_decay=self.options.weight_decay,
+                fused=True,
+            )
             for role, parameters in self._parameters.items()
         }
         loaded, self._loaded = self._loaded, None
         if loaded is not None and self.position.phase_samples > 0:  # it is of this phase
             for role, module in self._modules.items():
-                _load_module(module, loaded, f"{role}.")
-                _load_optimiser(role, self.optimisers[role], loaded)
-        for role, module in self._modules.items():
+                load_module(module, loaded, f"{role}.")
+                load_optimiser(role, self.optimisers[role], loaded)
+            for name, value in objective.state.items():
+                value.copy_(loaded[f"state.{name}"])
+        for module in self._modules.values():
             if module not in self._wrapped:
                 self._wrapped[module] = self.world.wrap(module)
-            objective.modules[role] = self._wrapped[module]
 
     def _step(self, objective: Objective, batches: Batches, samples: int) -> None:
         position, options = self.position, self.options
@@ -211,6 +225,7 @@ class Trainer:
     def _turn(self, objective: Objective, role: str, batch: Pair, draws: Draws, rate: float) -> None:
         """One role's forward, backward and update."""
         parameters, optimiser = self._parameters[role], self.optimisers[role]
+        self._give_turn(objective, role)
         for parameter in parameters:
             parameter.grad = None
         with self._autocast():
@@ -227,11 +242,39 @@ class Trainer:
         self.position.bad_steps[role] = 0
         if norm > self.options.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.options.clip, total)
-        optimiser.param_groups[0]["lr"] = rate
+        own = objective.learning.get(role, Learning()).lr
+        optimiser.param_groups[0]["lr"] = rate if own is None else rate * own / self.options.lr
         optimiser.step()
         if role == "student":
             self.ema.update()
         self._count("" if role == "student" else f"{role}/", values)
+
+    def _give_turn(self, objective: Objective, role: str) -> None:
+        """The role's module learns, wrapped for several processes; the others are plain, and frozen."""
+        for name, module in self._modules.items():
+            objective.modules[name] = self._wrapped[module] if name == role else module
+            for parameter in self._parameters[name]:
+                parameter.requires_grad_(name == role)
+
+    @contextlib.contextmanager
+    def _turns_ended(self) -> Iterator[None]:
+        """Whatever happens, afterwards no module is left frozen."""
+        try:
+            yield
+        finally:
+            for parameter in itertools.chain(*self._parameters.values()):
+                parameter.requires_grad_(True)
+
+    def _check(self, objective: Objective, samples: int) -> None:
+        """Let the objective look at how training goes, ``checks`` times in the phase."""
+        if not objective.checks:
+            return
+        position = self.position
+        before, now = position.phase_samples - self.options.batch_size, min(position.phase_samples, samples)
+        if before * objective.checks // samples == now * objective.checks // samples:
+            return
+        found = objective.check(self.ema.state)
+        self.log({"phase": position.phase, "samples": position.total_samples, "step": position.step, "check": found})
 
     def _agree(self, role: str, norm: float, values: dict[str, float]) -> tuple[float, dict[str, float]]:
         """The mean terms over all processes, so that every process decides alike."""
@@ -335,32 +378,3 @@ def _isolated_rng(device: torch.device) -> Iterator[None]:
     devices: Sequence[int] = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-def _strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
-
-
-def _load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    try:
-        module.load_state_dict(_strip(tensors, prefix))
-    except RuntimeError as error:
-        raise UserError(
-            f"the checkpoint holds another network than the recipe describes: {error}. Use another --out."
-        ) from error
-
-
-def _optimiser_tensors(role: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"optimiser.{role}.{number}.{name}": value
-        for number, entry in optimiser.state_dict()["state"].items()
-        for name, value in entry.items()
-    }
-
-
-def _load_optimiser(role: str, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    state: dict[int, dict[str, Tensor]] = {}
-    for key, value in _strip(tensors, f"optimiser.{role}.").items():
-        number, name = key.split(".", 1)
-        state.setdefault(int(number), {})[name] = value
-    optimiser.load_state_dict({"state": state, "param_groups": optimiser.state_dict()["param_groups"]})
