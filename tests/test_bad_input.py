@@ -428,7 +428,7 @@ CONFIGS: list[tuple[str, Any, str]] = [
     ("shape", 2, "'shape' must be"),
     ("shape", [], "no shape of a sample"),
     ("shape", [3], "samples of shape [2]"),
-    ("kind", "velocty", "'kind' must be 'velocity' or 'map'"),
+    ("kind", "velocty", "'kind' must be 'velocity', 'map' or 'features'"),
     ("steps", "abc", "'steps' must be"),
     ("default_steps", 0, "at least 1"),
     ("network", [3], "'network' must be"),

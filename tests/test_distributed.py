@@ -42,6 +42,7 @@ def recipe(teacher: Path | None) -> dict[str, Any]:
     if teacher is not None:
         learnt = {"teacher": str(teacher), "pairs": 1000, **common}
         stages["straight"] = {"method": "reflow", "real_pairs": 600, **learnt}
+        stages["onestep"] = {"method": "instaflow", "real": "both", **learnt, "pairs": 1200}
     return {"data": DATA, "network": NETWORK, "seed": 1, "stages": stages}
 
 
@@ -114,7 +115,8 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def losses(out: Path, stage: str) -> torch.Tensor:
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
-    return torch.tensor([line["terms"]["loss"] for line in lines if line["stage"] == stage], dtype=torch.float64)
+    own = [line["terms"]["loss"] for line in lines if line["stage"] == stage and "terms" in line]
+    return torch.tensor(own, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("stage", ["flow", "straight"])
@@ -125,8 +127,21 @@ def test_two_processes_give_the_loss_curve_of_one(worlds: tuple[Path, Path], sta
     torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
 
 
+def test_two_processes_play_the_game_of_one(worlds: tuple[Path, Path]) -> None:
+    """The adversarial weight is found from both processes' gradients; the checks are the same in both."""
+    one, two = (
+        [line for line in map(json.loads, (out / "stats.jsonl").read_text().splitlines()) if line["stage"] == "onestep"]
+        for out in worlds
+    )
+    assert [sorted(line) for line in two] == [sorted(line) for line in one]
+    for here, there in zip(one, two, strict=True):
+        for part in {"terms", "check"} & set(here):
+            assert there[part] == pytest.approx(here[part], rel=2e-4, abs=2e-5)
+    assert any("weight/adversarial" in line.get("terms", {}) for line in one)
+
+
 def test_two_processes_give_the_weights_of_one(worlds: tuple[Path, Path]) -> None:
-    for stage in ("flow", "straight"):
+    for stage in ("flow", "straight", "onestep"):
         one, two = (read_tensors(out / stage / "model.safetensors") for out in worlds)
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)

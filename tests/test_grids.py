@@ -13,6 +13,7 @@ from fewstep.flow.grids import GRIDS, check_steps, check_times, explicit_times, 
 NAMED = ["uniform", "shift", "shift:0.1", "shift:0.3", "shift:7", "shift:100", "quadratic", "quadratic:-2"]
 NAMED += ["quadratic:0.5", "quadratic:3", "quadratic:-1.5", "karras", "karras:3", "karras:7,20,0.01"]
 NAMED += ["logit_normal", "logit_normal:-1,0.7", "logit_normal:0.5", "uniform_lambda", "uniform_lambda:-3,7"]
+NAMED += ["sigmoid", "sigmoid:1e-3", "sigmoid:20"]
 
 
 def logit(t: np.ndarray) -> np.ndarray:

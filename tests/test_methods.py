@@ -18,15 +18,9 @@ from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
+from fewstep.methods.distances import l1, l2, pseudo_huber
 from fewstep.methods.reflow import ReflowOptions, share_law
-from fewstep.methods.straight_line import (
-    EndpointRegression,
-    VelocityRegression,
-    drop_labels,
-    l1,
-    l2,
-    pseudo_huber,
-)
+from fewstep.methods.straight_line import EndpointRegression, VelocityRegression, drop_labels
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld

@@ -20,6 +20,14 @@ _ICML = "International Conference on Machine Learning"
 _NEURIPS = "Advances in Neural Information Processing Systems"
 
 CITATIONS: dict[str, Entry] = {
+    "alain2014regularized": (
+        "article",
+        "Alain, Guillaume and Bengio, Yoshua",
+        "What Regularized Auto-Encoders Learn from the Data-Generating Distribution",
+        "Journal of Machine Learning Research",
+        2014,
+        "1211.4246",
+    ),
     "albergo2023building": (
         "inproceedings",
         "Albergo, Michael S. and Vanden-Eijnden, Eric",
@@ -186,6 +194,14 @@ CITATIONS: dict[str, Entry] = {
         2023,
         "2304.14772",
     ),
+    "salimans2022progressive": (
+        "inproceedings",
+        "Salimans, Tim and Ho, Jonathan",
+        "Progressive Distillation for Fast Sampling of Diffusion Models",
+        _ICLR,
+        2022,
+        "2202.00512",
+    ),
     "song2021denoising": (
         "inproceedings",
         "Song, Jiaming and Meng, Chenlin and Ermon, Stefano",
@@ -244,6 +260,14 @@ CITATIONS: dict[str, Entry] = {
         "IEEE/CVF Conference on Computer Vision and Pattern Recognition",
         2024,
         "2311.18828",
+    ),
+    "zhang2018unreasonable": (
+        "inproceedings",
+        "Zhang, Richard and Isola, Phillip and Efros, Alexei A. and Shechtman, Eli and Wang, Oliver",
+        "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric",
+        "IEEE Conference on Computer Vision and Pattern Recognition",
+        2018,
+        "1801.03924",
     ),
     "zhang2023fast": (
         "inproceedings",

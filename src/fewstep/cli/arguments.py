@@ -128,6 +128,8 @@ class Compare:
     """time grid of velocity models; explicit times fix the steps"""
     samples: Annotated[int | None, WHOLE, shown("N", "min(4000, training rows)")] = None
     """generated samples"""
+    features: Annotated[str | None, shown("FEATURES", "the values themselves")] = None
+    """what the Fréchet distance looks at: a features stage's folder, a CIFAR ResNet's file, lpips:vgg or lpips:alex"""
     seed: Annotated[int, WHOLE] = 0
     """seed of the samples"""
     out: Annotated[Path | None, shown("DIR", "print only")] = None

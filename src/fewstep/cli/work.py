@@ -33,6 +33,7 @@ def demo(options: arguments.Demo) -> int:
 def run(options: arguments.Run) -> int:
     """Run a recipe and compare its stages."""
     from fewstep.pipeline.dry import show_plan
+    from fewstep.pipeline.features import models_among
     from fewstep.pipeline.finish import finish_run
     from fewstep.pipeline.recipe import load_recipe
     from fewstep.pipeline.run import run_recipe
@@ -49,9 +50,13 @@ def run(options: arguments.Run) -> int:
     folders = run_recipe(recipe, out, world)
     if world.rank == 0:
         report = finish_run(recipe, out, folders)
-        print(f"\nwrote   {out}: {', '.join(folder.name for folder in folders)} (a model each), compare.json")
-        print(f"report  {report}")
-        print(f"next    fewstep sample {folders[-1]} --num 64 --out samples.png")
+        models, names = models_among(folders), ", ".join(folder.name for folder in folders)
+        if report is None:
+            print(f"\nwrote   {out}: {names} (features)")
+            print(f"next    fewstep compare MODEL --data DATA --features {folders[-1]}")
+        else:
+            print(f"\nwrote   {out}: {names} (a model each), compare.json\nreport  {report}")
+            print(f"next    fewstep sample {models[-1]} --num 64 --out samples.png")
     world.barrier()
     return 0
 
@@ -153,6 +158,7 @@ def compare(options: arguments.Compare) -> int:
     from fewstep.generator import load
     from fewstep.pipeline.compare import compare as measure
     from fewstep.pipeline.compare import name_apart, table
+    from fewstep.pipeline.features import find_judge, models_among
     from fewstep.pipeline.finish import write_comparison
 
     set_threads()
@@ -161,8 +167,12 @@ def compare(options: arguments.Compare) -> int:
         raise UserError(f"--samples must be at least 1, got {options.samples}.")
     if options.out is not None:
         check_place(options.out)
-    models = [load(folder, device=default_device()) for folder in options.models]
-    name_apart(models, options.models)
+    folders = models_among(options.models)
+    for folder in options.models:
+        if folder not in folders:
+            print(f"  {folder} holds features, nothing to compare: --features {folder} judges by them")
+    models = [load(folder, device=default_device()) for folder in folders]
+    name_apart(models, folders)
     data = load_data(options.data)
     result = measure(
         models,
@@ -172,6 +182,7 @@ def compare(options: arguments.Compare) -> int:
         grid=options.grid,
         samples=options.samples,
         seed=options.seed,
+        features=find_judge(options.features, data, default_device()),
     )
     print("\n" + table(result))
     if options.out is None:
@@ -179,7 +190,7 @@ def compare(options: arguments.Compare) -> int:
         return 0
     report = write_comparison(make_folder(options.out), result, models, data)
     print(f"\nwrote   {options.out}: compare.json, compare.md\nreport  {report}")
-    print(f"next    fewstep sample {options.models[-1]} --num 64 --out samples.png")
+    print(f"next    fewstep sample {folders[-1]} --num 64 --out samples.png")
     return 0
 
 
@@ -247,8 +258,9 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
     if what == "solvers":
         from fewstep.solvers.tables import SOLVERS
 
+        order = {name: f"order {s.order}" if s.converges else "for straight flows" for name, s in SOLVERS.items()}
         return [
-            *((name, f"order {s.order}, {s.calls} network call(s) a step") for name, s in SOLVERS.items()),
+            *((name, f"{order[name]}, {s.calls} network call(s) a step") for name, s in SOLVERS.items()),
             ("rk45", "adaptive, order 5(4), a step size for every sample; rk45:1e-4 sets the tolerance"),
             ("dopri5", "adaptive, torchdiffeq's, one step size for all (extra 'adaptive')"),
             ("auto", "the best solver and grid for the model and a number of network calls, found on a pilot"),

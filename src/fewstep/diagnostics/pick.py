@@ -108,9 +108,13 @@ class Candidate:
 
 
 def candidates(calls: int, path: AffinePath = LINEAR) -> Iterator[tuple[str, str, Table]]:
-    """Every deterministic solver that can spend ``calls`` network calls, on every scanned grid."""
+    """Every solver that can spend ``calls`` network calls, on every scanned grid.
+
+    Stochastic ones have no endpoint to judge; those that tend to the flow on straight trajectories only would be
+    judged right by a pilot on which they happen to be.
+    """
     for name, solver in SOLVERS.items():
-        if calls % solver.calls:
+        if calls % solver.calls or solver.stochastic or not solver.converges:
             continue
         for grid in SCANNED_GRIDS if calls > solver.calls else ("uniform",):
             yield name, grid, table(name, make_grid(grid, calls // solver.calls), path)

@@ -32,11 +32,13 @@ class Pair:
     Attributes:
         x0, x1: (B, ...).
         cond: conditions, each (B, ...), by the name of the network's keyword (``label``, ``context``).
+        beside: rows that go along and no network is conditioned on, such as unpaired data.
     """
 
     x0: Tensor
     x1: Tensor
     cond: dict[str, Tensor] = field(default_factory=dict)
+    beside: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -92,6 +92,20 @@ def uniform_lambda(steps: int, low: float = 5.0, high: float | None = None) -> n
     return _between(1.0 / (1.0 + np.exp(-np.linspace(low, high, steps + 1)[1:-1])))
 
 
+def sigmoid(steps: int, kappa: float = 4.0) -> np.ndarray:
+    """``(g(kappa (k/N - 1/2)) - g(-kappa/2)) / (g(kappa/2) - g(-kappa/2))``, ``g`` logistic; ``kappa`` default 4.
+
+    (The grid of arXiv:2410.07815 for straightened flows.) With ``g(z) = (1 + tanh(z/2)) / 2`` it is ``1/2 + tanh(kappa
+    (k/N - 1/2) / 2) / (2 tanh(kappa/4))``: symmetric, dense at both ends, and uniform as ``kappa -> 0``.
+    """
+    if not kappa > 0:
+        raise UserError(
+            f"grid 'sigmoid' needs a positive value, got {kappa}: write for example 'sigmoid:4', or 'uniform', which "
+            "is its limit at 0."
+        )
+    return _between(0.5 + np.tanh(kappa * (uniform(steps)[1:-1] - 0.5) / 2) / (2 * math.tanh(kappa / 4)))
+
+
 def _between(inner: np.ndarray) -> np.ndarray:
     """Times strictly inside, with exact ends."""
     return np.array([0.0, *inner, 1.0])
@@ -104,6 +118,7 @@ GRIDS: dict[str, Callable[..., np.ndarray]] = {
     "karras": karras,
     "logit_normal": logit_normal,
     "uniform_lambda": uniform_lambda,
+    "sigmoid": sigmoid,
 }
 
 

@@ -23,7 +23,8 @@ class Config:
 
     Attributes:
         shape: of one sample inside the network.
-        kind: ``velocity``: any solver, any steps; ``map``: its own sampler, the step counts in ``steps``.
+        kind: ``velocity``: any solver, any steps; ``map``: its own sampler, the step counts in ``steps``; ``features``:
+            a feature network, which is not sampled.
         steps: step counts a map was made for.
         multiple: whether multiples of ``steps`` are right too.
         default_steps: steps when the user names none.
@@ -38,11 +39,12 @@ class Config:
         base: ``gaussian``; ``empirical``, drawn from the rows in ``base.safetensors``; ``examples``, made from
             data (in-painting, super-resolution), with damaged held-out rows and their contexts kept there.
         coupling: facts of the coupling it was trained on.
+        features: digest of the features in its loss.
         method, stage, data: where it comes from.
     """
 
     shape: tuple[int, ...]
-    kind: Literal["velocity", "map"] = "velocity"
+    kind: Literal["velocity", "map", "features"] = "velocity"
     steps: tuple[int, ...] | None = None
     default_steps: int = 50
     multiple: bool = False
@@ -57,6 +59,7 @@ class Config:
     path: str = "linear"
     base: Literal["gaussian", "empirical", "examples"] = "gaussian"
     coupling: dict[str, Any] = field(default_factory=dict)
+    features: str | None = None
     method: str | None = None
     stage: str | None = None
     data: dict[str, Any] = field(default_factory=dict)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.generator.config import FORMAT, Config
 from fewstep.store.files import make_folder, write_bytes, write_json, write_text
-from fewstep.store.tensors import unshared
+from fewstep.store.tensors import read_tensors, unshared
 
 
 def save_model(
@@ -29,7 +27,7 @@ def save_model(
     folder = make_folder(Path(folder))
     tensors = unshared({name: value.cpu() for name, value in state.items()})
     write_bytes(folder / "model.safetensors", save(tensors))
-    if base_rows is not None:
+    if base_rows is not None and config.base != "gaussian":
         base = {"rows": base_rows.contiguous()}
         if base_context is not None:
             base["context"] = base_context.contiguous()
@@ -48,59 +46,38 @@ def read_base(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None
     return rows, base.get("context")
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, or say that it is missing or damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(
-            f"{path} is missing, truncated or no safetensors file ({error}): copy the folder again, or run "
-            "its recipe again."
-        ) from error
-
-
-def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of the weights, first 16 hex digits."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        value = state[name].detach().cpu().contiguous()
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(value.flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
 def model_card(config: Config, parameters: int) -> str:
-    """The card: what the model is and how to sample it."""
-    steps = words(config.steps) if config.steps else "any number of"
+    """The card: what the model is and how to sample it, or to judge by it."""
+    whose = (f", trained with `{config.method}`" if config.method else "") + (
+        f" on `{config.data['name']}`" if config.data.get("name") else ""
+    )
+    tag, about = "flow-matching", _about_flow(config)
     what = "one-step map" if config.kind == "map" else "velocity field"
+    if config.kind == "features":
+        tag, about, what = "feature-extraction", _about_features(config), "feature network"
+    head = ["---", "library_name: fewstep", f"tags: [{tag}]", "---", f"# {config.stage or 'flow model'}", ""]
+    about[0] = f"A {what} of {parameters:,} parameters{whose}. {about[0]}"
+    return "\n".join([*head, *about, ""])
+
+
+def _about_flow(config: Config) -> list[str]:
+    steps = words(config.steps) if config.steps else "any number of"
     module = "" if config.network else ", module=net"  # a network that only the user can build
-    lines = [
-        "---",
-        "library_name: fewstep",
-        "tags: [flow-matching]",
-        "---",
-        f"# {config.stage or 'flow model'}",
-        "",
-        f"A {what} of {parameters:,} parameters"
-        + (f", trained with `{config.method}`" if config.method else "")
-        + (f" on `{config.data['name']}`" if config.data.get("name") else "")
-        + f". Samples in {steps} step(s).",
-    ]
+    lines = [f"Samples in {steps} step(s)."]
     if config.guidance is not None:
         lines.append(f"Guidance {config.guidance:g} is baked into the weights; do not guide it again.")
-    lines += [
-        "",
-        "```python",
-        "import fewstep as fs",
-        "",
-        f'x = fs.load("path/to/this/folder"{module}).sample(64, seed=0)',
-        "```",
-        "",
+    if config.features is not None:
+        lines.append(f"Its loss looked through the features `{config.features}`: others must judge it.")
+    sample = f'x = fs.load("path/to/this/folder"{module}).sample(64, seed=0)'
+    return [*lines, "", "```python", "import fewstep as fs", "", sample, "```"]
+
+
+def _about_features(config: Config) -> list[str]:
+    judge = "fewstep compare MODEL --data DATA --features path/to/this/folder"
+    return [
+        f"For Fréchet distances and perceptual losses on samples of shape {tuple(config.shape)}; it makes no samples.",
+        *("", "```", judge, "```"),
     ]
-    return "\n".join(lines)
 
 
 def words(numbers: Sequence[int] | None) -> str:

@@ -22,12 +22,13 @@ from fewstep.flow.grids import FROM_MODEL, GridSpec
 from fewstep.flow.noise import integer_rows, noise_rows
 from fewstep.generator.choose import choose
 from fewstep.generator.config import Config, read_config, sample_shape
-from fewstep.generator.folder import read_base, read_tensors, save_model, weights_digest
+from fewstep.generator.folder import read_base, save_model
 from fewstep.generator.labels import Label, draw_labels
 from fewstep.generator.samplers import Pilot, Samplers
 from fewstep.networks import build
 from fewstep.solvers.solve import check_start, solve
 from fewstep.solvers.tables import Table
+from fewstep.store.tensors import read_tensors, weights_digest
 
 TUNING_SEED = 0x7E57  # of the noises samplers are tuned on, other than the ones anybody asks for
 
@@ -331,6 +332,11 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
     """
     folder = Path(folder)
     config = read_config(folder)
+    if config.kind == "features":
+        raise UserError(
+            f"{folder} holds features (method {config.method!r}), not a generator: there is nothing to sample. Name it "
+            f"where features are asked for: 'features:' in a recipe, or fewstep compare … --features {folder}."
+        )
     if module is None:
         if config.network is None:
             raise UserError(

@@ -72,6 +72,8 @@ class PairOptions(Options):
         solver = find_solver(self.solver)
         if solver.stochastic:
             raise ValueError(f"solver {self.solver!r} adds noise, and a pair is a noise with its one endpoint")
+        if not solver.converges:
+            raise ValueError(f"solver {self.solver!r} follows straight flows only: make pairs with another, as 'rk4'")
         if explicit_times(self.grid) is not None:
             raise ValueError(f"pairs need a named grid, for any number of steps (got {self.grid!r})")
         make_grid(self.grid, 2)
@@ -152,6 +154,7 @@ class Teacher:
         guidable: whether it has learned without labels too.
         path: the affine path it was trained on.
         name: what to call it in messages.
+        independent: whether it was trained on noise independent of the data, so that the path has its marginals.
     """
 
     velocity: Velocity
@@ -162,6 +165,7 @@ class Teacher:
     network: Mapping[str, Any] = field(default_factory=dict)
     guidable: bool = True
     path: str = "linear"
+    independent: bool = True
 
     def guided(self, scale: float) -> Velocity:
         """The velocity with guidance ``scale``; refuses to guide twice."""
@@ -190,6 +194,7 @@ class World(Protocol):
     @property
     def device(self) -> torch.device: ...
     def barrier(self) -> None: ...
+    def average(self, value: Tensor) -> Tensor: ...
     def say(self, message: str) -> None: ...
     def progress(self, total: int, done: int, label: str) -> Any: ...
 
@@ -211,6 +216,7 @@ class Stage:
         teacher: the teacher, None for a method without one.
         dequantise: standard deviation of the noise added to discrete data, network units.
         world: the processes at work.
+        find: the folder of an earlier stage by its name; any other word is returned as it is.
     """
 
     name: str
@@ -224,6 +230,7 @@ class Stage:
     teacher: Teacher | None
     dequantise: float
     world: World
+    find: Callable[[str], str] = str
 
 
 @final
@@ -249,13 +256,13 @@ class SampleRule:
     """How a finished network is sampled.
 
     Attributes:
-        kind: ``velocity`` (any solver, any number of steps) or ``map`` (its own sampler).
+        kind: ``velocity`` (any solver, any number of steps), ``map`` (its own sampler), or ``features`` (no sampler).
         steps: the step counts it was made for; None for any.
         multiple: multiples of these step counts are right too.
         default_steps: steps when the user names none.
     """
 
-    kind: Literal["velocity", "map"] = "velocity"
+    kind: Literal["velocity", "map", "features"] = "velocity"
     steps: tuple[int, ...] | None = None
     default_steps: int = 50
     multiple: bool = False
@@ -274,6 +281,7 @@ class Plan:
         examples: for a base made from data: starts and contexts to sample from, kept with the model.
         null_trained: whether the network has learned without labels too, which guidance needs.
         path: the affine path it was trained on, which data- and noise-form solvers need.
+        features: digest of the features in its loss, which must not judge it.
     """
 
     student: nn.Module
@@ -283,6 +291,7 @@ class Plan:
     examples: Pair | None = None
     null_trained: bool = False
     path: str = "linear"
+    features: str | None = None
 
 
 @final
@@ -297,7 +306,11 @@ class Spec:
         needs: what it learns from, in words.
         cite: keys into :mod:`fewstep.citations`.
         context: context values or channels its networks take, from the options and the data's shape.
-        makes: ``velocity``, which later stages can learn from, or ``map``, which they cannot.
+        changes: entries of the network's configuration that the options set, from the options and the data's shape;
+            refuses a shape that the options have no meaning for, before anything is trained.
+        makes: ``velocity``, which later stages can learn from, or ``map`` or ``features``, which they cannot.
+        network: resolves the stage's network where that is no velocity network, from the options and the data.
+        online_calls: the teacher's network calls for every sample seen in training, from the options.
     """
 
     options: type[Options]
@@ -306,4 +319,7 @@ class Spec:
     needs: str
     cite: tuple[str, ...]
     context: Callable[[Any, tuple[int, ...]], int] = lambda options, shape: 0
-    makes: Literal["velocity", "map"] = "velocity"
+    changes: Callable[[Any, tuple[int, ...]], dict[str, Any]] = lambda options, shape: {}
+    makes: Literal["velocity", "map", "features"] = "velocity"
+    network: Callable[[Any, DataSet], dict[str, Any]] | None = None
+    online_calls: Callable[[Any], int] = lambda options: 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 import torch
@@ -136,6 +136,25 @@ class MixedBatches:
             x1=_choose(keep, synthetic.x1, real.x1),
             cond={name: _choose(keep, synthetic.cond[name], real.cond[name]) for name in synthetic.cond},
         )
+
+
+@final
+class BesideBatches:
+    """Pairs with data rows beside them, as ``beside["real"]`` (and ``real_label``), drawn on their own.
+
+    Args:
+        pairs: what is learnt from.
+        data: whose endpoints go along.
+    """
+
+    def __init__(self, pairs: Batches, data: Batches) -> None:
+        self.facts = pairs.facts
+        self._pairs, self._data = pairs, data
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        pair, data = self._pairs.batch(start, count, generator), self._data.batch(start, count, generator)
+        beside = {"real": data.x1, **{f"real_{name}": value for name, value in data.cond.items()}}
+        return replace(pair, beside=beside)
 
 
 def _choose(keep: Tensor, yes: Tensor, no: Tensor) -> Tensor:

@@ -1,17 +1,39 @@
-"""One-step distillation by regression of the teacher's endpoint (Liu et al., arXiv:2209.03003, sec. 2.2).
+"""Distillation by regression of the teacher's endpoint (Liu et al., arXiv:2209.03003, sec. 2.2).
 
     L(theta) = E_{x0} d( x0 + v_theta(x0, 0),  Phi_teacher(x0) )
 
 An ODE teacher has one endpoint per noise, so the exact map is the optimum of every distance. A student started from a
 reflowed network (``init``) starts near it, since there the teacher's map is almost its own Euler step.
+
+``steps: k`` makes a student of exactly k Euler steps: ReFlow on the k times at which it will be called,
+
+    L(theta) = E_{(x0, x1), t} d( v_theta(x_t, t), x1 - x0 ),   t uniform on {0, 1/k, ..., (k-1)/k}.
+
+``progressive: N`` halves the number of steps from N to k, one phase each (arXiv:2202.00512, alg. 2, for velocities): a
+student step of length 2h does what two steps of length h of the phase before it do, the first phase learning from the
+teacher itself,
+
+    v(x, t) = (u(x, t) + u(y, t + h)) / 2,   y = x + h u(x, t).
+
+The points x lie on the trajectories that those steps make from fresh noise, which is where the student will be called.
+(The paper takes noised data, which has that law only where noise and data are independent; the interpolant of a curved
+teacher's pair has another one.) No pairs are made.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import math
+from collections.abc import Callable, Mapping
+from typing import Literal, final
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
 
+from fewstep.flow.couplings import Independent, Pair
+from fewstep.flow.field import Velocity
+from fewstep.flow.noise import Draws
+from fewstep.flow.paths import Linear
 from fewstep.methods.base import (
     Batches,
     Objective,
@@ -23,7 +45,8 @@ from fewstep.methods.base import (
     Stage,
     Teacher,
 )
-from fewstep.methods.batches import StoredBatches
+from fewstep.methods.batches import DataBatches, StoredBatches
+from fewstep.methods.distances import find_distance
 from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
 from fewstep.methods.straight_line import EndpointRegression
 
@@ -31,12 +54,94 @@ from fewstep.methods.straight_line import EndpointRegression
 class DistillOptions(PairOptions):
     """Options of ``method: distill``."""
 
-    samples: int = Field(500_000, gt=0, description="samples seen in the stage")
+    samples: int = Field(500_000, gt=0, description="samples seen in the stage, over all phases")
+    steps: int = Field(1, gt=0, description="Euler steps the student is made for")
+    progressive: int | None = Field(None, gt=1, description="halve this number of teacher steps down to 'steps'")
     loss: Literal["l2", "l1", "huber"] = "l2"
+
+    @model_validator(mode="after")
+    def _halves_to_steps(self) -> DistillOptions:
+        if self.progressive is None:
+            return self
+        ratio = self.progressive // self.steps
+        if self.progressive != ratio * self.steps or ratio < 2 or ratio & (ratio - 1):
+            examples = ", ".join(str(self.steps * 2**power) for power in (1, 2, 3))
+            raise ValueError(
+                f"progressive: {self.progressive} does not halve to steps: {self.steps}: give steps times a power of "
+                f"two, such as {examples}"
+            )
+        return self
+
+
+@final
+class GridRegression(Objective):
+    """The line's velocity at the times of ``steps`` Euler steps.
+
+    Args:
+        student: the network.
+        steps: k; t is uniform on {0, 1/k, ..., (k-1)/k}.
+        distance: by name (:func:`~fewstep.methods.distances.find_distance`).
+    """
+
+    def __init__(self, student: nn.Module, steps: int, distance: str = "l2") -> None:
+        self.modules = {"student": student}
+        self.steps = steps
+        self.distance = find_distance(distance)
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        t = (draws.uniform() * self.steps).floor().to(batch.x0) / self.steps
+        x_t = Linear().interpolate(batch.x0, batch.x1, t)
+        v = self.modules["student"](x_t, t, **batch.cond)
+        return {"loss": self.distance(v, batch.x1 - batch.x0)}
+
+
+def two_steps(flow: Velocity, x: Tensor, t: Tensor, h: float, cond: Mapping[str, Tensor]) -> Tensor:
+    """The mean velocity of two Euler steps of length h: ``(u(x, t) + u(x + h u(x, t), t + h)) / 2``."""
+    u = flow(x, t, **cond)
+    return 0.5 * (u + flow(x + h * u, t + h, **cond))
+
+
+@final
+class Halving(Objective):
+    """One student step for two of a flow that is sampled with twice as many.
+
+    Args:
+        student: the network.
+        flow: the frozen flow, sampled with ``2 steps`` Euler steps.
+        steps: the student's.
+        distance: by name (:func:`~fewstep.methods.distances.find_distance`).
+    """
+
+    def __init__(self, student: nn.Module, flow: Velocity, steps: int, distance: str = "l2") -> None:
+        self.modules = {"student": student}
+        self.flow = flow
+        self.steps = steps
+        self.distance = find_distance(distance)
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        number = (draws.uniform() * self.steps).long().to(batch.x0.device)
+        with torch.no_grad():
+            x, target = self.pieces(batch.x0, number, batch.cond)
+        v = self.modules["student"](x, number.to(x) / self.steps, **batch.cond)
+        return {"loss": self.distance(v, target)}
+
+    def pieces(self, x0: Tensor, number: Tensor, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where student step ``number`` (B,) of the flow's trajectory from x0 begins, and its mean velocity there."""
+        length = 1.0 / self.steps
+        x, target = x0.clone(), torch.empty_like(x0)
+        for step in range(self.steps):
+            rows = (number >= step).nonzero()[:, 0]  # those that have not come to their own step yet
+            t = torch.full((len(rows),), step * length, dtype=x0.dtype, device=x0.device)
+            here = {name: value[rows] for name, value in cond.items()}
+            v = two_steps(self.flow, x[rows], t, 0.5 * length, here).to(x0)
+            arrived = number[rows] == step
+            target[rows[arrived]] = v[arrived]
+            x[rows[~arrived]] += length * v[~arrived]
+        return x, target
 
 
 def plan(options: DistillOptions, stage: Stage) -> Plan:
-    """One phase on generated pairs."""
+    """One phase on generated pairs, or one per halving."""
     student = stage.build()
     assert stage.teacher is not None
     request = PairRequest("generated", options.pairs, options, stage.teacher, "distill")
@@ -44,17 +149,63 @@ def plan(options: DistillOptions, stage: Stage) -> Plan:
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         batches = StoredBatches(build_pairs(stage, request), facts, (stage.seed, stage.name))
-        return EndpointRegression(student, options.loss), batches
+        if options.steps == 1:
+            return EndpointRegression(student, options.loss), batches
+        return GridRegression(student, options.steps, options.loss), batches
 
-    rule = SampleRule(kind="map", steps=(1,), default_steps=1)
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, facts)
+    rule = SampleRule(kind="map", steps=(options.steps,), default_steps=options.steps)
+    phases = halvings(options, stage, student) or [Phase("train", options.samples, prepare)]
+    return Plan(student, phases, rule, facts)
+
+
+def numbers(options: DistillOptions) -> list[int]:
+    """The steps of the students on the way from ``progressive`` to ``steps``; none without ``progressive``."""
+    count = 0 if options.progressive is None else round(math.log2(options.progressive // options.steps))
+    return [options.steps * 2**power for power in reversed(range(count))]
+
+
+def online_calls(options: DistillOptions) -> int:
+    """Network calls per sample of the flow that is halved: two per step on the way to a step drawn at random."""
+    halved = numbers(options)
+    return round(sum(number + 1 for number in halved) / len(halved)) if halved else 0
+
+
+def halvings(options: DistillOptions, stage: Stage, student: nn.Module) -> list[Phase]:
+    """A phase for every number of steps from half of ``progressive`` down to ``steps``, of equal length; else none."""
+    halved = numbers(options)
+    ends = [options.samples * place // len(halved) for place in range(1, len(halved) + 1)]
+    return [
+        Phase(f"steps-{number}", max(1, end - begin), _halver(options, stage, student, number))
+        for number, begin, end in zip(halved, [0, *ends], ends, strict=False)
+    ]
+
+
+def _halver(
+    options: DistillOptions, stage: Stage, student: nn.Module, steps: int
+) -> Callable[[Teacher | None], tuple[Objective, Batches]]:
+    """What a halving learns from: the phase before it, the teacher in the first."""
+
+    def prepare(previous: Teacher | None) -> tuple[Objective, Batches]:
+        assert stage.teacher is not None
+        if previous is None:
+            flow = stage.teacher.guided(options.guidance)
+        else:
+            flow = previous.velocity
+            student.load_state_dict(previous.state)  # its average, not its last weights
+        key = (stage.seed, stage.name, f"steps-{steps}")
+        # of these rows the noise and the labels are used
+        batches = DataBatches(stage.data, Independent(stage.source), stage.conditional, 0.0, key)
+        return Halving(student, flow, steps, options.loss), batches
+
+    return prepare
 
 
 SPEC = Spec(
     options=DistillOptions,
     plan=plan,
-    summary="one-step student that regresses the teacher's endpoints",
+    summary="student of one or a few steps that regresses the teacher's endpoints",
     needs="teacher, pairs",
     makes="map",
-    cite=("liu2023flow",),
+    cite=("liu2023flow", "salimans2022progressive"),
+    online_calls=online_calls,
 )

@@ -10,21 +10,33 @@ decides the outcome, because only the coupling decides straightness:
 - ``independent``: fresh noise. The optimal v(x, 0) is then (1 - p) v_ind + p v_syn, so one Euler step returns
   (1 - p) E[x1] + p T(x0): in one Gaussian dimension its standard deviation is p s.
 - ``anneal``: independent, with p raised to 1 over the last part of the last round.
+
+The improved recipes are options. 2-RF++ (Lee et al., arXiv:2405.20320): more times at both ends (``time: ushape:4``),
+a distance of features of the endpoints (``loss: perceptual``), a start from a diffusion model
+(:class:`~fewstep.flow.denoiser.DenoiserVelocity`). Simple ReFlow (Kim et al., arXiv:2410.07815): more times at the
+noise (``time: exponential``), errors relative to their own size (``weight: normalised``), fine grain weighed more
+(``loss: highpass``), less dropout than the teacher's (``dropout``). Distances whose minimum is not at the mean need
+pairs in which there is but one target, and are refused for others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Literal
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from pydantic import Field, field_validator, model_validator
-from torch import nn
+from torch import Tensor, nn
 
-from fewstep.flow.couplings import Facts, Independent
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Facts, Independent, Pair
+from fewstep.flow.field import Velocity
+from fewstep.flow.noise import generator_for
 from fewstep.flow.paths import Linear
-from fewstep.flow.time_laws import make_time_law
+from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.methods.base import (
     Batches,
     Objective,
@@ -37,8 +49,29 @@ from fewstep.methods.base import (
     Teacher,
 )
 from fewstep.methods.batches import DataBatches, MixedBatches, StoredBatches
+from fewstep.methods.distances import (
+    DISTANCES,
+    STRENGTH,
+    VALUED,
+    Distance,
+    Loss,
+    Normalised,
+    Operator,
+    Perceptual,
+    Residual,
+    distance_words,
+    endpoint_errors,
+    high_pass,
+    identity,
+)
 from fewstep.methods.pairs import PairRequest, build_pairs, has_base_law, pair_facts
+from fewstep.methods.perceptual import FeatureDistance, find_features
 from fewstep.methods.straight_line import VelocityRegression
+
+PERCEPTUAL = "perceptual"
+NORMALISER_ROWS = 512  # pairs on which the constant of the normalised loss is set
+NORMALISER_SHARE = 1e-3  # of the teacher's own median error on them
+LEAST_NORMALISER = 1e-8  # squared network units: what float32 leaves of an error of zero
 
 
 class ReflowOptions(PairOptions):
@@ -51,8 +84,15 @@ class ReflowOptions(PairOptions):
         "inverted", description="the x0 that goes with a real endpoint"
     )
     real_pairs: int | None = Field(None, gt=0, description="inverted pairs per round; default: the training rows")
-    time: str = Field("uniform", description="law of t")
-    loss: Literal["l2", "l1", "huber"] = "l2"
+    time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, ushape:a, exponential:rate")
+    loss: str = Field("l2", description="l2, l1, huber:share, highpass:strength (images), perceptual:floor")
+    weight: Literal["none", "normalised", "divided"] = Field(
+        "none", description="normalised: by the error itself; divided: the features' distance by 1 - t"
+    )
+    features: str | None = Field(
+        None, description="what 'loss: perceptual' looks through: a stage, a folder, lpips:vgg"
+    )
+    dropout: float | None = Field(None, ge=0, lt=1, description="the student's; default: its network's")
 
     @field_validator("mix", mode="before")
     @classmethod
@@ -65,6 +105,21 @@ class ReflowOptions(PairOptions):
         return self
 
     @model_validator(mode="after")
+    def _fitting_loss(self) -> ReflowOptions:
+        name, _ = self.loss_words()
+        if (name == PERCEPTUAL) != (self.features is not None):
+            raise ValueError(
+                "'loss: perceptual' compares features, and none are named: add 'features: …'"
+                if name == PERCEPTUAL
+                else "features belong to 'loss: perceptual': set that, or leave features out"
+            )
+        if self.weight == "divided" and name != PERCEPTUAL:
+            raise ValueError("'weight: divided' is of the features' distance: set 'loss: perceptual', or leave it out")
+        if self.weight == "normalised" and name not in ("l2", "highpass"):
+            raise ValueError(f"'weight: normalised' is of a squared error: set 'loss: l2' or 'highpass', not {name!r}")
+        return self
+
+    @model_validator(mode="after")
     def _mix_in_range(self) -> ReflowOptions:
         if not self.mix or any(not 0.0 < p <= 1.0 for p in self.mix):
             raise ValueError(f"mix must hold probabilities in (0, 1], got {list(self.mix)}")
@@ -73,6 +128,26 @@ class ReflowOptions(PairOptions):
                 f"mix has {len(self.mix)} values for {self.rounds} rounds: give one, two, or one per round"
             )
         return self
+
+    @model_validator(mode="after")
+    def _one_target(self) -> ReflowOptions:
+        if self.real == "inverted" or min(self.shares()) == 1.0:
+            return self
+        what = {
+            "weight: normalised": self.weight == "normalised",
+            "loss: perceptual": self.loss_words()[0] == PERCEPTUAL,
+        }
+        for name, chosen in what.items():
+            if chosen:
+                raise ValueError(
+                    f"'{name}' has its minimum at the mean of the targets only where there is one, and with 'real: "
+                    f"{self.real}' noise does not determine its endpoint: use 'real: inverted', or 'mix: 1'"
+                )
+        return self
+
+    def loss_words(self) -> tuple[str, float | None]:
+        """The loss's name and its value, None where the default is meant."""
+        return distance_words(self.loss, [*DISTANCES, PERCEPTUAL], [*VALUED, PERCEPTUAL])
 
     def shares(self) -> list[float]:
         """``p`` of every round: raised linearly from the first to the last value; one round uses the last."""
@@ -96,12 +171,13 @@ def plan(options: ReflowOptions, stage: Stage) -> Plan:
     assert stage.teacher is not None
     shares = options.shares()
     per_round = -(-options.samples // options.rounds)
+    features = named_features(options, stage)
     phases = []
     for number, p in enumerate(shares, start=1):
         samples = min(per_round, options.samples - per_round * (number - 1))
         last = number == options.rounds
         law = share_law(p, samples, anneal=last and options.real == "anneal")
-        phases.append(Phase(f"round-{number}", samples, _preparer(options, stage, student, number, p, law)))
+        phases.append(Phase(f"round-{number}", samples, _preparer(options, stage, student, features, number, p, law)))
     deterministic = shares[-1] == 1.0 or options.real in ("inverted", "anneal")
     facts = Facts(
         independent=False,
@@ -109,13 +185,14 @@ def plan(options: ReflowOptions, stage: Stage) -> Plan:
         teacher=stage.teacher.digest,
         guidance=None if options.guidance == 1.0 else options.guidance,
     )
-    return Plan(student, phases, SampleRule(), facts)
+    return Plan(student, phases, SampleRule(), facts, features=None if features is None else features.digest)
 
 
 def _preparer(
     options: ReflowOptions,
     stage: Stage,
     student: nn.Module,
+    features: Distance | None,
     number: int,
     p: float,
     law: Callable[[int], float],
@@ -128,8 +205,9 @@ def _preparer(
         # guidance is baked in by the first round; later rounds learn from a teacher that has it
         used = options if previous is None else options.model_copy(update={"guidance": 1.0})
         batches = make_buffer(used, stage, teacher, f"round-{number}", p, law)
-        objective = VelocityRegression(student, Linear(), make_time_law(options.time), options.loss)
-        return objective, batches
+        times = make_time_law(options.time)
+        loss = make_loss(used, stage, teacher, batches, times, features)
+        return VelocityRegression(student, Linear(), times, loss), batches
 
     return prepare
 
@@ -166,10 +244,71 @@ def make_buffer(
     return MixedBatches(synthetic, real, law, facts)
 
 
+def network_changes(options: ReflowOptions, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What the options change in the student's network.
+
+    Raises:
+        UserError: ``loss: highpass`` for samples that are no images.
+    """
+    if options.loss_words()[0] == "highpass" and len(shape) != 3:
+        raise UserError(
+            f"'loss: highpass' filters images (C, H, W), and one sample has shape {shape}: take 'l2', or give the data "
+            "a channel axis."
+        )
+    return {} if options.dropout is None else {"dropout": options.dropout}
+
+
+def named_features(options: ReflowOptions, stage: Stage) -> FeatureDistance | None:
+    """The distance of features that the options name."""
+    if options.features is None:
+        return None
+    shape, scaling = stage.data.shape, stage.data.scaling.as_dict()
+    return find_features(stage.find(options.features), shape, stage.world.device, scaling)
+
+
+def make_loss(
+    options: ReflowOptions,
+    stage: Stage,
+    teacher: Teacher,
+    batches: Batches,
+    times: TimeLaw,
+    features: Distance | None,
+) -> str | Loss:
+    """What the round minimises."""
+    name, value = options.loss_words()
+    if features is not None:
+        return Perceptual(features, value or 0.0, options.weight == "divided")
+    if options.weight == "none":
+        return options.loss
+    operator: Operator = identity
+    if name == "highpass":
+        operator = partial(high_pass, strength=STRENGTH if value is None else value)
+    # a function of the teacher and its pairs, so that a resumed round goes on with the same constant
+    generator = generator_for(stage.seed, stage.name, "normaliser")
+    pair = moved(batches.batch(0, NORMALISER_ROWS, generator), stage.world.device)
+    t = times.sample(torch.rand(NORMALISER_ROWS, generator=generator)).to(pair.x1)
+    return Normalised(normaliser(teacher.guided(options.guidance), pair, t, operator), operator)
+
+
+@torch.no_grad()
+def normaliser(v: Velocity, pair: Pair, t: Tensor, operator: Operator) -> float:
+    """The constant of the normalised loss: a thousandth of a velocity's own median error on pairs."""
+    x_t = Linear().interpolate(pair.x0, pair.x1, t)
+    at = Residual(v(x_t, t, **pair.cond), pair.x1 - pair.x0, x_t, pair.x1, t)
+    return max(NORMALISER_SHARE * float(endpoint_errors(at, operator).median()), LEAST_NORMALISER)
+
+
+def moved(pair: Pair, device: torch.device) -> Pair:
+    """The pair on a device."""
+    cond = {name: value.to(device) for name, value in pair.cond.items()}
+    return Pair(pair.x0.to(device), pair.x1.to(device), cond)
+
+
 SPEC = Spec(
     options=ReflowOptions,
     plan=plan,
     summary="straighten a teacher on its own (noise, endpoint) pairs",
     needs="teacher, pairs, data",
+    changes=network_changes,
     cite=("liu2023flow",),
 )

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from fewstep.errors import unknown
-from fewstep.methods import distill, flow_matching, reflow
+from fewstep.methods import distill, features, flow_matching, instaflow, piecewise, reflow, slimflow
 from fewstep.methods.base import Spec
 
 METHODS: dict[str, Spec] = {
     "flow_matching": flow_matching.SPEC,
     "reflow": reflow.SPEC,
     "distill": distill.SPEC,
+    "instaflow": instaflow.SPEC,
+    "slimflow": slimflow.SPEC,
+    "features": features.SPEC,
+    "piecewise": piecewise.SPEC,
 }
 
 

@@ -9,48 +9,19 @@ coupling ``pi``, the law of ``t`` and the distance.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import unknown
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath
 from fewstep.flow.time_laws import TimeLaw
 from fewstep.methods.base import Objective
-
-Distance = Callable[[Tensor, Tensor], Tensor]
-
-
-def l2(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error over all entries."""
-    return (x - y).square().mean()
-
-
-def l1(x: Tensor, y: Tensor) -> Tensor:
-    """Mean absolute error over all entries."""
-    return (x - y).abs().mean()
-
-
-def pseudo_huber(x: Tensor, y: Tensor) -> Tensor:
-    """``(sqrt(|e|^2 + c^2) - c) / D`` per sample, ``c = 0.03 sqrt(D)`` (arXiv:2310.14189, sec. 3.3)."""
-    e = (x - y).flatten(1)
-    c = 0.03 * math.sqrt(e.shape[1])
-    return ((e.square().sum(1) + c * c).sqrt() - c).mean() / e.shape[1]
-
-
-DISTANCES: dict[str, Distance] = {"l2": l2, "l1": l1, "huber": pseudo_huber}
-
-
-def find_distance(name: str) -> Distance:
-    """Look a distance up by name."""
-    if name not in DISTANCES:
-        raise unknown("distance", name, DISTANCES)
-    return DISTANCES[name]
+from fewstep.methods.distances import Distance as Distance
+from fewstep.methods.distances import Loss, Plain, Residual
+from fewstep.methods.distances import find_distance as find_distance
 
 
 def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> dict[str, Any]:
@@ -70,7 +41,8 @@ class VelocityRegression(Objective):
         student: the network.
         path: the affine path; the target is its time derivative.
         law: the law of t.
-        distance: a name in :data:`DISTANCES`.
+        distance: a distance of the velocities by name (:func:`~fewstep.methods.distances.find_distance`), or a loss of
+            the whole residual.
         label_dropout: share of labels replaced by the null label.
         null: index of the null label.
     """
@@ -80,14 +52,14 @@ class VelocityRegression(Objective):
         student: nn.Module,
         path: AffinePath,
         law: TimeLaw,
-        distance: str = "l2",
+        distance: str | Loss = "l2",
         label_dropout: float = 0.0,
         null: int = 0,
     ) -> None:
         self.modules = {"student": student}
         self.path = path
         self.law = law
-        self.distance = find_distance(distance)
+        self.compare = Plain(find_distance(distance)) if isinstance(distance, str) else distance
         self.label_dropout = label_dropout
         self.null = null
 
@@ -96,7 +68,7 @@ class VelocityRegression(Objective):
         cond = drop_labels(batch.cond, self.null, self.label_dropout, draws)
         x_t = self.path.interpolate(batch.x0, batch.x1, t)
         v = self.modules["student"](x_t, t, **cond)
-        return {"loss": self.distance(v, self.path.target(batch.x0, batch.x1, t))}
+        return self.compare(Residual(v, self.path.target(batch.x0, batch.x1, t), x_t, batch.x1, t))
 
 
 @final

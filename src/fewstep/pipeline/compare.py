@@ -17,8 +17,10 @@ from fewstep.diagnostics.diagnose import diagnose
 from fewstep.errors import UserError
 from fewstep.flow.grids import GridSpec, explicit_times
 from fewstep.generator import Draw, Generator
-from fewstep.metrics import data_rows, evaluate, moment_matched_gaussian, sample_count
+from fewstep.methods.perceptual import FeatureDistance
+from fewstep.metrics import Scores, data_rows, evaluate, moment_matched_gaussian, sample_count
 from fewstep.networks import parameter_count
+from fewstep.pipeline.features import check_judge, remembered
 
 GAUSSIAN, TRAINING = "moment-matched Gaussian", "training data"
 LEAST_ROWS = 6  # k-nearest-neighbour metrics (k = 5) need more rows than neighbours
@@ -40,6 +42,7 @@ def compare(
     grid: GridSpec | None = None,
     samples: int | None = None,
     seed: int = 0,
+    features: FeatureDistance | None = None,
     say: Say = print,
 ) -> dict[str, Any]:
     """Measure every model at every step count it can be sampled with.
@@ -52,26 +55,29 @@ def compare(
             are network evaluations.
         samples: generated samples, at most the default ``min(4000, training rows)``.
         seed: of the samples; the same noise for every model and step count.
+        features: what the Fréchet distance looks at; the network's units when absent.
         say: called with a line of progress.
 
     Returns:
         A JSON-able mapping: ``protocol``, ``rows`` (models first, then the two controls), ``diagnosis``.
 
     Raises:
-        UserError: no models, two of one name, another shape than the data's, too few samples or data rows.
+        UserError: no models, two of one name, another shape than the data's, too few samples or data rows, a model
+            whose loss looked through ``features``.
     """
     check_models(models, data)
     train, held_out = data.train_rows(), data.held_out_rows()
     check_reference(data)
     count = check_count(samples, len(train), say)
     beside = held_out if len(held_out) >= LEAST_ROWS else None
+    score = scorer(models, train, beside, features)
     rows: list[dict[str, Any]] = []
     fixed = None if grid is None else explicit_times(grid)
     for model in models:
         way = way_of(model, solver, grid)
         for number in steps_of(model, steps if fixed is None else (len(fixed) - 1,)):
             draw = model.draw(count, steps=number, seed=seed, solver=way[0], grid=way[1])
-            scores = evaluate(in_reference_units(draw.x, model, data), train, beside).as_dict()
+            scores = score(in_reference_units(draw.x, model, data)).as_dict()
             rows.append(row(model, number, draw, scores, way))
             say(f"  {model.name} at {number} step(s): energy {scores['energy']:.4f}")
     add_times(rows, models, seed, solver, grid)
@@ -79,8 +85,7 @@ def compare(
         (GAUSSIAN, moment_matched_gaussian(train, count, seed)),
         (TRAINING, data_rows(train, count)),
     ):
-        scores = evaluate(x, train, beside).as_dict()
-        rows.append({"model": name, "control": True, "scores": scores})
+        rows.append({"model": name, "control": True, "scores": score(x).as_dict()})
     return {
         "protocol": {
             "seed": seed,
@@ -88,6 +93,7 @@ def compare(
             "reference": f"{data.name}, training split of {len(train)} rows",
             "held_out": len(held_out),
             "units": "network units",
+            "features": None if features is None else {"name": features.name, "digest": features.digest},
         },
         "data": {"name": data.name, "fingerprint": data.fingerprint, "shape": list(data.shape)},
         "rows": rows,
@@ -95,6 +101,17 @@ def compare(
             model.name: diagnose_model(model, seed).as_dict() for model in models if model.config.kind == "velocity"
         },
     }
+
+
+def scorer(
+    models: Sequence[Generator], train: Tensor, beside: Tensor | None, features: FeatureDistance | None
+) -> Callable[[Tensor], Scores]:
+    """What scores a set of samples, with the Fréchet distance on ``features``."""
+    if features is None:
+        return lambda x: evaluate(x, train, beside)
+    check_judge(models, features)
+    pooled, name = remembered(features), features.name
+    return lambda x: evaluate(x, train, beside, pooled, features_name=name)
 
 
 def check_models(models: Sequence[Generator], data: DataSet) -> None:
@@ -245,13 +262,14 @@ def diagnose_model(model: Generator, seed: int) -> Any:
     return diagnose(model.module, draw.x0.to(model.device), cond=cond)
 
 
+PERCENT = "_percent"  # of the Fréchet distance, on whichever features
 COLUMNS = (
     ("steps", "steps"),
     ("NFE", "nfe"),
     ("energy", "energy"),
     ("held-out", "energy_held_out"),
     ("sliced W2", "sliced_w2"),
-    ("FD-pixels %", "FD-pixels_percent"),
+    ("FD", PERCENT),
     ("precision", "precision"),
     ("recall", "recall"),
     ("coverage", "coverage"),
@@ -262,7 +280,9 @@ COLUMNS = (
 
 def table(result: dict[str, Any]) -> str:
     """The comparison as an aligned Markdown table."""
-    head = ["model", *(title for title, _ in COLUMNS)]
+    frechet = next(key for key in result["rows"][0]["scores"] if key.endswith(PERCENT))
+    titles = {PERCENT: f"{frechet.removesuffix(PERCENT)} %"}
+    head = ["model", *(titles.get(key, title) for title, key in COLUMNS)]
     lines = [[line["model"], *(_cell(line, key) for _, key in COLUMNS)] for line in result["rows"]]
     widths = [max(len(line[k]) for line in [head, *lines]) for k in range(len(head))]
 
@@ -286,7 +306,10 @@ def table(result: dict[str, Any]) -> str:
 
 
 def _cell(line: dict[str, Any], key: str) -> str:
-    value = line.get(key, line["scores"].get(key))
+    scores = line["scores"]
+    if key == PERCENT:
+        key = next(name for name in scores if name.endswith(PERCENT))
+    value = line.get(key, scores.get(key))
     if value is None:
         return "–"
     if isinstance(value, int):
@@ -296,4 +319,4 @@ def _cell(line: dict[str, Any], key: str) -> str:
         return f"{value:.3f}"
     if key == "relative_time":
         return f"{value:.3f}"
-    return f"{value:.2f}" if key == "FD-pixels_percent" else f"{value:.4f}"
+    return f"{value:.2f}" if key.endswith(PERCENT) else f"{value:.4f}"

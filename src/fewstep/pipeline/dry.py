@@ -10,9 +10,12 @@ import torch
 from torch import nn
 
 from fewstep.methods.base import Options, PairOptions
+from fewstep.methods.distill import DistillOptions
 from fewstep.methods.pairs import LADDER
 from fewstep.methods.reflow import ReflowOptions
-from fewstep.networks import build, parameter_count
+from fewstep.methods.registry import find_method
+from fewstep.networks import parameter_count
+from fewstep.pipeline.networks import build_network
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.run import Run, check_begun, check_models, check_networks, network_of, open_run, stage_done
 from fewstep.training.world import LocalWorld
@@ -33,18 +36,18 @@ def show_plan(recipe: Recipe, out: Path) -> str:
         f"{data.shape}, {kind}",
         f"out      {out}",
         "",
-        f"{'stage':12} {'method':14} {'parameters':>11} {'samples':>10} {'pair calls':>12} {'minutes':>8}",
+        f"{'stage':12} {'method':14} {'parameters':>11} {'samples':>10} {'teacher calls':>13} {'minutes':>8}",
     ]
     total = 0.0
     for name, options in recipe.stages.items():
         network = network_of(run, options)
-        module = build(network)
-        minutes = estimate(run, options, module, network["context"])
+        module = build_network(network)
+        minutes = estimate(run, options, module, network.get("context", 0))
         done = stage_done(out / name)
         total += 0.0 if done else minutes
         lines.append(
             f"{name:12} {options.method:14} {parameter_count(module):11,} {options.samples:10,} "
-            f"{pair_calls(run, options):>12} {'done' if done else f'{minutes:.1f}':>8}"
+            f"{teacher_calls(run, options):>13} {'done' if done else f'{minutes:.1f}':>8}"
         )
     threads = torch.get_num_threads()
     lines += ["", f"about {total:.1f} minutes on this machine with {threads} thread(s), then the comparison"]
@@ -57,13 +60,20 @@ def pair_count(run: Run, options: Options) -> int:
         real = options.real_pairs or min(len(run.data.train), options.pairs)
         inverted = [real if p < 1.0 and options.real == "inverted" else 0 for p in options.shares()]
         return options.rounds * options.pairs + sum(inverted)
+    if isinstance(options, DistillOptions) and options.progressive is not None:
+        return 0
     return options.pairs if isinstance(options, PairOptions) else 0
 
 
-def pair_calls(run: Run, options: Options) -> str:
-    """Network calls that making the pairs costs; a range when the error gate chooses."""
-    if not isinstance(options, PairOptions):
-        return "–"
+def online_calls(options: Options) -> int:
+    """Network calls of the teacher while the student trains."""
+    return options.samples * find_method(options.method).online_calls(options)
+
+
+def teacher_calls(run: Run, options: Options) -> str:
+    """Network calls that the pairs, or training itself, cost; a range when the error gate of pairs chooses."""
+    if not isinstance(options, PairOptions) or not pair_count(run, options):
+        return f"{online_calls(options):,}" if online_calls(options) else "–"
     pairs, guided = pair_count(run, options), 1 if options.guidance in (0.0, 1.0) else 2
     if options.nfe is not None:
         return f"{pairs * options.nfe * guided:,}"
@@ -71,24 +81,25 @@ def pair_calls(run: Run, options: Options) -> str:
 
 
 def estimate(run: Run, options: Options, module: nn.Module, context: int) -> float:
-    """Minutes of a stage: training steps and pair calls, at the speed of a few timed ones."""
+    """Minutes of a stage: training steps and teacher calls, at the speed of a few timed ones."""
     x = run.data.network_rows(run.data.train[: options.batch_size])
-    t = torch.linspace(0, 1, len(x))
+    t = () if find_method(options.method).makes == "features" else (torch.linspace(0, 1, len(x)),)
     cond = {"context": torch.zeros(len(x), context, *run.data.shape[1:])} if context else {}
     bf16 = options.precision == "bf16"
 
     def forward() -> torch.Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            out: torch.Tensor = module(x, t, **cond).square().mean()
+            out: torch.Tensor = module(x, *t, **cond).square().mean()
         return out
 
     trained = _seconds(lambda: forward().backward()) / len(x)
     with torch.no_grad():
-        called = _seconds(lambda: module(x, t, **cond)) / len(x)
-    calls = 0
+        called = _seconds(lambda: module(x, *t, **cond)) / len(x)
+    calls = online_calls(options)
     if isinstance(options, PairOptions):
-        calls = pair_count(run, options) * (options.nfe or 2 * LADDER[0])
-        calls *= 1 if options.guidance in (0.0, 1.0) else 2
+        calls += (
+            pair_count(run, options) * (options.nfe or 2 * LADDER[0]) * (1 if options.guidance in (0.0, 1.0) else 2)
+        )
     return (options.samples * trained * 1.2 + calls * called) / 60
 
 

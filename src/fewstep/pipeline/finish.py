@@ -11,17 +11,23 @@ from fewstep.data.dataset import DataSet
 from fewstep.data.load import load_data
 from fewstep.generator import Generator, load
 from fewstep.pipeline.compare import compare, table
+from fewstep.pipeline.environment import environment
+from fewstep.pipeline.features import find_judge, models_among
 from fewstep.pipeline.recipe import Recipe
-from fewstep.pipeline.run import environment
 from fewstep.store.files import write_json, write_text
 from fewstep.training.world import default_device
 
 
-def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
-    """Compare a run's stages and write ``compare.json``, ``compare.md`` and ``report.html``."""
+def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path | None:
+    """Compare a run's stages and write ``compare.json``, ``compare.md`` and ``report.html``; None without a model."""
     header = recipe.header
+    folders = models_among(folders)
+    if not folders:
+        return None
     data = load_data(header.data, seed=header.seed)
     models = [load(folder, device=default_device()) for folder in folders]
+    judge = header.compare.features
+    judge = str(out / judge) if judge in recipe.stages else judge
     print("compare")
     result = compare(
         models,
@@ -31,6 +37,7 @@ def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path:
         grid=header.compare.grid,
         samples=header.compare.samples,
         seed=header.compare.seed,
+        features=find_judge(judge, data, default_device()),
     )
     print("\n" + table(result))
     pairs = {model.name: found for model, folder in zip(models, folders, strict=True) if (found := last_pairs(folder))}

@@ -19,6 +19,7 @@ from fewstep.flow.grids import explicit_times, make_grid
 from fewstep.generator import read_config
 from fewstep.methods.base import Options, PairOptions
 from fewstep.methods.registry import METHODS, find_method
+from fewstep.pipeline.features import NO_VELOCITY, check_features
 from fewstep.solvers.tables import find_solver
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -40,6 +41,9 @@ class CompareOptions(BaseModel):
     grid: str | None = Field(default=None, description="of velocity models; their own when absent")
     samples: int | None = Field(default=None, gt=5, description="generated samples; default min(4000, reference)")
     seed: int = Field(default=0, ge=0, lt=2**63)
+    features: str | None = Field(
+        default=None, description="what the Fréchet distance looks at: a stage, a path, lpips:vgg"
+    )
 
     @field_validator("steps", mode="before")
     @classmethod
@@ -286,6 +290,7 @@ def make_recipe(fields: Any, where: str) -> Recipe:
     for name, options in stages.items():
         checked[str(name)] = _check_stage(str(name), options, checked, [str(other) for other in stages])
     recipe = Recipe(header, checked)
+    check_features(checked, header.compare.features)
     _check_guidance(recipe)
     return recipe
 
@@ -313,11 +318,8 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: 
             if chosen in names and chosen != name:
                 raise UserError(f"{where}: its {role} {chosen!r} comes later: put that stage before this one.")
             _check_folder(where, role, chosen, earlier)
-        elif chosen is not None and find_method(earlier[chosen].method).makes == "map":
-            raise UserError(
-                f"{where}: the {role} {chosen!r} is a one-step map, not a velocity field: learn from the "
-                "flow it was distilled from."
-            )
+        elif chosen is not None and (kind := find_method(earlier[chosen].method).makes) != "velocity":
+            raise UserError(f"{where}: the {role} {chosen!r} {NO_VELOCITY[kind]}")
     return options
 
 
@@ -329,11 +331,8 @@ def _check_folder(where: str, role: str, chosen: str, earlier: Mapping[str, Opti
             f"{where}: unknown {role} {chosen!r}: {suggestion(chosen, earlier)}It must be an earlier stage "
             f"({', '.join(earlier) or 'there is none'}) or a model's folder."
         )
-    if read_config(folder).kind != "velocity":
-        raise UserError(
-            f"{where}: the {role} {chosen!r} is a one-step map, not a velocity field: give the flow it was "
-            "distilled from."
-        )
+    if (kind := read_config(folder).kind) != "velocity":
+        raise UserError(f"{where}: the {role} {chosen!r} {NO_VELOCITY[kind]}")
 
 
 def _check_guidance(recipe: Recipe) -> None:

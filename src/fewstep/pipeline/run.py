@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import platform
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
 
-import fewstep
 from fewstep.data.dataset import DataSet
 from fewstep.data.load import load_data
 from fewstep.errors import UserError
@@ -25,8 +21,10 @@ from fewstep.flow.noise import mix
 from fewstep.generator import Config, Generator, load, save_model, weights_digest
 from fewstep.methods.base import Options, Plan, Stage, Teacher
 from fewstep.methods.registry import find_method
-from fewstep.networks import build, default_network, resolve
 from fewstep.pipeline.compare import check_reference
+from fewstep.pipeline.environment import environment
+from fewstep.pipeline.features import features_config, find_outside
+from fewstep.pipeline.networks import build_network, same_weights, stage_network
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.statistics import Statistics
 from fewstep.store.files import clean_temporaries, make_folder, read_json, write_json, write_text
@@ -122,7 +120,8 @@ def check_networks(run: Run) -> None:
 
 
 def check_models(run: Run) -> None:
-    """Load every teacher from outside the recipe once, before the first stage trains."""
+    """Load every teacher and all features from outside the recipe once, before the first stage trains."""
+    find_outside(run.recipe.stages, run.recipe.header.compare.features, run.data)
     for name, options in run.recipe.stages.items():
         for chosen in (options.teacher, options.init):
             if chosen is not None and chosen not in run.recipe.stages:
@@ -143,28 +142,7 @@ def check_begun(run: Run) -> None:
 
 def network_of(run: Run, options: Options) -> dict[str, Any]:
     """The resolved network configuration of a stage."""
-    chosen = options.network if options.network is not None else run.recipe.header.network
-    config = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
-    if not config:
-        config = dict(default_network(run.data.shape))
-    classes = run.data.classes if run.recipe.conditional else 0
-    context = find_method(options.method).context(options, run.data.shape)
-    return resolve(config, run.data.shape, classes=classes, context=context)
-
-
-def environment(seed: int) -> dict[str, Any]:
-    """Versions, command and seed: what is needed to repeat the run."""
-    return {
-        "command": " ".join(["fewstep", *sys.argv[1:]]),
-        "seed": seed,
-        "versions": {
-            "fewstep": fewstep.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "machine": {"system": platform.platform(), "threads": torch.get_num_threads()},
-    }
+    return stage_network(run.recipe, run.data, options)
 
 
 def run_stage(run: Run, name: str, options: Options) -> None:
@@ -200,6 +178,7 @@ def run_stage(run: Run, name: str, options: Options) -> None:
         teacher=teacher,
         dequantise=run.dequantise,
         world=run.world,
+        find=lambda chosen: str(run.out / chosen) if chosen in run.recipe.stages else chosen,
     )
     plan = find_method(options.method).plan(options, stage)
     config = stage_config(run, name, options, network, plan, teacher)
@@ -246,11 +225,11 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
 
 
 def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher | None) -> nn.Module:
-    """The student: its own seed's weights, or the initial model's EMA when the networks are the same."""
+    """The student: its own seed's weights, or the initial model's EMA when they fit its network."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(mix(run.recipe.header.seed, name, "init"))
-        student = build(network)
-    if initial is not None and dict(initial.network) == network:
+        student = build_network(network)
+    if initial is not None and same_weights(initial.network, network):
         student.load_state_dict(initial.state)
     elif initial is not None:
         run.world.say(f"  {name} starts from scratch: its network differs from {initial.name}'s")
@@ -312,6 +291,7 @@ def as_teacher(generator: Generator, name: str) -> Teacher:
         name=name,
         state=state,
         network=generator.config.network or {},
+        independent=bool(generator.config.coupling.get("independent", True)),
     )
 
 
@@ -319,6 +299,8 @@ def stage_config(
     run: Run, name: str, options: Options, network: dict[str, Any], plan: Plan, teacher: Teacher | None
 ) -> Config:
     """What ``config.json`` of the stage says."""
+    if plan.rule.kind == "features":
+        return features_config(run.data, name, options, network)
     weights: tuple[float, ...] = ()
     if run.recipe.conditional:
         labels = run.data.label_rows(run.data.train)
@@ -343,6 +325,7 @@ def stage_config(
         path=plan.path,
         base="examples" if plan.examples else "gaussian" if run.base_rows is None else "empirical",
         coupling={**vars(plan.facts)},
+        features=plan.features,
         method=options.method,
         stage=name,
         data={"name": run.data.name, "fingerprint": run.data.fingerprint},

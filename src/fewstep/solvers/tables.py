@@ -30,6 +30,7 @@ import numpy as np
 from fewstep.errors import UserError, unknown
 from fewstep.flow.grids import Grid, check_times
 from fewstep.flow.paths import AffinePath, Linear
+from fewstep.solvers.anchored import Anchored
 from fewstep.solvers.forms import DataInLambda, DataInTime, NoiseInRho, NoiseInTime, VelocityInTime
 from fewstep.solvers.multistep import Multistep, bh1, bh2, without_two
 from fewstep.solvers.runge_kutta import RungeKutta
@@ -132,6 +133,7 @@ SOLVERS: dict[str, Solver] = {
     "unipc3-t": Multistep(DataInTime, values=3, order=4, corrector=True),
     "dpm++sde": StochasticMultistep(),
     "sde": EulerMaruyama(1.0),
+    "anchored": Anchored(),
 }
 
 VALUED: dict[str, Callable[[float], Solver]] = {"ddim": Ancestral, "sde": EulerMaruyama}  # as ``name:value``

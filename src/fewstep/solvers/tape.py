@@ -78,6 +78,11 @@ class Solver(ABC):
         return False
 
     @property
+    def converges(self) -> bool:
+        """Whether it tends to the flow of any field as steps grow, and not only where trajectories are straight."""
+        return True
+
+    @property
     def calls(self) -> int:
         """Network calls per step."""
         return len(self.b)

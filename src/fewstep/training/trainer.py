@@ -360,9 +360,12 @@ def _rows_of(world: LocalWorld, batch: int) -> slice | None:
 def _local(pair: Pair, rows: slice | None, device: torch.device) -> Pair:
     if rows is None and device.type == "cpu":
         return pair
-    cut = rows or slice(None)
-    cond = {name: value[cut].to(device) for name, value in pair.cond.items()}
-    return Pair(pair.x0[cut].to(device), pair.x1[cut].to(device), cond)
+
+    def local(value: Tensor) -> Tensor:
+        return value[rows or slice(None)].to(device)
+
+    cond, beside = ({name: local(value) for name, value in some.items()} for some in (pair.cond, pair.beside))
+    return Pair(local(pair.x0), local(pair.x1), cond, beside)
 
 
 def _seed_modules(device: torch.device, seed: int) -> None:

@@ -12,7 +12,7 @@ from datetime import timedelta
 from typing import Any, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fewstep.errors import UserError
 
@@ -84,6 +84,14 @@ class LocalWorld:
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(packed)
         return (packed / self.size).tolist()
+
+    def average(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the processes."""
+        if self.size == 1:
+            return value
+        value = value.clone()
+        torch.distributed.all_reduce(value)
+        return value / self.size
 
     def say(self, message: str) -> None:
         """Print a line, once for all processes."""

@@ -1,0 +1,202 @@
+r"""SlimFlow: a one-step student smaller than its teacher (arXiv:2407.12718).
+
+A small network cannot start from a large teacher's weights. On the teacher's pairs (x0, x1) it is trained twice.
+
+*Annealing ReFlow* (sec. 3.1) leads it from scratch to a straight flow: the noise of a pair is blended with fresh noise,
+
+    x0^b = sqrt(1 - b^2) x0 + b xi,   xi ~ N(0, I),     L = E d( u(x_t, t), x1 - x0^b ),   x_t = (1 - t) x0^b + t x1,
+
+and b falls from 1 (independent noise: flow matching on the teacher's samples) to 0 (ReFlow). x0^b ~ N(0, I) for every
+b; for Gaussian data the pairs have correlation rho = sqrt(1 - b^2) (:mod:`fewstep.flow.coupled_gaussian`).
+
+*Flow-guided distillation* (sec. 3.2) starts from the EMA of that flow, u, which also stands still beside it and says
+where fresh noise x0' goes in two steps:
+
+    L = E d( x0 + v(x0, 0), x1 )  +  w E d( x0' + v(x0', 0), y + (1 - t) u(y, t) ),   y = x0' + t u(x0', 0),
+    t ~ U(0.2, 0.8).
+
+``annealing: false`` keeps b = 0: plain ReFlow of the small network from scratch. ``guided: 0`` (or false) leaves the
+second term out. Neither is the other baseline, endpoint regression from scratch: that is ``method: distill`` with the
+same ``network: {size: ...}``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Pair, Source
+from fewstep.flow.field import Velocity
+from fewstep.flow.noise import Draws
+from fewstep.flow.paths import Linear, expand_time
+from fewstep.flow.time_laws import make_time_law
+from fewstep.methods.base import (
+    Batches,
+    Objective,
+    PairOptions,
+    Phase,
+    Plan,
+    SampleRule,
+    Spec,
+    Stage,
+    Teacher,
+)
+from fewstep.methods.batches import StoredBatches
+from fewstep.methods.distances import find_distance
+from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
+from fewstep.methods.straight_line import VelocityRegression
+
+STEEPNESS = 5.0  # of the exponential schedule: b falls by e within a fifth of the annealing
+FIRST_STEP = (0.2, 0.8)  # least and largest t of the guided term's first step
+
+
+class SlimflowOptions(PairOptions):
+    """Options of ``method: slimflow``."""
+
+    network: dict[str, Any] | str | None = Field({"size": 0.25}, description="default: a quarter of the teacher's")
+    samples: int = Field(1_000_000, gt=0, description="samples seen in the stage, over both phases")
+    share: float = Field(0.5, gt=0, lt=1, description="share of the samples in the first phase")
+    annealing: bool = Field(True, description="blend the pairs' noise with fresh noise; false: plain ReFlow")
+    anneal: float = Field(0.6, gt=0, lt=1, description="share of the first phase in which the fresh noise fades")
+    schedule: Literal["linear", "cosine", "exponential"] = "linear"
+    guided: float = Field(1.0, ge=0, description="weight of the guided term; 0 or false leaves it out")
+    loss: Literal["l2", "l1", "huber"] = "l2"
+
+
+def noise_law(schedule: str, samples: int) -> Callable[[int], float]:
+    """``b`` as a function of samples seen: from 1 at 0 down to 0 at ``samples`` and after.
+
+    With ``s = seen / samples``: linear ``1 - s``, cosine ``(1 + cos(pi s)) / 2``, exponential
+    ``(e^{-5 s} - e^{-5}) / (1 - e^{-5})``.
+    """
+    shapes: dict[str, Callable[[float], float]] = {
+        "linear": lambda s: 1.0 - s,
+        "cosine": lambda s: 0.5 * (1.0 + math.cos(math.pi * s)),
+        "exponential": lambda s: math.expm1(STEEPNESS * (1.0 - s)) / math.expm1(STEEPNESS),
+    }
+    shape = shapes[schedule]
+    return lambda seen: shape(seen / samples) if seen < samples else 0.0
+
+
+def blend(x0: Tensor, xi: Tensor, b: float) -> Tensor:
+    """``sqrt(1 - b^2) x0 + b xi``: N(0, I) again where both are, with correlation ``sqrt(1 - b^2)`` to x0."""
+    return math.sqrt(1.0 - b * b) * x0 + b * xi
+
+
+@final
+class AnnealedBatches:
+    """Pairs whose noise is blended with fresh noise.
+
+    Args:
+        pairs: the pairs.
+        law: ``b`` as a function of samples seen.
+    """
+
+    def __init__(self, pairs: Batches, law: Callable[[int], float]) -> None:
+        self.facts = pairs.facts
+        self._pairs, self._law = pairs, law
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        pair = self._pairs.batch(start, count, generator)
+        xi = torch.randn(pair.x0.shape, generator=generator, dtype=pair.x0.dtype)
+        return Pair(blend(pair.x0, xi, self._law(start)), pair.x1, pair.cond)
+
+
+def guided_target(flow: Velocity, x0: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """Two Euler steps of ``flow``, 0 to t and t to 1: ``y + (1 - t) u(y, t)`` with ``y = x0 + t u(x0, 0)``.
+
+    On a straight flow it is the endpoint for every t.
+    """
+    time = expand_time(t, x0)
+    y = x0 + time * flow(x0, torch.zeros_like(t), **cond)
+    return y + (1.0 - time) * flow(y, t, **cond)
+
+
+@final
+class GuidedEndpoint(Objective):
+    """The loss of flow-guided distillation.
+
+    Args:
+        student: the network.
+        flow: the straight flow that guides it, frozen.
+        source: the base that fresh noise is drawn from.
+        weight: of the guided term.
+        distance: by name (:func:`~fewstep.methods.distances.find_distance`).
+    """
+
+    def __init__(
+        self, student: nn.Module, flow: Velocity, source: Source, weight: float = 1.0, distance: str = "l2"
+    ) -> None:
+        self.modules = {"student": student}
+        self.flow = flow
+        self.source = source
+        self.weight = weight
+        self.distance = find_distance(distance)
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        if self.weight == 0.0:
+            return {"loss": self.distance(self._endpoint(batch.x0, batch.cond), batch.x1)}
+        least, most = FIRST_STEP
+        t = (least + (most - least) * draws.uniform()).to(batch.x0)
+        fresh = self.source.sample(draws.batch, draws.generator)[draws.rows or slice(None)].to(batch.x0)
+        with torch.no_grad():
+            target = guided_target(self.flow, fresh, t, batch.cond)
+        cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
+        ends = self._endpoint(torch.cat([batch.x0, fresh]), cond).chunk(2)
+        paired, guided = self.distance(ends[0], batch.x1), self.distance(ends[1], target)
+        return {"loss": paired + self.weight * guided, "paired": paired, "guided": guided}
+
+    def _endpoint(self, x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        return x0 + self.modules["student"](x0, torch.zeros(len(x0), dtype=x0.dtype, device=x0.device), **cond)
+
+
+def plan(options: SlimflowOptions, stage: Stage) -> Plan:
+    """Two phases on the same pairs: a small straight flow, then its distillation.
+
+    Raises:
+        UserError: annealing with a base that is not Gaussian.
+    """
+    assert stage.teacher is not None
+    if options.annealing and not stage.source.gaussian:
+        raise UserError(
+            "annealing blends the pairs' noise with Gaussian noise, and the base here is another data set: set "
+            "'annealing: false', or leave 'base' out."
+        )
+    student = stage.build()
+    request = PairRequest("generated", options.pairs, options, stage.teacher, "slimflow")
+    facts = pair_facts(request)
+    first = max(1, round(options.share * options.samples))
+
+    def pairs(tag: str) -> Batches:
+        return StoredBatches(build_pairs(stage, request), facts, (stage.seed, stage.name, tag))
+
+    def straighten(_: Teacher | None) -> tuple[Objective, Batches]:
+        batches = pairs("anneal")
+        if options.annealing:
+            batches = AnnealedBatches(batches, noise_law(options.schedule, max(1, round(options.anneal * first))))
+        return VelocityRegression(student, Linear(), make_time_law("uniform"), options.loss), batches
+
+    def distil(previous: Teacher | None) -> tuple[Objective, Batches]:
+        assert previous is not None, "the second phase follows the first"
+        student.load_state_dict(previous.state)  # its average, not its last weights
+        objective = GuidedEndpoint(student, previous.velocity, stage.source, options.guided, options.loss)
+        return objective, pairs("distil")
+
+    phases = [Phase("anneal", first, straighten), Phase("distil", max(1, options.samples - first), distil)]
+    return Plan(student, phases, SampleRule(kind="map", steps=(1,), default_steps=1), facts)
+
+
+SPEC = Spec(
+    options=SlimflowOptions,
+    plan=plan,
+    summary="one-step student with a smaller network: annealed ReFlow, then flow-guided distillation",
+    needs="teacher, pairs",
+    makes="map",
+    cite=("zhu2024slimflow", "liu2023flow"),
+)
