@@ -2,8 +2,9 @@
 
     L(theta) = E_{x0 ~ p0, x1 ~ data, t} |v_theta(x_t, t) - d/dt x_t|^2
 
-with x0 drawn independently of x1, coupled within the batch by optimal transport (arXiv:2302.00482), or made from x1
-(arXiv:2310.03725: in-painting and super-resolution, where the network sees the known part as its context).
+with x0 drawn independently of x1, coupled within the batch by optimal transport (arXiv:2302.00482), coupled with the
+whole data set by it (``semidiscrete``, arXiv:2509.25519), or made from x1 (arXiv:2310.03725: in-painting and
+super-resolution, where the network sees the known part as its context).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from fewstep.errors import UserError
 from fewstep.flow.couplings import (
     Coupling,
+    Facts,
     GaussianSource,
     Independent,
     Inpainting,
@@ -26,6 +28,7 @@ from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
 from fewstep.methods.batches import DataBatches
+from fewstep.methods.semidiscrete import SemidiscreteBatches
 from fewstep.methods.straight_line import VelocityRegression
 
 LATENT = (
@@ -38,7 +41,7 @@ EXAMPLES = 1024  # held-out rows whose damaged versions are kept with a model th
 class FlowMatchingOptions(Options):
     """Options of ``method: flow_matching``."""
 
-    coupling: Literal["independent", "ot", "inpainting", "super_resolution"] = "independent"
+    coupling: Literal["independent", "ot", "semidiscrete", "inpainting", "super_resolution"] = "independent"
     ot_batch_size: int | None = Field(None, gt=1, description="rows per optimal-transport problem")
     factor: int = Field(2, gt=1, description="super-resolution: side of the averaged blocks")
     sigma: float = Field(0.1, gt=0, description="super-resolution: noise on the blurred data")
@@ -87,7 +90,10 @@ def context_size(options: FlowMatchingOptions, shape: tuple[int, ...]) -> int:
 def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
     """One phase on data rows."""
     student = stage.build()
-    coupling = make_coupling(options, stage)
+    coupling = None if options.coupling == "semidiscrete" else make_coupling(options, stage)
+    facts = Facts(independent=False, deterministic=True, gaussian=stage.source.gaussian)
+    if coupling is not None:
+        facts = coupling.facts
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         objective = VelocityRegression(
@@ -98,16 +104,18 @@ def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
             label_dropout=options.label_dropout if stage.conditional else 0.0,
             null=stage.data.classes,
         )
+        if coupling is None:
+            return objective, SemidiscreteBatches(stage)
         key = (stage.seed, stage.name)
         return objective, DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key)
 
     examples = None
-    if context_size(options, stage.data.shape):
+    if coupling is not None and context_size(options, stage.data.shape):
         rows = stage.data.network_rows(stage.data.held_out[:EXAMPLES])
         examples = coupling.pair(rows, {}, generator_for(stage.seed, stage.name, "examples"))
     null_trained = stage.conditional and options.label_dropout > 0.0
     phases = [Phase("train", options.samples, prepare)]
-    return Plan(student, phases, SampleRule(), coupling.facts, examples, null_trained, options.path)
+    return Plan(student, phases, SampleRule(), facts, examples, null_trained, options.path)
 
 
 SPEC = Spec(

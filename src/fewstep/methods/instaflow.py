@@ -48,14 +48,14 @@ PHASES = ("regression", "perceptual", "adversarial")
 class InstaflowOptions(PairOptions):
     """Options of ``method: instaflow``."""
 
-    samples: int = Field(500_000, gt=0, description="samples seen in the stage, over its phases")
+    samples: int = Field(800_000, gt=0, description="samples seen in the stage, over its phases")
     shares: tuple[float, float, float] = Field(
         (0.5, 0.1, 0.4), description="of the samples: regression, perceptual, adversarial; 0 leaves a phase out"
     )
     loss: Literal["l2", "l1", "huber"] = "l2"
     features: str | None = Field(None, description="a 'features' stage, a folder or file, or lpips:vgg; none: off")
     perceptual: float = Field(0.1, ge=0, description="weight of the perceptual term, where features are named")
-    adversarial: float = Field(0.5, ge=0, description="pull of the adversarial term, as a share of the others'")
+    adversarial: float = Field(0.25, ge=0, description="pull of the adversarial term, as a share of the others'")
     real: Real = Field("data", description="what the discriminator takes for real")
     gan: Literal["relativistic", "non_saturating", "hinge"] = "relativistic"
     sees: Literal["samples", "features"] = Field(
@@ -65,7 +65,7 @@ class InstaflowOptions(PairOptions):
     penalty_every: int = Field(1, gt=0, description="steps between two penalties")
     discriminator_lr: float = Field(5e-4, gt=0)
     discriminator_turns: int = Field(1, gt=0, description="of the discriminator per turn of the student")
-    adversarial_lr: float = Field(2e-4, gt=0, description="of the student in the adversarial phase")
+    adversarial_lr: float = Field(1e-3, gt=0, description="of the student in the adversarial phase")
     ramp: float = Field(0.1, ge=0, le=1, description="share of the adversarial phase in which the term is raised")
 
     @model_validator(mode="after")

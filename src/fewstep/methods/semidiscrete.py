@@ -1,0 +1,100 @@
+"""Training pairs of the semidiscrete optimal coupling: fresh base rows, each with the data row it is carried to.
+
+The potentials are fitted once (one set per class when the recipe is conditional, so that noise does not tell the
+class), kept beside the stage's checkpoints, and give deterministic pairs without end.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import final
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Facts, Pair
+from fewstep.flow.noise import generator_for
+from fewstep.flow.semidiscrete import BALANCED, Potentials, assign
+from fewstep.methods.base import Stage
+from fewstep.store.files import atomic_file, make_folder
+from fewstep.store.tensors import read_tensors
+
+MOST_ROWS = 60_000  # every base row is compared with all data rows
+LARGEST = 1 << 28  # entries of the data, which are held in memory
+LOOSE = 0.1  # imbalance above which the pairs' data are weighted too wrongly to pass without a word
+
+
+@final
+class SemidiscreteBatches:
+    """``x0 ~ p0``, ``x1 = y_{j(x0)}``; a class, where there are any, is drawn first, and j is among its rows.
+
+    Args:
+        stage: data, base, seed and folder.
+
+    Raises:
+        UserError: too many rows, or data that are too large.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        data = stage.data
+        if len(data.train) > MOST_ROWS or len(data.train) * math.prod(data.shape) > LARGEST:
+            raise UserError(
+                f"coupling 'semidiscrete' compares every noise with all {len(data.train):,} rows of shape "
+                f"{data.shape}, and takes at most {MOST_ROWS:,} rows and {LARGEST:,} values: use 'coupling: ot'."
+            )
+        self.facts = Facts(independent=False, deterministic=True, gaussian=stage.source.gaussian)
+        self._source, self._dequantise, self._shape = stage.source, stage.dequantise, data.shape
+        rows = data.network_rows(data.train).flatten(1)
+        labels = data.label_rows(data.train) if stage.conditional else None
+        kinds = range(data.classes) if labels is not None else [0]
+        self._kind = torch.zeros(len(rows), dtype=torch.long) if labels is None else labels
+        self._labelled = labels is not None
+        self._rows = {kind: rows[self._kind == kind] for kind in kinds}
+        self._potentials = self._fitted(stage)
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        x0 = self._source.sample(count, generator)
+        kind = self._kind[torch.randint(len(self._kind), (count,), generator=generator)]
+        flat, x1 = x0.flatten(1), torch.empty(count, math.prod(self._shape))
+        for number in kind.unique().tolist():
+            here, rows = kind == number, self._rows[number]
+            x1[here] = rows[assign(flat[here], rows, self._potentials[number])]
+        x1 = x1.view(count, *self._shape)
+        if self._dequantise:
+            x1 = x1 + self._dequantise * torch.randn(x1.shape, generator=generator)
+        return Pair(x0, x1, {"label": kind} if self._labelled else {})
+
+    def _fitted(self, stage: Stage) -> dict[int, Tensor]:
+        """The potentials of every class: those kept in the stage's folder, or fitted now by the first process."""
+        path = stage.folder / "pairs" / "potentials.safetensors"
+        if stage.world.rank == 0 and not path.exists():
+            self._fit(stage, path)
+        stage.world.barrier()
+        kept = read_tensors(path)
+        return {kind: kept[str(kind)] for kind in self._rows}
+
+    def _fit(self, stage: Stage, path: Path) -> None:
+        from safetensors.torch import save_file
+
+        def draw(count: int, generator: torch.Generator) -> Tensor:
+            return self._source.sample(count, generator).flatten(1)
+
+        found, worst = {}, 0.0
+        for kind, rows in self._rows.items():
+            if len(rows) == 0:
+                found[str(kind)] = torch.zeros(0)
+                continue
+            fit = Potentials(rows, draw, generator_for(stage.seed, stage.name, "potentials", kind))
+            steps = fit.fit() if len(rows) > 1 else 0
+            found[str(kind)], worst = fit.h, max(worst, fit.chi2 if len(rows) > 1 else 0.0)
+            stage.world.say(f"  potentials of {len(rows):,} rows: {steps:,} steps, imbalance {worst:.3f}")
+        if worst > LOOSE:
+            stage.world.say(
+                f"warning: shares of data rows differ from equal ones by {math.sqrt(worst):.0%} (root mean square; "
+                f"{math.sqrt(BALANCED):.0%} was aimed at): the model learns data weighted so. 'coupling: ot' does not."
+            )
+        make_folder(path.parent)
+        with atomic_file(path) as temporary:
+            save_file(found, temporary)
