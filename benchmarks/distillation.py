@@ -1,0 +1,257 @@
+"""What each ingredient of one-step distillation gains: `python benchmarks/distillation.py digits|fashion_mnist`.
+
+Every row is one student, trained, judged and written to OUT/rows.jsonl; the same command again goes on with the rows
+that are missing, and prints the table of those that are there. `--rows "rec; all, real = data"` makes only those;
+`--seeds 0,1,2` are those of teachers and students alike. Fashion-MNIST needs `--data` with the folder of its idx files,
+and takes the teacher and the judge from `benchmarks/assets`. Scores are medians over the seeds, with the least and the
+most where there are several: energy distance and neighbours on the network's values, the Fréchet distance on features
+that no loss looks through. `rmse` is the distance per dimension to the teacher's endpoints on held-out noises. `s` are
+CPU seconds of the student. Run with OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.data.load import load_data
+from fewstep.generator import Generator, load
+from fewstep.methods.perceptual import FeatureDistance, find_features
+from fewstep.metrics import evaluate, sample_count
+from fewstep.networks import parameter_count
+from fewstep.pipeline.recipe import make_recipe
+from fewstep.pipeline.run import run_recipe
+from fewstep.store.pairs import PairStore
+from fewstep.training.world import LocalWorld, set_threads
+
+ASSETS = Path(__file__).parent / "assets"
+TIMED, REPEATS = 64, 7  # samples of a timing, and how often it is repeated
+
+
+class Setting:
+    """A data set, what is trained first, and how students learn."""
+
+    def __init__(self, data: Any, network: dict[str, Any], first: dict[str, Any], student: dict[str, Any]) -> None:
+        self.data, self.network, self.first, self.student = data, network, first, student
+
+
+def digits() -> Setting:
+    first = {
+        "teacher": {"method": "flow_matching", "samples": 800_000},
+        "straight": {"method": "reflow", "teacher": "teacher", "samples": 600_000},
+        "features": {"method": "features", "samples": 200_000},
+        "judge": {"method": "features", "samples": 200_000, "network": {"widths": [24, 48, 96]}},
+    }
+    student = {"samples": 500_000, "init": "straight"}
+    return Setting("digits", {"name": "mlp", "preset": "small"}, first, student)
+
+
+def fashion_mnist(folder: Path) -> Setting:
+    image: dict[str, Any] = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
+    image |= {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
+    data = {
+        "path": str(folder / "train-images-idx3-ubyte.gz"),
+        "labels": str(folder / "train-labels-idx1-ubyte.gz"),
+        "name": "fashion_mnist",
+    }
+    teacher = str(ASSETS / "fashion_mnist_teacher")
+    first = {
+        "straight": {"method": "reflow", "teacher": teacher, "mix": 1.0, **image},
+        "features": {"method": "features", "samples": 200_000, "learn": "noise"},
+    }
+    student = {"init": "straight", **image}
+    return Setting(data, {"name": "unet", "preset": "small"}, first, student)
+
+
+HARD: dict[str, Any] = {"shares": [0.5, 0, 0.5], "adversarial": 0.5, "adversarial_lr": 2e-4}
+GENTLE: dict[str, Any] = {"shares": [0.5, 0, 0.5], "adversarial": 0.25, "adversarial_lr": 1e-3, "samples": 800_000}
+SMALL = {"1/4": 0.25, "1/8": 0.125}
+
+
+def rows() -> dict[str, dict[str, Any]]:
+    """Every student by name: what it changes of the setting's student."""
+    off: dict[str, Any] = {"method": "instaflow", "adversarial": 0}
+    on, gentle = {"method": "instaflow", **HARD}, {"method": "instaflow", **GENTLE}
+    seen = {"features": "features", "shares": [0.5, 0.1, 0.4]}
+    made = {
+        "rec": off,
+        "rec + perceptual": {**off, **seen},
+        "rec + adversarial, real = teacher": {**on, "real": "teacher"},
+        "rec + adversarial, real = data": on,
+        "all, real = data": {**on, **seen},
+        "rec, 800k": {**off, "samples": 800_000},
+        "rec + gentle adversarial, real = data, 800k": gentle,
+    }
+    for name, size in SMALL.items():
+        small = {"network": {"size": size}, "init": None}
+        made[f"{name}: rec"] = {**off, **small}
+        made[f"{name}: rec + adversarial, real = teacher"] = {**on, **small, "real": "teacher"}
+        made[f"{name}: rec + adversarial, real = data"] = {**on, **small}
+        made[f"{name}: all, real = data"] = {**on, **seen, **small}
+        made[f"{name}: rec, 800k"] = {**off, **small, "samples": 800_000}
+        made[f"{name}: rec + gentle adversarial, real = data, 800k"] = {**gentle, **small}
+        for annealing in (False, True):
+            for guided in (0, 1):
+                words = ["annealed" if annealing else "straightened", *(["guided"] if guided else [])]
+                slim = {"method": "slimflow", "annealing": annealing, "guided": guided, **small}
+                made[f"{name}: {', '.join(words)}"] = slim
+    return made
+
+
+def prepare(setting: Setting, out: Path, seed: int) -> None:
+    """Teacher, straight flow and features."""
+    fields = {"data": setting.data, "network": setting.network, "seed": seed, "stages": setting.first}
+    run_recipe(make_recipe({**fields, "conditional": False}, "benchmarks/distillation.py"), out, LocalWorld(quiet=True))
+
+
+def student(setting: Setting, out: Path, seed: int, name: str, changes: dict[str, Any]) -> tuple[Path, float]:
+    """Train one student; its folder and the CPU seconds."""
+    folder = out / "students" / "".join(letter if letter.isalnum() else "-" for letter in name)
+    stage = {"teacher": "teacher", **setting.student, **changes}
+    for key in ("teacher", "init", "features"):
+        word = stage.get(key)
+        if word is not None:
+            known = out / word
+            stage[key] = str(known if known.is_dir() else ASSETS / f"fashion_mnist_{word}")
+    tag = "slimflow" if stage["method"] == "slimflow" else "distill"
+    made = sorted((out / "students").glob(f"*/student/pairs/{tag}"))
+    if made and not folder.exists():  # equal requests make equal pairs: no need to make them again
+        shutil.copytree(made[0], folder / "student" / "pairs" / tag)
+    fields = {"data": setting.data, "network": setting.network, "seed": seed, "conditional": False}
+    began = time.process_time()
+    recipe = make_recipe({**fields, "stages": {"student": stage}}, "benchmarks/distillation.py")
+    run_recipe(recipe, folder, LocalWorld(quiet=True))
+    return folder / "student", time.process_time() - began
+
+
+def score(model: Generator, data: Any, judge: FeatureDistance, steps: int) -> dict[str, float]:
+    """The judge's row of a model."""
+    train = data.train_rows()
+    count = min(2000, sample_count(len(train)))
+    draw = model.draw(count, steps=steps)
+    found = evaluate(draw.x, train, None, judge.pooled, features_name=judge.name)
+    names = ("energy", "fd_percent", "precision", "recall", "coverage")
+    return {name: getattr(found, name) for name in names} | {"parameters": parameter_count(model.module)}
+
+
+def macs(model: Generator) -> float:
+    """Multiplications and additions of one network call, in millions of pairs."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    x = torch.zeros(1, *model.config.shape)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.module(x, torch.zeros(1))
+    return counter.get_total_flops() / 2e6
+
+
+def time_ratio(model: Generator, teacher: Generator) -> float:
+    """Wall time of one step over the teacher's fifty, medians of interleaved timings."""
+    works: list[Callable[[], object]] = [lambda: model.draw(TIMED, steps=1), lambda: teacher.draw(TIMED, steps=50)]
+    times: list[list[float]] = [[], []]
+    for _ in range(REPEATS):
+        for work, kept in zip(works, times, strict=True):
+            began = time.perf_counter()
+            work()
+            kept.append(time.perf_counter() - began)
+    return statistics.median(times[0]) / statistics.median(times[1])
+
+
+def rmse(model: Generator, pairs: Path) -> float:
+    """Root mean square distance to the teacher's endpoints of held-out pairs, per dimension."""
+    manifest = json.loads((pairs / "manifest.json").read_text())["request"]
+    held_out = PairStore(pairs, {}, manifest["rows"]).held_out_rows()
+    columns = held_out.columns(torch.arange(min(1024, len(held_out))))
+    with torch.no_grad():
+        x = columns["x0"] + model.module(columns["x0"], torch.zeros(len(columns["x0"])))
+    return float((x - columns["x1"]).square().mean().sqrt())
+
+
+def measure(setting: Setting, out: Path, seed: int, name: str, changes: dict[str, Any] | None) -> dict[str, Any]:
+    """One line of rows.jsonl."""
+    data = load_data(setting.data, seed=seed)
+    found = out / "teacher"
+    teacher = load(found if found.is_dir() else ASSETS / "fashion_mnist_teacher")
+    judge_folder = out / "judge" if (out / "judge").is_dir() else ASSETS / "fashion_mnist_features"
+    judge = find_features(judge_folder, data.shape)
+    line: dict[str, Any] = {"name": name, "seed": seed}
+    if changes is None:
+        kind, steps = name.split(" @")
+        model = teacher if kind == "teacher" else load(out / kind)
+        return line | score(model, data, judge, int(steps)) | {"macs": macs(model)}
+    folder, seconds = student(setting, out, seed, name, changes)
+    model = load(folder)
+    pairs = next((folder / "pairs").glob("*/generated"))
+    return (
+        line
+        | score(model, data, judge, 1)
+        | {"rmse": rmse(model, pairs), "macs": macs(model), "time": time_ratio(model, teacher), "seconds": seconds}
+    )
+
+
+COLUMNS = (
+    ("energy", "energy", ".4f"), ("fd_percent", "FD-judge %", ".2f"), ("precision", "precision", ".3f"),
+    ("recall", "recall", ".3f"), ("coverage", "coverage", ".3f"), ("rmse", "rmse", ".3f"),
+    ("parameters", "parameters", ",.0f"), ("macs", "M MACs", ".2f"), ("time", "time / teacher's 50", ".4f"),
+    ("seconds", "s", ".0f"),
+)  # fmt: skip
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """Medians over seeds, and the range in brackets."""
+    names = list(dict.fromkeys(line["name"] for line in lines))
+    text = ["| | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
+    for name in names:
+        cells = []
+        for key, _, form in COLUMNS:
+            values = [line[key] for line in lines if line["name"] == name and key in line]
+            if not values:
+                cells.append("")
+                continue
+            cell = f"{statistics.median(values):{form}}"
+            if len(values) > 1 and key in ("energy", "fd_percent", "precision", "recall", "coverage", "rmse"):
+                cell += f" ({min(values):{form}}–{max(values):{form}})"
+            cells.append(cell)
+        text.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(text).replace("0.", ".")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=["digits", "fashion_mnist"])
+    parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST files")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--rows", help="names, separated by ';'; all when absent")
+    parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    set_threads()
+    setting = digits() if arguments.setting == "digits" else fashion_mnist(arguments.data)
+    base = arguments.out / arguments.setting
+    kept = base / "rows.jsonl"
+    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    wanted: dict[str, dict[str, Any] | None] = {"teacher @1": None, "teacher @50": None, "straight @1": None, **rows()}
+    if arguments.rows:
+        wanted = {name.strip(): wanted[name.strip()] for name in arguments.rows.split(";")}
+    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+        out = base / str(seed)
+        prepare(setting, out, seed)
+        for name, changes in wanted.items():
+            if any((line["name"], line["seed"]) == (name, seed) for line in lines):
+                continue
+            lines.append(measure(setting, out, seed, name, changes))
+            with kept.open("a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+            print(json.dumps(lines[-1]), flush=True)
+    print(table(lines))
+
+
+if __name__ == "__main__":
+    main()
