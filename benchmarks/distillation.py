@@ -103,6 +103,13 @@ def rows() -> dict[str, dict[str, Any]]:
                 words = ["annealed" if annealing else "straightened", *(["guided"] if guided else [])]
                 slim = {"method": "slimflow", "annealing": annealing, "guided": guided, **small}
                 made[f"{name}: {', '.join(words)}"] = slim
+    straight = {"method": "reflow", "init": None, "mix": 1.0}
+    made["2-RF: ushape, huber"] = {**straight, "time": "ushape:4", "loss": "huber"}
+    made["2-RF++: ushape, perceptual"] = {
+        **straight, "time": "ushape:4", "loss": "perceptual:0.05", "features": "features",
+    }  # fmt: skip
+    made["Simple ReFlow: exponential, normalised"] = {**straight, "time": "exponential", "weight": "normalised"}
+    made["2-RF: plain"] = straight
     return made
 
 
@@ -121,8 +128,8 @@ def student(setting: Setting, out: Path, seed: int, name: str, changes: dict[str
         if word is not None:
             known = out / word
             stage[key] = str(known if known.is_dir() else ASSETS / f"fashion_mnist_{word}")
-    tag = "slimflow" if stage["method"] == "slimflow" else "distill"
-    made = sorted((out / "students").glob(f"*/student/pairs/{tag}"))
+    tag = {"slimflow": "slimflow", "reflow": "round-1"}.get(stage["method"], "distill")
+    made = [*out.glob(f"straight/pairs/{tag}"), *sorted((out / "students").glob(f"*/student/pairs/{tag}"))]
     if made and not folder.exists():  # equal requests make equal pairs: no need to make them again
         shutil.copytree(made[0], folder / "student" / "pairs" / tag)
     fields = {"data": setting.data, "network": setting.network, "seed": seed, "conditional": False}
