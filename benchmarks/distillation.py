@@ -49,6 +49,7 @@ def digits() -> Setting:
         "straight": {"method": "reflow", "teacher": "teacher", "samples": 600_000},
         "features": {"method": "features", "samples": 200_000},
         "judge": {"method": "features", "samples": 200_000, "network": {"widths": [24, 48, 96]}},
+        "seen": {"method": "features", "samples": 200_000, "network": {"widths": [12, 24]}},
     }
     student = {"samples": 500_000, "init": "straight"}
     return Setting("digits", {"name": "mlp", "preset": "small"}, first, student)
@@ -66,6 +67,7 @@ def fashion_mnist(folder: Path) -> Setting:
     first = {
         "straight": {"method": "reflow", "teacher": teacher, "mix": 1.0, **image},
         "features": {"method": "features", "samples": 200_000, "learn": "noise"},
+        "seen": {"method": "features", "samples": 200_000, "learn": "noise", "network": {"widths": [12, 24]}},
     }
     student = {"init": "straight", **image}
     return Setting(data, {"name": "unet", "preset": "small"}, first, student)
@@ -81,6 +83,7 @@ def rows() -> dict[str, dict[str, Any]]:
     off: dict[str, Any] = {"method": "instaflow", "adversarial": 0}
     on, gentle = {"method": "instaflow", **HARD}, {"method": "instaflow", **GENTLE}
     seen = {"features": "features", "shares": [0.5, 0.1, 0.4]}
+    through = {"adversarial": 0.5, "sees": "features", "features": "seen", "perceptual": 0}
     made = {
         "rec": off,
         "rec + perceptual": {**off, **seen},
@@ -89,6 +92,7 @@ def rows() -> dict[str, dict[str, Any]]:
         "all, real = data": {**on, **seen},
         "rec, 800k": {**off, "samples": 800_000},
         "rec + gentle adversarial, real = data, 800k": gentle,
+        "rec + adversarial through features, real = data, 800k": {**gentle, **through},
     }
     for name, size in SMALL.items():
         small = {"network": {"size": size}, "init": None}
@@ -98,6 +102,7 @@ def rows() -> dict[str, dict[str, Any]]:
         made[f"{name}: all, real = data"] = {**on, **seen, **small}
         made[f"{name}: rec, 800k"] = {**off, **small, "samples": 800_000}
         made[f"{name}: rec + gentle adversarial, real = data, 800k"] = {**gentle, **small}
+        made[f"{name}: rec + adversarial through features, real = data, 800k"] = {**gentle, **through, **small}
         for annealing in (False, True):
             for guided in (0, 1):
                 words = ["annealed" if annealing else "straightened", *(["guided"] if guided else [])]
