@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.methods.straight_line import one_step
 from fewstep.metrics.neighbours import prdc
 from fewstep.store.pairs import Columns, PairRows
 
@@ -59,7 +60,7 @@ class Monitor:
         device = next(iter(weights.values())).device
         rows = {name: value.to(device) for name, value in self._rows.items()}
         x0, x1 = rows.pop("x0"), rows.pop("x1")
-        x = x0 + self._student.to(device)(x0, torch.zeros(len(x0), dtype=x0.dtype, device=device), **rows)
+        x = one_step(self._student.to(device), x0, rows)
         rmse = float((x - x1).square().mean().sqrt())
         if not math.isfinite(rmse):
             return {"rmse": rmse}  # the trainer's own guard speaks of that

@@ -24,6 +24,7 @@ from fewstep.methods.balance import RunningRatio, joined, last_layer, pulled
 from fewstep.methods.base import Learning, Objective, World
 from fewstep.methods.distances import Distance
 from fewstep.methods.monitor import Monitor
+from fewstep.methods.straight_line import one_step
 
 Real = Literal["teacher", "data", "both"]
 
@@ -109,8 +110,7 @@ class MultiObjective(Objective):
         return self.monitor.look(ema, judge)
 
     def _endpoint(self, batch: Pair) -> Tensor:
-        start = torch.zeros(len(batch.x0), dtype=batch.x0.dtype, device=batch.x0.device)
-        return batch.x0 + self.modules["student"](batch.x0, start, **batch.cond)
+        return one_step(self.modules["student"], batch.x0, batch.cond)
 
     def _student(self, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         fake = self._endpoint(batch)

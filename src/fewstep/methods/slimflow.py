@@ -50,7 +50,7 @@ from fewstep.methods.base import (
 from fewstep.methods.batches import StoredBatches
 from fewstep.methods.distances import find_distance
 from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
-from fewstep.methods.straight_line import VelocityRegression
+from fewstep.methods.straight_line import VelocityRegression, one_step
 
 STEEPNESS = 5.0  # of the exponential schedule: b falls by e within a fifth of the annealing
 FIRST_STEP = (0.2, 0.8)  # least and largest t of the guided term's first step
@@ -153,7 +153,7 @@ class GuidedEndpoint(Objective):
         return {"loss": paired + self.weight * guided, "paired": paired, "guided": guided}
 
     def _endpoint(self, x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        return x0 + self.modules["student"](x0, torch.zeros(len(x0), dtype=x0.dtype, device=x0.device), **cond)
+        return one_step(self.modules["student"], x0, cond)
 
 
 def plan(options: SlimflowOptions, stage: Stage) -> Plan:

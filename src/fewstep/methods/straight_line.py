@@ -9,19 +9,19 @@ coupling ``pi``, the law of ``t`` and the distance.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
+from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath
 from fewstep.flow.time_laws import TimeLaw
 from fewstep.methods.base import Objective
-from fewstep.methods.distances import Distance as Distance
-from fewstep.methods.distances import Loss, Plain, Residual
-from fewstep.methods.distances import find_distance as find_distance
+from fewstep.methods.distances import Loss, Plain, Residual, find_distance
 
 
 def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> dict[str, Any]:
@@ -31,6 +31,12 @@ def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> 
     label = cond["label"]
     dropped = draws.uniform().to(label.device) < share
     return {**cond, "label": torch.where(dropped, null, label)}
+
+
+def one_step(velocity: Velocity, x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+    """``G(x0) = x0 + v(x0, 0)``, one Euler step over the whole way."""
+    start = torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)
+    return x0 + velocity(x0, start, **cond)
 
 
 @final
@@ -83,6 +89,4 @@ class EndpointRegression(Objective):
         self.distance = find_distance(distance)
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        start = torch.zeros(len(batch.x0), dtype=batch.x0.dtype, device=batch.x0.device)
-        endpoint = batch.x0 + self.modules["student"](batch.x0, start, **batch.cond)
-        return {"loss": self.distance(endpoint, batch.x1)}
+        return {"loss": self.distance(one_step(self.modules["student"], batch.x0, batch.cond), batch.x1)}
