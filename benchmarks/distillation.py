@@ -25,6 +25,7 @@ import torch
 from fewstep.data.load import load_data
 from fewstep.generator import Generator, load
 from fewstep.methods.perceptual import FeatureDistance, find_features
+from fewstep.methods.registry import find_method
 from fewstep.metrics import evaluate, sample_count
 from fewstep.networks import parameter_count
 from fewstep.pipeline.recipe import make_recipe
@@ -69,7 +70,7 @@ def fashion_mnist(folder: Path) -> Setting:
         "features": {"method": "features", "samples": 200_000, "learn": "noise"},
         "seen": {"method": "features", "samples": 200_000, "learn": "noise", "network": {"widths": [12, 24]}},
     }
-    student = {"init": "straight", **image}
+    student = {"init": "straight", "discriminator_lr": 1e-3, "penalty_every": 4, **image}
     return Setting(data, {"name": "unet", "preset": "small"}, first, student)
 
 
@@ -127,12 +128,13 @@ def prepare(setting: Setting, out: Path, seed: int) -> None:
 def student(setting: Setting, out: Path, seed: int, name: str, changes: dict[str, Any]) -> tuple[Path, float]:
     """Train one student; its folder and the CPU seconds."""
     folder = out / "students" / "".join(letter if letter.isalnum() else "-" for letter in name)
-    stage = {"teacher": "teacher", **setting.student, **changes}
+    known = find_method(changes["method"]).options.model_fields
+    stage = {"teacher": "teacher", **{k: v for k, v in setting.student.items() if k in known}, **changes}
     for key in ("teacher", "init", "features"):
         word = stage.get(key)
         if word is not None:
-            known = out / word
-            stage[key] = str(known if known.is_dir() else ASSETS / f"fashion_mnist_{word}")
+            found = out / word
+            stage[key] = str(found if found.is_dir() else ASSETS / f"fashion_mnist_{word}")
     tag = {"slimflow": "slimflow", "reflow": "round-1"}.get(stage["method"], "distill")
     made = [*out.glob(f"straight/pairs/{tag}"), *sorted((out / "students").glob(f"*/student/pairs/{tag}"))]
     if made and not folder.exists():  # equal requests make equal pairs: no need to make them again

@@ -97,6 +97,8 @@ class Halving(nn.Module):
 
 def _convolutions(shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     """The convolutional body and the number of features it ends with."""
+    patch = 2 if min(shape[1:]) > 2 * LOWEST and all(n % 2 == 0 for n in shape[1:]) else 1
+    shape = (shape[0] * patch**2, shape[1] // patch, shape[2] // patch)
     side, halvings = min(shape[1:]), 0
     while side > LOWEST and halvings < len(WIDTHS) - 1:
         side, halvings = -(-side // 2), halvings + 1
@@ -104,6 +106,7 @@ def _convolutions(shape: tuple[int, ...]) -> tuple[nn.Module, int]:
     blocks = [Halving(a, b) for a, b in itertools.pairwise(widths)]
     low = math.prod(-(-n // 2**halvings) for n in shape[1:]) * widths[-1]
     body = nn.Sequential(
+        nn.PixelUnshuffle(patch),  # the finest level costs most and tells least
         nn.Conv2d(shape[0], widths[0], 3, padding=1),
         nn.LeakyReLU(SLOPE),
         *blocks,
