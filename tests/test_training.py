@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from fewstep.flow.couplings import Facts, GaussianSource, Independent, Pair
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import Uniform
-from fewstep.methods.base import Objective
+from fewstep.methods.base import Learning, Objective
 from fewstep.methods.straight_line import VelocityRegression
 from fewstep.training import trainer as training
 from fewstep.training.checkpoint import Checkpoints
@@ -95,6 +96,31 @@ def test_the_rate_reaches_the_optimiser() -> None:
 
     run.trainer.train(0, 10 * BATCH, OneStep(model), Fixed(*rows), "test")
     torch.testing.assert_close((model.weight - before).abs(), torch.full((2, 3), 0.04 * 0.5 / 5), rtol=1e-4, atol=0)
+
+
+def test_a_role_learns_at_its_own_rate_and_with_its_own_betas() -> None:
+    game = TwoPlayers(Net())
+    game.learning = {"discriminator": Learning(0.003, (0.0, 0.9))}
+    run = start(game.modules["student"], lr=0.01, warmup=0.0)
+    run.trainer.train(0, BATCH, game, Noise(), "test")
+    groups = {role: optimiser.param_groups[0] for role, optimiser in run.trainer.optimisers.items()}
+    assert groups["discriminator"]["lr"] == pytest.approx(0.3 * groups["student"]["lr"], rel=1e-12)
+    assert (groups["discriminator"]["betas"], groups["student"]["betas"]) == ((0.0, 0.9), (0.9, 0.999))
+
+
+def test_checks_are_spread_over_the_phase_and_logged() -> None:
+    class Checked(Regression):
+        checks = 4
+
+        def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
+            return {"norm": float(ema["last.weight"].norm())}
+
+    student = Net()
+    run = start(student)
+    run.trainer.train(0, 10 * BATCH, Checked(student), Noise(), "test")
+    lines = [line for line in run.lines if "check" in line]
+    assert [line["samples"] for line in lines] == [3 * BATCH, 5 * BATCH, 8 * BATCH, 10 * BATCH]
+    assert lines[-1]["check"]["norm"] == pytest.approx(run.trainer.ema.state["last.weight"].norm().item())
 
 
 @pytest.mark.parametrize("clip", [0.01, 1e6])
