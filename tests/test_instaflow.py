@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
 import fewstep as fs
@@ -337,3 +338,39 @@ def test_the_student_is_a_map_of_one_step_and_its_card_says_what_it_is(tmp_path:
     assert model.draw(10).nfe == 1
     kept = read_tensors(tmp_path / "onestep/model.safetensors")
     assert not any("discriminator" in name for name in kept)
+
+
+def test_guidance_is_baked_in_once_and_only_its_endpoints_count_as_real(
+    labelled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fields = yaml.safe_load((labelled_run.parent / "labelled.yaml").read_text(encoding="utf-8"))
+    stage = {"method": "instaflow", "teacher": str(labelled_run / "teacher"), "guidance": 2, "real": "data"}
+    fields["stages"] = {"onestep": {**stage, "samples": 4000, "pairs": 300, "nfe": 8, "tolerance": 2}}
+    capsys.readouterr()
+    run_recipe(make_recipe(fields, "test"), tmp_path, LocalWorld())
+    assert "only they count as real" in capsys.readouterr().out
+    model = fs.load(tmp_path / "onestep")
+    assert model.config.guidance == 2
+    guided = fs.load(labelled_run / "teacher").sample(200, label=9, steps=16, solver="heun", guidance=2.0)
+    plain = fs.load(labelled_run / "teacher").sample(200, label=9, steps=16, solver="heun")
+    middle = model.sample(200, label=9)[:, 0].median()
+    assert abs(middle - guided[:, 0].median()) < 0.5 * abs(plain[:, 0].median() - guided[:, 0].median())
+    with pytest.raises(UserError, match="guiding it again"):
+        model.sample(4, guidance=2.0)
+
+
+def test_a_discriminator_looks_through_frozen_features(tmp_path: Path) -> None:
+    """Its score moves with the features, whose weights are neither trained nor kept with it."""
+    torch.manual_seed(0)
+    frozen = nn.Conv2d(1, 5, 3).requires_grad_(False)
+    judge = Discriminator((1, 8, 8), features=lambda x: [frozen(x)])
+    x = torch.randn(3, 1, 8, 8, requires_grad=True)
+    before = judge(x)
+    assert not any("features" in name for name in judge.state_dict())
+    before.sum().backward()
+    assert frozen.weight.grad is None
+    with torch.no_grad():
+        frozen.weight.mul_(2.0)
+    assert not torch.allclose(judge(x), before)
+    with pytest.raises(ValueError, match="needs the name of some"):
+        InstaflowOptions(method="instaflow", teacher="t", sees="features")
