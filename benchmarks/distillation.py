@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import time
@@ -234,7 +235,7 @@ def table(lines: list[dict[str, Any]]) -> str:
                 cell += f" ({min(values):{form}}–{max(values):{form}})"
             cells.append(cell)
         text.append(f"| {name} | " + " | ".join(cells) + " |")
-    return "\n".join(text).replace("0.", ".")
+    return re.sub(r"(?<!\d)0\.", ".", "\n".join(text))
 
 
 def main() -> None:
