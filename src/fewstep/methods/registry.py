@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fewstep.errors import unknown
-from fewstep.methods import distill, features, flow_matching, instaflow, piecewise, reflow, slimflow
+from fewstep.methods import consistency_fm, distill, features, flow_matching, instaflow, piecewise, reflow, slimflow
 from fewstep.methods.base import Spec
 
 METHODS: dict[str, Spec] = {
@@ -14,6 +14,7 @@ METHODS: dict[str, Spec] = {
     "slimflow": slimflow.SPEC,
     "features": features.SPEC,
     "piecewise": piecewise.SPEC,
+    "consistency_fm": consistency_fm.SPEC,
 }
 
 
