@@ -3,7 +3,17 @@
 from __future__ import annotations
 
 from fewstep.errors import unknown
-from fewstep.methods import consistency_fm, distill, features, flow_matching, instaflow, piecewise, reflow, slimflow
+from fewstep.methods import (
+    consistency,
+    consistency_fm,
+    distill,
+    features,
+    flow_matching,
+    instaflow,
+    piecewise,
+    reflow,
+    slimflow,
+)
 from fewstep.methods.base import Spec
 
 METHODS: dict[str, Spec] = {
@@ -15,6 +25,7 @@ METHODS: dict[str, Spec] = {
     "features": features.SPEC,
     "piecewise": piecewise.SPEC,
     "consistency_fm": consistency_fm.SPEC,
+    "consistency": consistency.SPEC,
 }
 
 
