@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fewstep as fs
-from fewstep.flow.noise import Draws, generator_for
+from fewstep.errors import UserError
+from fewstep.flow.noise import Draws, generator_for, noise_rows
+from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
+from fewstep.generator import load
+from fewstep.generator.maps import Fresh, restart
 from fewstep.methods.consistency import ConsistencyOptions, EndConsistency
 from fewstep.networks import build, resolve
-from test_consistency_fm import GAUSSIAN, MIXTURE, Fixed, Rows, batch, w1
+from fewstep.pipeline.recipe import make_recipe
+from fewstep.pipeline.run import run_recipe
+from fewstep.training.world import LocalWorld
+from test_consistency_fm import GAUSSIAN, MEAN, MIXTURE, STD, Fixed, Rows, batch, w1
 from training_cases import start
 
 UNIFORM = make_time_law("uniform")
@@ -73,6 +82,30 @@ def test_the_gap_shrinks_geometrically_and_then_stays() -> None:
         objective.taken.add_(1)
     assert gaps[:11] == pytest.approx([0.4 * 0.25 ** (k / 10) for k in range(11)])
     assert gaps[11:] == pytest.approx([0.1] * 4)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_restarts_of_the_exact_map_keep_the_law_of_the_data(steps: int) -> None:
+    rows = 40_000
+    x0 = noise_rows(rows, (2,), seed=3, dtype=torch.float64)
+    times = tuple(k / steps for k in range(steps + 1))
+    x = restart(to_the_data, x0, times, {}, Fresh(make_path("linear"), seed=3))
+    error = STD / rows**0.5
+    assert ((x.mean(0) - MEAN).abs() < 4 * error).all()
+    assert ((x.std(0) - STD).abs() < 4 * error).all()
+    if steps > 1:  # the noise is fresh: endpoints are not those of one call
+        assert (x - MEAN - STD * x0).abs().mean() > 0.1
+
+
+def test_a_stage_is_sampled_by_restarts(tmp_path: Path) -> None:
+    stages = {"flow": {"method": "consistency", "samples": 2560}}
+    fields = {"data": {"name": "moons", "samples": 400}, "network": {"name": "mlp", "preset": "tiny"}, "stages": stages}
+    run_recipe(make_recipe(fields, "test"), tmp_path, LocalWorld(quiet=True))
+    model = load(tmp_path / "flow")
+    assert [model.draw(300, steps=steps).nfe for steps in (1, 2, 4)] == [1, 2, 4]
+    torch.testing.assert_close(model.draw(300, steps=3, batch_size=64).x, model.draw(300, steps=3).x)
+    with pytest.raises(UserError, match="leave grid out"):
+        model.sample(4, grid="0,0.5,1")
 
 
 @pytest.mark.slow

@@ -36,6 +36,14 @@ CITATIONS: dict[str, Entry] = {
         2023,
         "2209.15571",
     ),
+    "boffi2025build": (
+        "misc",
+        "Boffi, Nicholas M. and Albergo, Michael S. and Vanden-Eijnden, Eric",
+        "How to build a consistency model: Learning flow maps via self-distillation",
+        "",
+        2025,
+        "2505.18825",
+    ),
     "boffi2025flow": (
         "article",
         "Boffi, Nicholas M. and Albergo, Michael S. and Vanden-Eijnden, Eric",
@@ -87,6 +95,15 @@ CITATIONS: dict[str, Entry] = {
         _NEURIPS,
         2025,
         "2505.13447",
+    ),
+    "guo2025splitmeanflow": (
+        "misc",
+        "Guo, Yi and Wang, Wei and Yuan, Zhihang and Cao, Rong and Chen, Kuan and Chen, Zhengyang and Huo, Yuanyuan "
+        "and Zhang, Yang and Wang, Yuping and Liu, Shouda and Wang, Yuxuan",
+        "{SplitMeanFlow}: Interval Splitting Consistency in Few-Step Generative Modeling",
+        "",
+        2025,
+        "2507.16884",
     ),
     "heusel2017gans": (
         "inproceedings",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, require_independent
-from fewstep.flow.grids import GridSpec, explicit_times
+from fewstep.flow.grids import FROM_MODEL, Grid, GridSpec, explicit_times
 from fewstep.generator.config import Config
 from fewstep.generator.folder import words
 from fewstep.solvers.tables import ADAPTIVE_NAMES, find_solver
@@ -40,12 +40,16 @@ def choose(
     times = explicit_times(chosen)
     if times is None:
         return solver, chosen, steps if adaptive or steps is not None else config.default_steps
+    _require_whole_way(times)
+    return solver, chosen, steps
+
+
+def _require_whole_way(times: Grid) -> None:
     if (times[0], times[-1]) != (0.0, 1.0):
         raise UserError(
             f"a grid for sampling runs from 0 (noise) to 1 (data), and this one from {times[0]:g} to "
             f"{times[-1]:g}: write for example '0,0.2,1'. For a part of the way there is fs.solve."
         )
-    return solver, chosen, steps
 
 
 def _require_straight(facts: Facts, name: str, solver: str) -> None:
@@ -60,10 +64,17 @@ def _require_straight(facts: Facts, name: str, solver: str) -> None:
 
 def _of_map(
     config: Config, name: str, solver: str | None, grid: GridSpec | None, steps: int | None
-) -> tuple[str, GridSpec, int]:
-    """A map has its own sampler, for the steps it was made for."""
+) -> tuple[str, GridSpec, int | None]:
+    """A map has its own sampler, for the steps it was made for.
+
+    Where none are fixed, ``chain`` goes along any grid, and ``restart`` takes any number of even steps.
+    """
+    if solver not in (None, "euler"):
+        raise UserError(f"{name!r} is a map with its own sampler: leave solver out.")
+    if config.sampler == "chain" and config.steps is None:
+        return _along_grid(config, name, grid, steps)
     allowed = config.steps or (1,)
-    made_for = steps is None or steps in allowed
+    made_for = steps is None or steps in allowed or (config.sampler == "restart" and config.steps is None)
     if config.multiple and steps is not None:
         made_for = steps > 0 and any(steps % number == 0 for number in allowed)
     if not made_for:
@@ -72,6 +83,23 @@ def _of_map(
             f"{name!r} was made for {multiples}{words(allowed)} step(s), not {steps}: leave steps out, or "
             "sample the flow it was distilled from."
         )
-    if solver not in (None, "euler") or grid not in (None, "uniform"):
-        raise UserError(f"{name!r} is a map with its own sampler: leave solver and grid out.")
+    if grid not in (None, "uniform"):
+        raise UserError(f"{name!r} is a map with its own sampler: leave grid out.")
     return "euler", "uniform", config.default_steps if steps is None else steps
+
+
+def _along_grid(
+    config: Config, name: str, grid: GridSpec | None, steps: int | None
+) -> tuple[str, GridSpec, int | None]:
+    """A two-time map takes any steps on any grid that needs no velocity to be found."""
+    chosen = "uniform" if grid is None else grid
+    if isinstance(chosen, str) and chosen in FROM_MODEL:
+        raise UserError(
+            f"grid {chosen!r} is made for a velocity and its solver, and {name!r} is a map, exact or not on any grid: "
+            "leave grid out, or name another."
+        )
+    times = explicit_times(chosen)
+    if times is None:
+        return "euler", chosen, config.default_steps if steps is None else steps
+    _require_whole_way(times)
+    return "euler", chosen, steps

@@ -25,9 +25,10 @@ class Config:
         shape: of one sample inside the network.
         kind: ``velocity``: any solver, any steps; ``map``: its own sampler, the step counts in ``steps``; ``features``:
             a feature network, which is not sampled.
-        steps: step counts a map was made for.
+        steps: step counts a map was made for; None is any for ``chain`` and ``restart``, else 1.
         multiple: whether multiples of ``steps`` are right too.
         default_steps: steps when the user names none.
+        sampler: of a map: ``euler``, called as a velocity is; ``chain``, ``restart`` (:mod:`fewstep.generator.maps`).
         solver, grid: how a velocity is sampled when the user names none.
         network: resolved network configuration, None for a module fewstep did not build.
         scaling: from network units to data units, None when they are the same.
@@ -48,6 +49,7 @@ class Config:
     steps: tuple[int, ...] | None = None
     default_steps: int = 50
     multiple: bool = False
+    sampler: Literal["euler", "chain", "restart"] = "euler"
     solver: str = "euler"
     grid: str = "uniform"
     network: dict[str, Any] | None = None

@@ -52,7 +52,8 @@ def model_card(config: Config, parameters: int) -> str:
         f" on `{config.data['name']}`" if config.data.get("name") else ""
     )
     tag, about = "flow-matching", _about_flow(config)
-    what = "one-step map" if config.kind == "map" else "velocity field"
+    map_ = {"chain": "flow map", "restart": "consistency map", "euler": "one-step map"}[config.sampler]
+    what = map_ if config.kind == "map" else "velocity field"
     if config.kind == "features":
         tag, about, what = "feature-extraction", _about_features(config), "feature network"
     head = ["---", "library_name: fewstep", f"tags: [{tag}]", "---", f"# {config.stage or 'flow model'}", ""]

@@ -18,12 +18,14 @@ from fewstep.diagnostics.pick import Choice
 from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError
 from fewstep.flow.field import CountedField, Field, Guided
-from fewstep.flow.grids import FROM_MODEL, GridSpec
+from fewstep.flow.grids import FROM_MODEL, GridSpec, make_grid
 from fewstep.flow.noise import integer_rows, noise_rows
+from fewstep.flow.paths import make_path
 from fewstep.generator.choose import choose
 from fewstep.generator.config import Config, read_config, sample_shape
 from fewstep.generator.folder import read_base, save_model
 from fewstep.generator.labels import Label, draw_labels
+from fewstep.generator.maps import Fresh, run_map
 from fewstep.generator.samplers import Pilot, Samplers
 from fewstep.networks import build
 from fewstep.solvers.solve import check_start, solve
@@ -208,19 +210,9 @@ class Generator:
             if shown is not None:
                 cond["context"] = shown[rows].to(self.device, self.dtype)
             start = x0[rows].to(self.device, self.dtype)
-            solution = solve(
-                field_,
-                start,
-                solver=how,
-                steps=steps,
-                grid=grid,
-                cond=cond,
-                path=self.config.path,
-                seed=seed,
-                row=first,
-            )
-            parts.append(solution.x.cpu())
-            nfe += solution.nfe * len(start)
+            x, calls = self._carry(field_, start, how, steps, grid, cond, seed, first)
+            parts.append(x.cpu())
+            nfe += calls * len(start)
         x = torch.cat(parts)
         finite = torch.isfinite(x).flatten(1).all(1)
         if not finite.all():
@@ -229,6 +221,26 @@ class Generator:
                 "weights are damaged or its training diverged, or the guidance is too large."
             )
         return Draw(x, x0, labels, -(-nfe // len(x)), shown)
+
+    def _carry(
+        self,
+        field_: Field,
+        start: Tensor,
+        how: str | Table,
+        steps: int | None,
+        grid: GridSpec,
+        cond: dict[str, Tensor],
+        seed: int,
+        row: int,
+    ) -> tuple[Tensor, int]:
+        """From noise to data, by the map's own sampler or a solver: end points and evaluations per sample."""
+        if self.config.sampler != "euler":
+            fresh = Fresh(make_path(self.config.path), seed, row, self.base_rows)
+            two_time = bool((self.config.network or {}).get("two_time"))
+            return run_map(self.config.sampler, field_, start, make_grid(grid, steps), cond, fresh, two_time)
+        path = self.config.path
+        solution = solve(field_, start, solver=how, steps=steps, grid=grid, cond=cond, path=path, seed=seed, row=row)
+        return solution.x, solution.nfe
 
     def tune(self, calls: int, kind: str = "auto", guidance: float | None = None) -> Choice:
         """The best way to sample this model with ``calls`` evaluations of its network: see :func:`fewstep.tune`.
@@ -274,7 +286,7 @@ class Generator:
         if not self.conditional:
             raise UserError(f"guidance needs a class-conditional model, and {self.name!r} takes no labels.")
         if self.config.kind == "map":
-            raise UserError(f"{self.name!r} is a one-step map; guidance must be baked in when it is distilled.")
+            raise UserError(f"{self.name!r} is a map; guidance must be baked in when it is distilled.")
         if not self.config.guidable and guidance != 1.0:
             raise UserError(
                 f"{self.name!r} never learned without labels, and guidance compares the two: guide its teacher, or "

@@ -260,12 +260,15 @@ class SampleRule:
         steps: the step counts it was made for; None for any.
         multiple: multiples of these step counts are right too.
         default_steps: steps when the user names none.
+        sampler: of a map: ``euler``: one call ``v(x, t)`` per step; ``chain``: one call ``u(x, t, r)`` per step, to the
+            step's end; ``restart``: to the data and back to fresh noise.
     """
 
     kind: Literal["velocity", "map", "features"] = "velocity"
     steps: tuple[int, ...] | None = None
     default_steps: int = 50
     multiple: bool = False
+    sampler: Literal["euler", "chain", "restart"] = "euler"
 
 
 @final

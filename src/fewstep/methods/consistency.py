@@ -5,7 +5,10 @@
 ``r = min(t + gap, 1)``. The gap shrinks while training goes on (easy consistency tuning, arXiv:2406.14548): large gaps
 carry the data's end to the noise quickly, small ones make the optimum, F = u(x, t, 1), exact. From a teacher
 (consistency distillation) ``x_r`` is one Heun step of its flow; from data (consistency training) both lie on the line
-of one pair, and the squared distance is the one whose optimum is then the mean over the pairs. One call makes a sample.
+of one pair, and the squared distance is the one whose optimum is then the mean over the pairs.
+
+One call makes a sample. More calls restart: the guess of the endpoint is taken back to a time of the path with fresh
+noise, which keeps every marginal where f is exact; Euler steps would not.
 """
 
 from __future__ import annotations
@@ -132,14 +135,14 @@ def plan(options: ConsistencyOptions, stage: Stage) -> Plan:
         guidance=None if options.guidance == 1.0 else options.guidance,
         gaussian=stage.source.gaussian,
     )
-    rule = SampleRule(kind="map", steps=(1,), default_steps=1)
+    rule = SampleRule(kind="map", sampler="restart", default_steps=1)
     return Plan(student, [Phase("train", options.samples, prepare)], rule, facts)
 
 
 SPEC = Spec(
     options=ConsistencyOptions,
     plan=plan,
-    summary="one call: one endpoint along the whole trajectory, from data or from a teacher",
+    summary="one call, or a few with fresh noise: one endpoint along the whole trajectory, from data or from a teacher",
     needs="data, or teacher and data",
     makes="map",
     cite=("song2023consistency",),

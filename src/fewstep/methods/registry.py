@@ -10,8 +10,11 @@ from fewstep.methods import (
     features,
     flow_matching,
     instaflow,
+    lagrangian,
+    meanflow,
     piecewise,
     reflow,
+    shortcut,
     slimflow,
 )
 from fewstep.methods.base import Spec
@@ -26,6 +29,9 @@ METHODS: dict[str, Spec] = {
     "piecewise": piecewise.SPEC,
     "consistency_fm": consistency_fm.SPEC,
     "consistency": consistency.SPEC,
+    "meanflow": meanflow.SPEC,
+    "lagrangian": lagrangian.SPEC,
+    "shortcut": shortcut.SPEC,
 }
 
 

@@ -35,16 +35,17 @@ def time_features(t: Tensor) -> Tensor:
 
 @final
 class Conditioning(nn.Module):
-    """c = SiLU(MLP(phi(t)) + table[label]), of shape (B, width).
+    """c = SiLU(MLP(phi(t)) + interval(r - t) + table[label]), of shape (B, width).
 
     Computed in float32 (or float64 if the weights are), under autocast too: bfloat16 holds only 8 bits of t.
 
     Args:
         width: Number of values in c.
         classes: Number of classes; 0 means that labels are refused.
+        interval: Embedding of the interval of a two-time network, (B,) to (B, width); None: there is only t.
     """
 
-    def __init__(self, width: int, classes: int) -> None:
+    def __init__(self, width: int, classes: int, interval: nn.Module | None = None) -> None:
         super().__init__()
         self.classes = classes
         self.first = nn.Linear(TIME_FEATURES, width)
@@ -52,30 +53,38 @@ class Conditioning(nn.Module):
         self.table = nn.Embedding(classes + 1, width) if classes else None
         if self.table is not None:
             nn.init.normal_(self.table.weight, std=0.3)
+        self.interval = interval
 
-    def forward(self, t: Tensor, label: Tensor | None) -> Tensor:
+    def forward(self, t: Tensor, label: Tensor | None, r: Tensor | None = None) -> Tensor:
         device = t.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
-                return self._embed(t, label)
-        return self._embed(t, label)
+                return self._embed(t, label, r)
+        return self._embed(t, label, r)
 
-    def _embed(self, t: Tensor, label: Tensor | None) -> Tensor:
+    def _embed(self, t: Tensor, label: Tensor | None, r: Tensor | None) -> Tensor:
         weight = self.first.weight
         wide = torch.promote_types(torch.promote_types(t.dtype, weight.dtype), torch.float32)
         phi = time_features(t.to(wide)).to(weight.dtype)
         c = self.second(F.silu(self.first(phi)))
+        if self.interval is not None:
+            length = torch.zeros_like(t, dtype=wide) if r is None else r.to(wide) - t.to(wide)
+            c = c + self.interval(length)
+        elif r is not None:
+            raise UserError("r was given, but this is a velocity network: drop r= or build it with two_time: true.")
         if self.table is not None:
             rows = torch.full_like(t, self.classes, dtype=torch.long) if label is None else label
             c = c + self.table(rows)
         return F.silu(c)
 
 
-def check_inputs(shape: tuple[int, ...], classes: int, x: Tensor, t: Tensor, label: Tensor | None) -> None:
+def check_inputs(
+    shape: tuple[int, ...], classes: int, x: Tensor, t: Tensor, label: Tensor | None, r: Tensor | None = None
+) -> None:
     """Refuse a call whose tensors do not fit together.
 
     Raises:
-        UserError: x is not (B, *shape), t or label is not (B,), or a label without classes.
+        UserError: x is not (B, *shape), t, r or label is not (B,), or a label without classes.
     """
     batch = x.shape[0] if x.dim() else 0
     if tuple(x.shape[1:]) != shape or not x.dim():
@@ -83,6 +92,8 @@ def check_inputs(shape: tuple[int, ...], classes: int, x: Tensor, t: Tensor, lab
         raise UserError(f"x has shape {tuple(x.shape)}, but this network was built for (B, {sizes}).")
     if t.dim() != 1 or t.shape[0] != batch:
         raise UserError(f"t has shape {tuple(t.shape)}; give one time per sample, shape ({batch},).")
+    if r is not None and r.shape != t.shape:
+        raise UserError(f"r has shape {tuple(r.shape)}; give one end per sample, shape ({batch},).")
     if label is None:
         return
     if not classes:

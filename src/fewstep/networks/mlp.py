@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from fewstep.networks import options
 from fewstep.networks.conditioning import Conditioning, check_inputs, join_context
+from fewstep.networks.two_time import interval
 
 CHECKERS: dict[str, options.Checker] = {
     "width": options.positive,
@@ -76,6 +77,7 @@ class MLP(nn.Module):
         blocks: Number of residual blocks.
         embedding: Width of the conditioning vector.
         dropout: Dropout probability inside the blocks.
+        two_time: Whether it takes an end r too (:mod:`fewstep.networks.two_time`).
     """
 
     def __init__(
@@ -88,11 +90,12 @@ class MLP(nn.Module):
         blocks: int,
         embedding: int,
         dropout: float,
+        two_time: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.classes, self.context = tuple(shape), classes, context
         size = options.features(shape)
-        self.conditioning = Conditioning(embedding, classes)
+        self.conditioning = Conditioning(embedding, classes, interval(embedding, two_time))
         self._context_values = context * math.prod(shape[1:])
         self.input = nn.Linear(size + self._context_values, width)
         self.blocks = nn.ModuleList(Block(width, embedding, dropout) for _ in range(blocks))
@@ -102,12 +105,22 @@ class MLP(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """v(x, t): x (B, *shape), t (B,), label (B,) or None (null), context (B, ...) or None."""
-        check_inputs(self.shape, self.classes, x, t, label)
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        context: Tensor | None = None,
+        r: Tensor | None = None,
+    ) -> Tensor:
+        """v(x, t): x (B, *shape), t (B,), label (B,) or None (null), context (B, ...) or None.
+
+        With r (B,): u(x, t, r).
+        """
+        check_inputs(self.shape, self.classes, x, t, label, r)
         values = None if context is None else context.flatten(1)
         h = self.input(join_context(x.flatten(1), values, self._context_values))
-        c = self.conditioning(t, label)
+        c = self.conditioning(t, label, r)
         for block in self.blocks:
             h = block(h, c)
         v = torch.addcmul(self.output(F.silu(h)), self.gain(c).to(x.dtype), x.flatten(1))

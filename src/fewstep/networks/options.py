@@ -68,7 +68,7 @@ def checked(name: str, given: Mapping[str, object], checkers: Mapping[str, Check
     """Check the options ``given`` to network ``name``; a key without a checker is refused."""
     for key in given:
         if key not in checkers:
-            raise unknown(f"key for network {name!r}:", key, [*checkers, "name", "preset"])
+            raise unknown(f"key for network {name!r}:", key, [*checkers, "name", "preset", "two_time"])
     return {key: checkers[key](f"network.{key}", value) for key, value in given.items()}
 
 

@@ -6,6 +6,8 @@ means the same network whatever later versions make of the presets.
 
 A module is called ``v(x, t, label=None, context=None)`` with x (B, *shape), t (B,) in [0, 1] (0 noise, 1
 data), label (B,) and returns (B, *shape). Label ``classes`` is the null label; ``label=None`` means it too.
+With ``two_time: true`` it takes an end ``r=`` (B,) as well and is the average velocity from t to r
+(:mod:`fewstep.networks.two_time`).
 """
 
 from __future__ import annotations
@@ -80,14 +82,15 @@ def resolve(config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, c
     """Complete and check a network configuration.
 
     Args:
-        config: ``name``, ``preset`` and options of the network, all optional; options override the preset. An
-            already resolved configuration is accepted and returned equal.
+        config: ``name``, ``preset``, ``two_time`` and options of the network, all optional; options override the
+            preset. An already resolved configuration is accepted and returned equal.
         shape: Shape of one sample.
         classes: Number of labels, 0 for none.
         context: Number of context values (mlp) or channels (unet), 0 for none.
 
     Returns:
-        A plain dictionary ``{"name", "shape", "classes", "context", ...options}`` for :func:`build`.
+        A plain dictionary ``{"name", "shape", "classes", "context", ...options}`` for :func:`build`; of a two-time
+        network with ``"two_time": True`` (a velocity's has no such key).
 
     Raises:
         UserError: an unknown name, preset or key, a wrong value, or a configuration resolved for other data.
@@ -105,10 +108,12 @@ def resolve(config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, c
         stored = list(stored) if isinstance(stored, tuple) else stored
         if stored != frame[key]:
             raise UserError(f"network.{key} is {stored!r}, but the data has {frame[key]!r}: drop the key.")
+    two_time = options.flag("network.two_time", given.pop("two_time", False))
     name, preset = _choose(given, options.data_shape(frame["shape"]))
     kind = NETWORKS[name]
     checked = options.checked(name, given, kind.checkers)
-    return {"name": name, **frame, **kind.fill(options.data_shape(frame["shape"]), preset, checked)}
+    full = {"name": name, **frame, **kind.fill(options.data_shape(frame["shape"]), preset, checked)}
+    return {**full, "two_time": True} if two_time else full
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
@@ -124,7 +129,7 @@ def build(config: Mapping[str, Any]) -> nn.Module:
         raise UserError(f"network configuration lacks {', '.join(missing)}: pass it through resolve() first.")
     full = resolve(config, config["shape"], config["classes"], config["context"])
     kind = NETWORKS[full["name"]]
-    chosen = {key: full[key] for key in kind.checkers}
+    chosen = {key: full[key] for key in (*kind.checkers, "two_time") if key in full}
     return kind.module(tuple(full["shape"]), full["classes"], full["context"], **chosen)
 
 

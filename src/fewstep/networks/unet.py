@@ -28,6 +28,7 @@ from torch.nn import functional as F
 from fewstep.errors import UserError
 from fewstep.networks import options
 from fewstep.networks.conditioning import Conditioning, check_inputs, join_context
+from fewstep.networks.two_time import interval
 
 CHECKERS: dict[str, options.Checker] = {
     "widths": options.positives,
@@ -180,6 +181,7 @@ class UNet(nn.Module):
         attention: Self-attention after the first middle block.
         embedding: Width of the conditioning vector.
         dropout: Dropout probability inside the blocks.
+        two_time: Whether it takes an end r too (:mod:`fewstep.networks.two_time`).
     """
 
     def __init__(
@@ -195,6 +197,7 @@ class UNet(nn.Module):
         attention: bool,
         embedding: int,
         dropout: float,
+        two_time: bool = False,
     ) -> None:
         super().__init__()
         self.shape, self.classes, self.context = tuple(shape), classes, context
@@ -202,7 +205,7 @@ class UNet(nn.Module):
 
         steps, low = list(itertools.pairwise(widths)), widths[-1]
         rest = (embedding, dropout)
-        self.conditioning = Conditioning(embedding, classes)
+        self.conditioning = Conditioning(embedding, classes, interval(embedding, two_time))
         self.input = nn.Conv2d((shape[0] + context) * area, top, 3, padding=1)
         self.encoder = nn.ModuleList(Stack(a, a, blocks, *rest) for a, _ in steps)
         self.down = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in steps)
@@ -217,11 +220,21 @@ class UNet(nn.Module):
         for parameter in (*self.output.parameters(), *self.gain.parameters()):
             nn.init.zeros_(parameter)
 
-    def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        """v(x, t): x (B, C, H, W), t (B,), label (B,) or None (null), context (B, context, H, W) or None."""
-        check_inputs(self.shape, self.classes, x, t, label)
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        label: Tensor | None = None,
+        context: Tensor | None = None,
+        r: Tensor | None = None,
+    ) -> Tensor:
+        """v(x, t): x (B, C, H, W), t (B,), label (B,) or None (null), context (B, context, H, W) or None.
+
+        With r (B,): u(x, t, r).
+        """
+        check_inputs(self.shape, self.classes, x, t, label, r)
         h = F.pixel_unshuffle(join_context(x, context, self.context), self.patch)
-        c = self.conditioning(t, label)
+        c = self.conditioning(t, label, r)
         h = self.input(h.contiguous())  # group normalisation has no JVP for channels_last
         skips = []
         for level in range(len(self.encoder)):

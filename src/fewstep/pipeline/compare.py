@@ -50,7 +50,8 @@ def compare(
     Args:
         models: generators of the data's shape; their names must differ.
         data: the reference: its training split, with the held-out split beside it.
-        steps: step counts for velocity models; a map is sampled with its own. Explicit times in ``grid`` fix them.
+        steps: step counts for velocity models and maps of many; another map is sampled with its own. Explicit times
+            in ``grid`` fix them.
         solver, grid: how velocity models are sampled, their own way when absent; with ``auto`` and ``fitted`` steps
             are network evaluations.
         samples: generated samples, at most the default ``min(4000, training rows)``.
@@ -199,9 +200,13 @@ def way_of(model: Generator, solver: str | None, grid: GridSpec | None) -> Way:
 
 def steps_of(model: Generator, steps: Sequence[int]) -> list[int]:
     """The step counts a model is measured at."""
-    if model.config.kind == "map":
-        return list(model.config.steps or (model.config.default_steps,))
-    return sorted(set(steps))
+    own = model.config.steps
+    if model.config.kind == "map" and model.config.sampler == "euler":
+        return list(own or (model.config.default_steps,))
+    wanted = sorted(set(steps))
+    if model.config.kind == "map" and own is not None:
+        return [number for number in wanted if number in own] or [model.config.default_steps]
+    return wanted
 
 
 def row(model: Generator, steps: int, draw: Draw, scores: dict[str, Any], way: Way) -> dict[str, Any]:

@@ -47,8 +47,14 @@ def build_network(network: Mapping[str, Any]) -> nn.Module:
 
 
 def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether one network's weights mean the same in the other: dropout may differ, which has none."""
-    return {**one, "dropout": None} == {**other, "dropout": None}
+    """Whether one network's weights mean the same in the other.
+
+    Dropout may differ, which has none; and the other may be the two-time form of the one.
+    """
+    if one.get("two_time") and not other.get("two_time"):
+        return False
+    free = {"dropout": None, "two_time": None}
+    return {**one, **free} == {**other, **free}
 
 
 def share_of_teacher(recipe: Recipe, data: DataSet, options: Options, config: dict[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from fewstep.flow.noise import mix
 from fewstep.generator import Config, Generator, load, save_model, weights_digest
 from fewstep.methods.base import Options, Plan, Stage, Teacher
 from fewstep.methods.registry import find_method
+from fewstep.networks.two_time import take_weights
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.environment import environment
 from fewstep.pipeline.features import features_config, find_outside
@@ -230,7 +231,7 @@ def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher
         torch.default_generator.manual_seed(mix(run.recipe.header.seed, name, "init"))
         student = build_network(network)
     if initial is not None and same_weights(initial.network, network):
-        student.load_state_dict(initial.state)
+        take_weights(student, initial.state)
     elif initial is not None:
         run.world.say(f"  {name} starts from scratch: its network differs from {initial.name}'s")
     return student
@@ -316,6 +317,7 @@ def stage_config(
         steps=plan.rule.steps,
         multiple=plan.rule.multiple,
         default_steps=plan.rule.default_steps,
+        sampler=plan.rule.sampler,
         network=network,
         scaling=run.data.scaling.as_dict(),
         class_weights=weights,

@@ -143,10 +143,11 @@ def describe(model: Generator, result: Mapping[str, Any]) -> dict[str, str]:
         about.append(f"guidance {config.guidance:g} baked in")
     if config.coupling.get("deterministic"):
         about.append("trained on pairs")
+    one_step = config.kind == "map" and config.sampler == "euler" and config.steps in (None, (1,))
     return {
         "name": model.name,
         "method": config.method or "–",
-        "kind": "one-step map" if config.kind == "map" and config.steps in (None, (1,)) else config.kind,
+        "kind": "one-step map" if one_step else config.kind,
         "solver": f"{config.solver}, {config.grid}" if config.kind == "velocity" else "its own",
         "network": str((config.network or {}).get("name", type(model.module).__name__)),
         "parameters": number(row["parameters"]),

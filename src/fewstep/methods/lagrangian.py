@@ -1,0 +1,120 @@
+"""Lagrangian flow maps: the map's end moves with the flow (arXiv:2406.07507; from data alone: arXiv:2505.18825).
+
+    X(x, t, r) = x + (r - t) u_theta(x, t, r),
+    L(theta) = E | ∂_r X(x_t, t, r) - sg[ v(X(x_t, t, r), r) ] |^2,      ∂_r X = u + (r - t) ∂_r u,   t <= r.
+
+The derivative is in r alone, none in x is needed, and the gradient goes through it. With a teacher, v is the
+teacher's. Without one it is the student's own ``u(., r, r)``, and the rows on the diagonal r = t, a share ``diagonal``,
+learn that from the data: there ``∂_r X = u(x_t, t, t)``, and the target is the pair's ``d/dt x_t``. With a teacher the
+same rows learn the teacher's ``v(x_t, t)``; they need no case of their own, since X = x_t there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.couplings import Pair
+from fewstep.flow.noise import Draws
+from fewstep.flow.time_laws import TimeLaw, make_time_law
+from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.flow_map import (
+    Announcement,
+    EndDerivative,
+    Lesson,
+    PairOfTimesOptions,
+    Times,
+    Way,
+    caller,
+    draw_times,
+    full_precision,
+    lesson,
+    refuse_dropout,
+    teacher_calls,
+    two_time,
+    weighted_square,
+)
+
+
+class LagrangianOptions(PairOfTimesOptions):
+    """Options of ``method: lagrangian``."""
+
+
+@final
+class Lagrangian(Objective):
+    """The loss above; in float32 whatever the stage's precision, for the derivative needs the digits.
+
+    Args:
+        student: ``u(x, t, r=r, **cond)``.
+        taught: where the velocity comes from.
+        law: the law of both times.
+        diagonal: share of rows with r = t.
+        way: how the derivative is taken.
+        say: told once if that is not forward mode.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        taught: Lesson,
+        law: TimeLaw,
+        diagonal: float = 0.5,
+        *,
+        way: Way = "auto",
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.modules = {"student": student}
+        self.taught, self.law, self.diagonal = taught, law, diagonal
+        self.average = caller(self.modules)
+        self.end = EndDerivative(self.average, way)
+        self.announce = Announcement(say)
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        times = draw_times(self.law, self.diagonal, draws, batch.x1)
+        x_t = self.taught.path.interpolate(batch.x0, batch.x1, times.t)
+        with torch.autocast(x_t.device.type, enabled=False):
+            end, speed = self.end(x_t, times, batch.cond)
+        self.announce(self.end.used)
+        return {"loss": weighted_square(speed - self.target(batch, end.detach(), times))}
+
+    def target(self, batch: Pair, end: Tensor, times: Times) -> Tensor:
+        """The velocity at the map's end, (B, ...), without a graph."""
+        if self.taught.velocity is not None:
+            return self.taught.velocity_at(batch, end, times.r)
+        with full_precision(end):
+            own = self.average(end, times.r, r=times.r, **batch.cond).to(end)
+        same = times.diagonal.reshape(-1, *(1,) * (end.ndim - 1))
+        return torch.where(same, self.taught.velocity_at(batch, end, times.t), own)
+
+
+def plan(options: LagrangianOptions, stage: Stage) -> Plan:
+    """One phase on data rows.
+
+    Raises:
+        UserError: as :func:`~fewstep.methods.flow_map.lesson`; finite differences of a network with dropout.
+    """
+    taught, student = lesson(options, stage), stage.build()
+    refuse_dropout(stage, options.derivative)
+
+    def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
+        law, say = make_time_law(options.time), stage.world.say
+        objective = Lagrangian(student, taught, law, options.diagonal, way=options.derivative, say=say)
+        return objective, taught.batches()
+
+    rule = SampleRule(kind="map", default_steps=1, sampler="chain")
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, taught.facts, path=taught.path_name)
+
+
+SPEC = Spec(
+    options=LagrangianOptions,
+    plan=plan,
+    summary="any number of steps from one: the map's end follows the flow",
+    needs="data; teacher optional",
+    makes="map",
+    cite=("boffi2025flow", "boffi2025build"),
+    changes=two_time,
+    online_calls=teacher_calls,
+)

@@ -1,0 +1,116 @@
+"""Shortcut models: a step of length d does what two of length d/2 do (Frans et al., arXiv:2410.12557).
+
+Lengths are ``d = 1, 1/2, …, 2^-K`` and steps start at multiples of their length. With ``u(x, t, t + d)``:
+
+    rows of the smallest length (a share 1 - ``share``):   | u(x_t, t, t + 2^-K) - v |^2,
+    the others, d = 2^-j with j uniform on 0 … K - 1:      | u(x_t, t, t + d) - sg[ (b1 + b2) / 2 ] |^2,
+        b1 = u(x_t, t, t + d/2),   b2 = u(x_t + (d/2) b1, t + d/2, t + d),
+
+v the velocity of the data pair or of a teacher. There is no derivative. A step of the smallest length is an Euler step,
+so the map learned is that of ``2^K`` Euler steps, and it is sampled in ``1, 2, 4, … 2^K`` equal steps. Targets come
+from the weights as they are (the paper: their average), and the network sees ``d`` itself (the paper: its logarithm).
+"""
+
+from __future__ import annotations
+
+from typing import final
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from fewstep.flow.couplings import Pair
+from fewstep.flow.derivatives import rows_of
+from fewstep.flow.noise import Draws
+from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.flow_map import (
+    Lesson,
+    MapOptions,
+    Times,
+    caller,
+    composition_target,
+    full_precision,
+    lesson,
+    teacher_calls,
+    two_time,
+    weighted_square,
+)
+
+
+class ShortcutOptions(MapOptions):
+    """Options of ``method: shortcut``."""
+
+    levels: int = Field(5, gt=0, le=10, description="K: the smallest step is 2^-K")
+    share: float = Field(0.25, gt=0, lt=1, description="share of the rows that learn from two smaller steps")
+
+
+def draw_steps(levels: int, share: float, draws: Draws, like: Tensor) -> Times:
+    """Steps t to r = t + d; ``diagonal`` marks those of the smallest length, which learn the velocity."""
+    smallest = (draws.uniform() >= share).to(like.device)
+    level = (draws.uniform() * levels).floor().to(like)
+    number = torch.where(smallest, float(2**levels), 2.0**level)  # of steps, 1 / d
+    t = (draws.uniform().to(like) * number).floor() / number
+    return Times(t, t + 1 / number, smallest)
+
+
+@final
+class Shortcut(Objective):
+    """The loss above.
+
+    Args:
+        student: ``u(x, t, r=r, **cond)``.
+        taught: where the velocity comes from.
+        levels: K.
+        share: share of the rows that learn from two smaller steps.
+    """
+
+    def __init__(self, student: nn.Module, taught: Lesson, levels: int = 5, share: float = 0.25) -> None:
+        self.modules = {"student": student}
+        self.taught, self.levels, self.share = taught, levels, share
+        self.average = caller(self.modules)
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        steps = draw_steps(self.levels, self.share, draws, batch.x1)
+        x_t = self.taught.path.interpolate(batch.x0, batch.x1, steps.t)
+        u = self.modules["student"](x_t, steps.t, r=steps.r, **batch.cond)
+        return {"loss": weighted_square(u - self.target(batch, x_t, steps))}
+
+    def target(self, batch: Pair, x_t: Tensor, steps: Times) -> Tensor:
+        """The velocity for the smallest steps, the mean of two half steps for the others; without a graph."""
+        target = self.taught.velocity_at(batch, x_t, steps.t).clone()
+        rows = (~steps.diagonal).nonzero()[:, 0]
+        if len(rows):
+            apart = Times(*(part[rows] for part in steps))
+            with full_precision(x_t):
+                middle = (apart.t + apart.r) / 2
+                cond = rows_of(batch.cond, len(x_t), rows)
+                target[rows] = composition_target(self.average, x_t[rows], apart, middle, cond).to(target)
+        return target
+
+
+def plan(options: ShortcutOptions, stage: Stage) -> Plan:
+    """One phase on data rows.
+
+    Raises:
+        UserError: as :func:`~fewstep.methods.flow_map.lesson`.
+    """
+    taught, student = lesson(options, stage), stage.build()
+
+    def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
+        return Shortcut(student, taught, options.levels, options.share), taught.batches()
+
+    steps = tuple(2**level for level in range(options.levels + 1))
+    rule = SampleRule(kind="map", steps=steps, default_steps=1, sampler="chain")
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, taught.facts, path=taught.path_name)
+
+
+SPEC = Spec(
+    options=ShortcutOptions,
+    plan=plan,
+    summary="1, 2, 4, ... steps: one step does what two of half its length do",
+    needs="data; teacher optional",
+    makes="map",
+    cite=("frans2025one",),
+    changes=two_time,
+    online_calls=teacher_calls,
+)
