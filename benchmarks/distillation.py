@@ -39,10 +39,17 @@ TIMED, REPEATS = 64, 7  # samples of a timing, and how often it is repeated
 
 
 class Setting:
-    """A data set, what is trained first, and how students learn."""
+    """A data set, what is trained first, how students learn, and what differs for small ones (from scratch)."""
 
-    def __init__(self, data: Any, network: dict[str, Any], first: dict[str, Any], student: dict[str, Any]) -> None:
-        self.data, self.network, self.first, self.student = data, network, first, student
+    def __init__(
+        self,
+        data: Any,
+        network: dict[str, Any],
+        first: dict[str, Any],
+        student: dict[str, Any],
+        small: dict[str, Any],
+    ) -> None:
+        self.data, self.network, self.first, self.student, self.small = data, network, first, student, small
 
 
 def digits() -> Setting:
@@ -54,7 +61,7 @@ def digits() -> Setting:
         "seen": {"method": "features", "samples": 200_000, "network": {"widths": [12, 24]}},
     }
     student = {"samples": 500_000, "init": "straight"}
-    return Setting("digits", {"name": "mlp", "preset": "small"}, first, student)
+    return Setting("digits", {"name": "mlp", "preset": "small"}, first, student, {})
 
 
 def fashion_mnist(folder: Path) -> Setting:
@@ -72,7 +79,8 @@ def fashion_mnist(folder: Path) -> Setting:
         "seen": {"method": "features", "samples": 200_000, "learn": "noise", "network": {"widths": [12, 24]}},
     }
     student = {"init": "straight", "discriminator_lr": 1e-3, "penalty_every": 4, **image}
-    return Setting(data, {"name": "unet", "preset": "small"}, first, student)
+    small = {"samples": 400_000, "lr": 2e-3}
+    return Setting(data, {"name": "unet", "preset": "small"}, first, student, small)
 
 
 HARD: dict[str, Any] = {"shares": [0.5, 0, 0.5], "adversarial": 0.5, "adversarial_lr": 2e-4}
@@ -130,7 +138,8 @@ def student(setting: Setting, out: Path, seed: int, name: str, changes: dict[str
     """Train one student; its folder and the CPU seconds."""
     folder = out / "students" / "".join(letter if letter.isalnum() else "-" for letter in name)
     known = find_method(changes["method"]).options.model_fields
-    stage = {"teacher": "teacher", **{k: v for k, v in setting.student.items() if k in known}, **changes}
+    usual = {**setting.student, **(setting.small if "network" in changes else {})}
+    stage = {"teacher": "teacher", **{k: v for k, v in usual.items() if k in known}, **changes}
     for key in ("teacher", "init", "features"):
         word = stage.get(key)
         if word is not None:
