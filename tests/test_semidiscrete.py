@@ -13,7 +13,7 @@ import fewstep as fs
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import generator_for
-from fewstep.flow.semidiscrete import BALANCED, Potentials, assign, imbalance
+from fewstep.flow.semidiscrete import BALANCED, BATCH, Potentials, assign, imbalance
 from fewstep.generator import load
 from fewstep.methods.semidiscrete import SemidiscreteBatches
 from fewstep.pipeline.recipe import make_recipe
@@ -61,6 +61,28 @@ def test_the_cost_is_that_of_exact_assignment(plane: Potentials) -> None:
     exact = cost[rows, columns].mean().item()
     found = (x - plane.y[assign(x, plane.y, plane.h)]).square().sum(1).mean().item()
     assert found == pytest.approx(exact, rel=0.05)
+
+
+def test_equal_rows_and_rows_far_from_the_base_are_fitted_like_others(plane: Potentials) -> None:
+    """Equal rows cannot be told apart, and a shift of all rows shifts the map and no cell."""
+    x = torch.randn(200_000, 2, generator=generator_for("fresh"))
+    rows = torch.cat([plane.y, plane.y[:20]]) + 50.0
+    fit = Potentials(rows, draw(2), generator_for("equal"))
+    fit.fit()
+    assert fit.chi2 <= BALANCED
+    share = torch.bincount(assign(x, rows, fit.h), minlength=80) / len(x)
+    assert share[60:].sum() == 0  # the first of two equal rows is taken
+    wanted = torch.tensor([2 / 80] * 20 + [1 / 80] * 40)
+    assert (share[:60] / wanted - 1).square().mean().sqrt().item() < BALANCED**0.5 + 0.02
+
+
+def test_many_rows_in_few_dimensions_are_settled_in_as_many_draws_as_tell_them() -> None:
+    """An imbalance of .02 cannot be told from 0 with fewer than 50 draws per row: five times that are enough."""
+    rows = torch.randn(1500, 2, generator=generator_for("many")).tanh()
+    fit = Potentials(rows, draw(2), generator_for("many", 1))
+    steps = fit.fit()
+    assert fit.chi2 <= BALANCED
+    assert steps * BATCH <= 250 * len(rows)
 
 
 def test_the_imbalance_is_unbiased() -> None:
