@@ -13,7 +13,7 @@ import fewstep as fs
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import generator_for
-from fewstep.flow.semidiscrete import BALANCED, BATCH, Potentials, assign, imbalance
+from fewstep.flow.semidiscrete import BALANCED, Potentials, assign, imbalance
 from fewstep.generator import load
 from fewstep.methods.semidiscrete import SemidiscreteBatches
 from fewstep.pipeline.recipe import make_recipe
@@ -82,7 +82,7 @@ def test_many_rows_in_few_dimensions_are_settled_in_as_many_draws_as_tell_them()
     fit = Potentials(rows, draw(2), generator_for("many", 1))
     steps = fit.fit()
     assert fit.chi2 <= BALANCED
-    assert steps * BATCH <= 250 * len(rows)
+    assert steps * 256 <= 250 * len(rows)
 
 
 def test_the_imbalance_is_unbiased() -> None:

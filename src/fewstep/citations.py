@@ -186,6 +186,14 @@ CITATIONS: dict[str, Entry] = {
         2022,
         "2211.01095",
     ),
+    "mousavi2026flow": (
+        "inproceedings",
+        "Mousavi-Hosseini, Alireza and Zhang, Stephen Y. and Klein, Michal and Cuturi, Marco",
+        "Flow Matching with Semidiscrete Couplings",
+        _ICLR,
+        2026,
+        "2509.25519",
+    ),
     "naeem2020reliable": (
         "inproceedings",
         "Naeem, Muhammad Ferjad and Oh, Seong Joon and Uh, Youngjung and Choi, Yunjey and Yoo, Jaejun",

@@ -26,13 +26,13 @@ from typing import final
 import torch
 from torch import Tensor
 
-BATCH = 256  # fresh base rows per step
+BATCH = (256, 1024)  # fresh base rows per step: a sixteenth of the data rows, at least and at most
 SOFT_STEPS = 300  # of the first part
 SOFT_STEP = 0.2  # its step: this share of a batch's draws per soft cell, at most 1
 VISITS = 100  # draws per row in the second part, at most
-LEAST_STEPS = 4000  # but so many steps at least, where rows are few
+LEAST_STEPS = 2000  # but so many steps at least, where rows are few
 SETTLED = 2.0  # draws per row after which its steps begin to fall
-FALL = 2 / 3  # the power of time that they fall with
+FALL = 0.5  # the power of time that they fall with
 FORGET = 3.0  # the power of time in the mean's weights
 NEW = 0.2  # weight of one draw in a cell's mean gap
 FIRST_CHECK = 1 / 8  # share of the second part after which the imbalance is looked at; then each time it has doubled
@@ -97,7 +97,8 @@ class Potentials:
         # a shift of all rows adds the same to all scores; it would put the nearest rows' cells in the wrong place
         self._rows, self._which, counts = torch.unique(y - y.mean(0), dim=0, return_inverse=True, return_counts=True)
         self._weight = counts.double() / len(y)
-        self._scores = torch.empty(BATCH, len(counts), dtype=y.dtype)
+        self._batch = max(BATCH[0], min(BATCH[1], len(counts) // 16))
+        self._scores = torch.empty(self._batch, len(counts), dtype=y.dtype)
         # in double precision: what one step adds to a large potential is below the resolution of single
         self._h = 0.5 * self._rows.double().square().sum(1)  # cells of nearest rows
         self._mean = self._h.clone()
@@ -116,7 +117,7 @@ class Potentials:
             self.chi2 = 0.0
             return 0
         self._soften()
-        most, done = max(LEAST_STEPS, math.ceil(visits * size / BATCH)), 0
+        most, done = max(LEAST_STEPS, math.ceil(visits * size / self._batch)), 0
         until = math.ceil(FIRST_CHECK * most)
         while self.chi2 > balanced and done < most:
             while done < until:
@@ -133,8 +134,8 @@ class Potentials:
         return imbalance(torch.cat([assign(x, self._rows, self._mean) for x in parts]), size, self._weight)
 
     def _score(self) -> Tensor:
-        """Scores of a fresh batch, (BATCH, N)."""
-        return score(self._draw(BATCH, self._generator), with_potentials(self._rows, self._h), self._scores)
+        """Scores of a fresh batch, (B, N)."""
+        return score(self._draw(self._batch, self._generator), with_potentials(self._rows, self._h), self._scores)
 
     def _soften(self) -> None:
         """Part 1."""
@@ -147,7 +148,7 @@ class Potentials:
             eps = widest * min(1.0, max(gap, least) / widest) ** (step / (SOFT_STEPS - 1))
             soft = torch.softmax(scores / eps, 1)
             cells = float(1 / soft[:SOME].square().sum(1).mean())  # that share one draw
-            size = min(1.0, SOFT_STEP * BATCH * cells / len(self._h))
+            size = min(1.0, SOFT_STEP * self._batch * cells / len(self._h))
             self._h += size * eps * (soft.mean(0).double() / self._weight - 1).clamp(-1, 3)
         self._mean = self._h.clone()
         self._gaps.fill_(gap)
@@ -161,9 +162,9 @@ class Potentials:
         counts = torch.bincount(first, minlength=size).double()
         gap = torch.zeros_like(self._h).index_add_(0, first, (highest - second)[:, 0].double()) / counts.clamp_min(1)
         self._gaps += (1 - (1 - NEW) ** counts) * (gap - self._gaps)
-        pace = min(1.0, BATCH / size)  # a batch's draws per row, and never more than one step's worth
+        pace = min(1.0, self._batch / size)  # a batch's draws per row, and never more than one step's worth
         rate = pace * (1 + number * pace / SETTLED) ** -FALL
-        self._h += rate * size * self._gaps * (counts / BATCH - self._weight)
+        self._h += rate * size * self._gaps * (counts / self._batch - self._weight)
         self._mean += (FORGET + 1) / (number + FORGET) * (self._h - self._mean)
 
 
