@@ -88,6 +88,14 @@ CITATIONS: dict[str, Entry] = {
         2025,
         "2410.12557",
     ),
+    "geng2025consistency": (
+        "inproceedings",
+        "Geng, Zhengyang and Pokle, Ashwini and Luo, William and Lin, Justin and Kolter, J. Zico",
+        "Consistency Models Made Easy",
+        _ICLR,
+        2025,
+        "2406.14548",
+    ),
     "geng2025mean": (
         "inproceedings",
         "Geng, Zhengyang and Deng, Mingyang and Bai, Xingjian and Kolter, J. Zico and He, Kaiming",
@@ -186,13 +194,13 @@ CITATIONS: dict[str, Entry] = {
         2022,
         "2211.01095",
     ),
-    "mousavi2026flow": (
+    "lu2025simplifying": (
         "inproceedings",
-        "Mousavi-Hosseini, Alireza and Zhang, Stephen Y. and Klein, Michal and Cuturi, Marco",
-        "Flow Matching with Semidiscrete Couplings",
+        "Lu, Cheng and Song, Yang",
+        "Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models",
         _ICLR,
-        2026,
-        "2509.25519",
+        2025,
+        "2410.11081",
     ),
     "naeem2020reliable": (
         "inproceedings",
@@ -209,6 +217,14 @@ CITATIONS: dict[str, Entry] = {
         "IEEE/CVF International Conference on Computer Vision",
         2023,
         "2212.09748",
+    ),
+    "peng2025flow": (
+        "misc",
+        "Peng, Yansong and Zhu, Kai and Liu, Yu and Wu, Pingyu and Li, Hebei and Sun, Xiaoyan and Wu, Feng",
+        "Flow-Anchored Consistency Models",
+        "",
+        2025,
+        "2507.03738",
     ),
     "pooladian2023multisample": (
         "inproceedings",

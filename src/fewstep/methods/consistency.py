@@ -1,150 +1,301 @@
-"""Consistency models on the flow's path: one endpoint along a whole trajectory (arXiv:2303.01469).
+"""Consistency models on the flow: ``f(x, t) = x + (1 - t) v(x, t)`` maps every point to the data.
 
-    f(x, t) = x + (1 - t) F_theta(x, t),        L = E d( f(x_t, t), sg f(x_r, r) ),        f(x, 1) = x,
+**Discrete** (distillation: arXiv:2303.01469; tuning with a shrinking gap: arXiv:2406.14548). For a step from x_t to x_r
+of mean velocity w, a teacher's (distillation) or that of the same data and noise (tuning), and weights without gradient
+on the right,
 
-``r = min(t + gap, 1)``. The gap shrinks while training goes on (easy consistency tuning, arXiv:2406.14548): large gaps
-carry the data's end to the noise quickly, small ones make the optimum, F = u(x, t, 1), exact. From a teacher
-(consistency distillation) ``x_r`` is one Heun step of its flow; from data (consistency training) both lie on the line
-of one pair, and the squared distance is the one whose optimum is then the mean over the pairs.
+    L(theta) = E a d( v_theta(x_t, t) / a,  sg[ a w + (1 - a) v(x_r, r) ] / a ),
+    r = min(t + g, 1),   a = (r - t) / (1 - t),
 
-One call makes a sample. More calls restart: the guess of the endpoint is taken back to a time of the path with fresh
-noise, which keeps every marginal where f is exact; Euler steps would not.
+which is ``f(x_t, t) = f(x_r, r)`` divided by r - t. The gap g is 1 at first, where the target is w, flow matching's own
+(a teacher's: one step of it), and is halved until it is 2^-stages. d is the squared distance or the pseudo-Huber one.
+The rows that reach r = 1 hold the map to the data, and the target's weights are a short average of the student's: on
+digits, training with small gaps ran away without that. (The second paper's gap is a share of the noise level (1 - t)/t,
+and its target has the student's own weights.)
+
+**Continuous** (arXiv:2410.11081; with the flow-matching term that keeps it stable: arXiv:2507.03738). The limit g -> 0:
+
+    L(theta) = E d( u_theta(x_t, t, r),  sg[ w + rho (r - t) du/dt ] ),       du/dt = ∂_t u + (∂_x u) w,
+
+with r = 1 and, for a share ``anchor`` of the rows, r = t, where u is the flow's velocity. The network is a two-time
+one, so that it can tell the two. rho rises from 0 to 1 over the first half of training; in a tenth, with a quarter
+of the rows for the anchor, training ran away on digits.
+
+Samples take one call, or several with fresh noise between them (``restart``). Euler steps would not do: v points to the
+end of a trajectory, not along it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Literal, final
+from collections.abc import Callable
+from typing import Any, Literal, final
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.flow.couplings import Facts, Independent, Pair
-from fewstep.flow.field import Velocity
+from fewstep.flow.couplings import Pair
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.noise import Draws
-from fewstep.flow.paths import Linear, expand_time
+from fewstep.flow.paths import expand_time
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.batches import DataBatches
-from fewstep.methods.consistency_fm import heun_step
-from fewstep.methods.distances import find_distance
+from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.distances import Distance, find_distance, pseudo_huber_rows
+from fewstep.methods.endpoint import Follower, Steps, consistent, in_full, neighbour, step_calls, step_velocity
+from fewstep.methods.flow_map import (
+    Announcement,
+    Lesson,
+    MapOptions,
+    Times,
+    Way,
+    caller,
+    derivative_target,
+    full_precision,
+    lesson,
+    refuse_dropout,
+    teacher_calls,
+    two_time,
+)
+from fewstep.methods.meanflow import FEW_VALUES
+
+SHRINKING = 0.5  # share of the training in which the gap shrinks
+WARMING = 0.5  # share of the training in which the derivative's weight rises
 
 
-class ConsistencyOptions(Options):
+def square_rows(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error of every row, (B,)."""
+    return (x - y).flatten(1).square().mean(1)
+
+
+ROWS: dict[str, Distance] = {"l2": square_rows, "huber": pseudo_huber_rows}
+
+
+class ConsistencyOptions(MapOptions):
     """Options of ``method: consistency``."""
 
-    samples: int = Field(800_000, gt=0, description="samples seen in the stage")
-    gaps: tuple[float, float] = Field((0.25, 0.02), description="r - t, first and last")
-    shrink: float = Field(0.6, ge=0, le=1, description="share of the samples in which the gap shrinks")
-    time: str = Field("uniform", description="law of t")
-    loss: Literal["l2", "l1", "huber"] = "l2"
-    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
+    target: Literal["discrete", "continuous"] = Field("discrete", description="a step away, or the limit of none")
+    stages: int = Field(6, ge=0, le=12, description="discrete: the gap is halved this many times from 1")
+    steps: Steps = Field("heun", description="discrete: the teacher's step: heun (two calls) or euler")
+    target_ema: float = Field(0.9, ge=0, lt=1, description="discrete: decay of the target's weight average; 0: none")
+    anchor: float = Field(0.5, ge=0, lt=1, description="continuous: share of rows that learn the velocity")
+    derivative: Way = Field("auto", description="continuous: forward mode, or finite differences")
+    time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, …")
+    loss: Literal["l2", "huber"] = "l2"
+
+    @field_validator("time")
+    @classmethod
+    def _known_law(cls, value: str) -> str:
+        make_time_law(value)
+        return value
 
     @model_validator(mode="after")
-    def _sound(self) -> ConsistencyOptions:
-        make_time_law(self.time)
-        first, last = self.gaps
-        if not 0 < last <= first <= 1:
-            raise ValueError(f"gaps shrink from at most 1 to more than 0, got {list(self.gaps)}")
-        if self.guidance != 1.0 and self.teacher is None:
-            raise ValueError("guidance is baked in from a teacher: add 'teacher: STAGE', or leave it out")
+    def _of_its_target(self) -> ConsistencyOptions:
+        other = ("anchor", "derivative") if self.target == "discrete" else ("stages", "steps", "target_ema")
+        for name in other:
+            if name in self.model_fields_set:
+                needed = "continuous" if self.target == "discrete" else "discrete"
+                raise ValueError(f"{name} belongs to 'target: {needed}': set that, or leave {name} out")
         return self
 
 
 @final
-class EndConsistency(Objective):
-    """The loss above.
+class Progress:
+    """How much of the training is done, from 0 to 1.
 
     Args:
-        student: ``F(x, t, **cond)``.
-        gaps: ``r - t``, first and last.
-        shrink: steps over which the gap shrinks, geometrically.
-        law: of t.
-        distance: ``d``, by name.
-        teacher: whose flow leads from x_t to x_r; None for the line of the pair.
+        total: optimiser steps.
+
+    Attributes:
+        state: the steps so far; a checkpoint must keep it.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = max(1, total)
+        self.state = {"steps": torch.zeros((), dtype=torch.long)}
+
+    def step(self) -> float:
+        """The share before this step, which is counted."""
+        done = int(self.state["steps"]) / self.total
+        self.state["steps"].add_(1)
+        return min(1.0, done)
+
+
+def gap_at(done: float, stages: int) -> float:
+    """``2^-k``: stages k = 0 … stages - 1 share the first half of the training alike, the last one has the rest."""
+    return 2.0 ** -min(stages, math.floor(done / SHRINKING * stages)) if stages else 1.0
+
+
+@final
+class Consistency(Objective):
+    """The discrete loss.
+
+    Args:
+        student: ``v(x, t, **cond)``.
+        taught: where the steps come from.
+        law: the law of t.
+        total: optimiser steps of the training.
+        stages: halvings of the gap.
+        steps: of a teacher.
+        target_ema: decay of the target's average.
+        distance: ``l2`` or ``huber``, of rows.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        gaps: tuple[float, float],
-        shrink: int,
+        taught: Lesson,
         law: TimeLaw,
+        total: int,
+        stages: int = 6,
+        *,
+        steps: Steps = "heun",
+        target_ema: float = 0.9,
         distance: str = "l2",
-        teacher: Velocity | None = None,
     ) -> None:
         self.modules = {"student": student}
-        self.gaps, self.shrink, self.law = gaps, shrink, law
-        self.distance, self.teacher = find_distance(distance), teacher
-        self.taken = torch.zeros((), dtype=torch.long)
-        self.state = {"taken": self.taken}
-
-    def gap(self) -> float:
-        """``r - t`` at this step."""
-        first, last = self.gaps
-        share = min(1.0, int(self.taken) / self.shrink) if self.shrink else 1.0
-        return first * math.exp(share * math.log(last / first))
+        self.taught, self.law, self.stages, self.steps = taught, law, stages, steps
+        self.rows = ROWS[distance]
+        self.follower, self.progress = Follower(student, target_ema), Progress(total)
+        self.state = {**self.follower.state, **self.progress.state}
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        path, gap = Linear(), self.gap()
-        self.taken.add_(1)
+        self.follower.update()
+        gap = gap_at(self.progress.step(), self.stages)
         t = self.law.sample(draws.uniform()).to(batch.x1)
-        r = (t + gap).clamp(max=1.0)
-        x_t = path.interpolate(batch.x0, batch.x1, t)
-        with torch.no_grad():
-            if self.teacher is None:
-                x_r = path.interpolate(batch.x0, batch.x1, r)
-            else:
-                x_r = heun_step(self.teacher, x_t, t, r, batch)
-            target = self._end(x_r, r, batch)
-        return {"loss": self.distance(self._end(x_t, t, batch), target), "gap": t.new_tensor(gap)}
+        x_t = self.taught.path.interpolate(batch.x0, batch.x1, t)
+        target = self.target(batch, x_t, t, gap)
+        v = in_full(self.modules["student"], x_t, t, **batch.cond)
+        share = gap / (1 - t).clamp(min=gap)
+        a = expand_time(share, v)
+        return {"loss": (share * self.rows(v / a, target / a)).mean(), "gap": torch.tensor(gap)}
 
-    def _end(self, x: Tensor, t: Tensor, batch: Pair) -> Tensor:
-        return x + expand_time(1 - t, x) * self.modules["student"](x, t, **batch.cond)
+    def target(self, batch: Pair, x_t: Tensor, t: Tensor, gap: float) -> Tensor:
+        """``a w + (1 - a) v(x_r, r)``, (B, ...), without a graph."""
+        r = (t + gap).clamp(max=1.0)
+        w = step_velocity(self.taught, batch, x_t, t, r, self.steps)
+        if gap == 1.0:
+            return w
+        v_r = self.follower(neighbour(x_t, w, t, r), r, **batch.cond)
+        return consistent(w, v_r, t, r, torch.ones_like(t))
+
+
+@final
+class ContinuousConsistency(Objective):
+    """The continuous loss; in float32 whatever the stage's precision.
+
+    Args:
+        student: ``u(x, t, r=r, **cond)``.
+        taught: where the velocity comes from.
+        law: the law of t.
+        total: optimiser steps of the training.
+        anchor: share of rows with r = t.
+        distance: ``l2`` or ``huber``.
+        way: how the derivative is taken.
+        say: told once if that is not forward mode.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        taught: Lesson,
+        law: TimeLaw,
+        total: int,
+        anchor: float = 0.5,
+        *,
+        distance: str = "l2",
+        way: Way = "auto",
+        say: Callable[[str], None] | None = None,
+    ) -> None:
+        self.modules = {"student": student}
+        self.taught, self.law, self.anchor = taught, law, anchor
+        self.distance = find_distance(distance)
+        self.derivative = Derivative(caller(self.modules), way)
+        self.announce, self.progress = Announcement(say), Progress(total)
+        self.state = self.progress.state
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        rise = min(1.0, self.progress.step() / WARMING)
+        t = self.law.sample(draws.uniform()).to(batch.x1)
+        anchored = (draws.uniform() < self.anchor).to(t.device)
+        times = Times(t, torch.where(anchored, t, 1.0), anchored)
+        x_t = self.taught.path.interpolate(batch.x0, batch.x1, t)
+        target = self.target(batch, x_t, times, rise)
+        u = in_full(self.modules["student"], x_t, t, r=times.r, **batch.cond)
+        return {"loss": self.distance(u, target)}
+
+    def target(self, batch: Pair, x_t: Tensor, times: Times, rise: float) -> Tensor:
+        """``w + rho (r - t) du/dt``, (B, ...), without a graph."""
+        w = self.taught.velocity_at(batch, x_t, times.t)
+        with full_precision(x_t):
+            full = derivative_target(self.derivative, x_t, times, w, batch.cond)
+        self.announce(self.derivative.used)
+        return w.lerp(full, rise)
 
 
 def plan(options: ConsistencyOptions, stage: Stage) -> Plan:
     """One phase on data rows.
 
     Raises:
-        UserError: a teacher whose states are not those of noised data, or on another path.
+        UserError: as :func:`~fewstep.methods.flow_map.lesson`; finite differences of a network with dropout.
     """
-    student, teacher = stage.build(), stage.teacher
-    if teacher is not None and not (teacher.independent and teacher.path == "linear"):
-        raise UserError(
-            f"method 'consistency' learns from a teacher at noised data, and {teacher.name!r} does not pass through "
-            "those (it was trained on dependent pairs, or on another path than 'linear'): learn from a flow_matching "
-            "stage."
-        )
+    taught, student = lesson(options, stage), stage.build()
+    refuse_dropout(stage, options.derivative)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-        batches = DataBatches(
-            stage.data, Independent(stage.source), stage.conditional, stage.dequantise, (stage.seed, stage.name)
-        )
-        velocity = None if teacher is None else teacher.guided(options.guidance)
-        shrink = round(options.shrink * options.samples / options.batch_size)
-        law = make_time_law(options.time)
-        return EndConsistency(student, options.gaps, shrink, law, options.loss, velocity), batches
+        return make_objective(options, stage, student, taught), taught.batches()
 
-    facts = Facts(
-        independent=False,
-        deterministic=True,
-        teacher=None if teacher is None else teacher.digest,
-        guidance=None if options.guidance == 1.0 else options.guidance,
-        gaussian=stage.source.gaussian,
+    rule = SampleRule(kind="map", default_steps=1, sampler="restart")
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, taught.facts, path=taught.path_name)
+
+
+def make_objective(options: ConsistencyOptions, stage: Stage, student: nn.Module, taught: Lesson) -> Objective:
+    """The loss that the options name."""
+    law, total = make_time_law(options.time), -(-options.samples // options.batch_size)
+    if options.target == "continuous":
+        way, say = options.derivative, stage.world.say
+        return ContinuousConsistency(
+            student, taught, law, total, options.anchor, distance=options.loss, way=way, say=say
+        )
+    return Consistency(
+        student.to(stage.world.device),
+        taught,
+        law,
+        total,
+        options.stages,
+        steps=options.steps,
+        target_ema=options.target_ema,
+        distance=options.loss,
     )
-    rule = SampleRule(kind="map", sampler="restart", default_steps=1)
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, facts)
+
+
+def changes(options: ConsistencyOptions, shape: tuple[int, ...]) -> dict[str, Any]:
+    """A two-time network for the continuous loss.
+
+    Raises:
+        UserError: a robust loss on the targets of pairs in few dimensions.
+    """
+    if options.loss == "huber" and options.teacher is None and math.prod(shape) < FEW_VALUES:
+        raise UserError(
+            "'loss: huber' is drawn from the mean of the targets to their middle, and data pairs have many targets: "
+            f"in {math.prod(shape)} dimension(s) another map would be learned. Take 'l2', or learn from a teacher."
+        )
+    return two_time(options, shape) if options.target == "continuous" else {}
+
+
+def online_calls(options: ConsistencyOptions) -> int:
+    """The teacher's network calls per sample seen."""
+    return teacher_calls(options) if options.target == "continuous" else step_calls(options, options.steps)
 
 
 SPEC = Spec(
     options=ConsistencyOptions,
     plan=plan,
-    summary="one call, or a few with fresh noise: one endpoint along the whole trajectory, from data or from a teacher",
-    needs="data, or teacher and data",
+    summary="one call, or a few with fresh noise between: every point of a trajectory knows its end",
+    needs="data; teacher optional",
     makes="map",
-    cite=("song2023consistency",),
-    online_calls=lambda options: 0 if options.teacher is None else 2,
+    cite=("song2023consistency", "geng2025consistency", "lu2025simplifying", "peng2025flow"),
+    changes=changes,
+    online_calls=online_calls,
 )

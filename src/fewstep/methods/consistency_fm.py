@@ -1,159 +1,137 @@
-"""Consistency flow matching: endpoints of K segments of time, consistent along the flow (arXiv:2407.02398).
+"""Consistency flow matching: one step per segment of time (Yang et al., arXiv:2407.02398, eq. 6 and sec. 3.3).
 
-[0, 1] is cut into K equal segments. With ``e`` the end of the segment that t falls into, the network says where the
-flow leads by then,
+[0, 1] is cut into K equal segments; ``e(t)`` is the end of the one that t is in (of the later one, at a knot). With
+``f(x, t) = x + (e - t) v(x, t)`` and a neighbour ``x_r`` of x_t on the same trajectory, ``r = min(t + gap, e)``,
 
-    f(x, t) = x + (e - t) v_theta(x, t),
-    L = E | f(x_t, t) - sg f(x_r, r) |^2 + alpha E | v_theta(x_t, t) - sg v_theta(x_r, r) |^2,    r = min(t + gap, e),
+    L(theta) = E | f_theta(x_t, t) - f_target(x_r, r) |^2 + alpha E[ | v_theta(x_t, t) - v_target(x_r, r) |^2 ; r < e ],
 
-with f(x, e) = x. The optimum, as ``alpha`` and ``gap`` go to 0, is the exact flow map to the segment's end,
-v_theta(x, t) = u(x, t, e): constant along no trajectory, and crossed in one Euler step. So samples are made with
-exactly K steps; more of them walk along chords and leave the law.
+where the target's weights are an average of the student's, without gradient, and ``f(x, e) = x``. The neighbour comes
+from the same data pair, or from a step of a teacher. With alpha = 0 the solution is the flow's average velocity to the
+segment's end, ``v = u(x, t, e)``, so that K Euler steps are the exact flow map, and more are worse: v points to the end
+of a trajectory and is constant along it only where that is straight, which the second term asks for. Its weight is
+therefore small.
 
-From a teacher, ``x_r`` is one Heun step of its flow. From data, ``x_t`` and ``x_r`` lie on one line between a noise and
-a data row; near the end of a segment (beyond the share ``boundary`` of it) the line's own point at ``e`` is the target,
-and a first phase has it everywhere (flow matching, weighed by (e - t)^2).
+From data the stage begins, for a share ``regression`` of its samples, with ``r = e``: flow matching with the weight
+(e - t)^2. A student of a teacher starts from the teacher's weights instead.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import final
 
-import torch
-from pydantic import Field, model_validator
+from pydantic import Field
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
-from fewstep.flow.couplings import Facts, Independent, Pair
-from fewstep.flow.field import Velocity
+from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws
-from fewstep.flow.paths import Linear, expand_time
-from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.batches import DataBatches
+from fewstep.flow.paths import expand_time
+from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.endpoint import Follower, Steps, consistent, in_full, neighbour, step_calls, step_velocity
+from fewstep.methods.flow_map import Lesson, MapOptions, lesson
 from fewstep.methods.piecewise import window_start
 
 
-class ConsistencyFMOptions(Options):
+class ConsistencyFMOptions(MapOptions):
     """Options of ``method: consistency_fm``."""
 
-    samples: int = Field(800_000, gt=0, description="samples seen in the stage, over its phases")
-    segments: int = Field(2, gt=0, description="K; sampled with exactly K steps")
-    gap: float = Field(0.05, gt=0, le=0.5, description="r - t")
-    alpha: float = Field(1e-5, ge=0, description="weight of the velocities' consistency")
-    boundary: float = Field(0.9, ge=0, le=1, description="from data: share of a segment beyond which its end is given")
-    first: float = Field(0.35, ge=0, lt=1, description="from data: share of the samples in the first phase")
-    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
+    segments: int = Field(2, gt=0, description="segments of time, K: one call each")
+    gap: float = Field(0.05, gt=0, le=1, description="r - t")
+    alpha: float = Field(1e-5, ge=0, description="weight of velocity consistency")
+    target_ema: float = Field(0.9, ge=0, lt=1, description="decay of the target's weight average, per step; 0: none")
+    steps: Steps = Field("heun", description="the teacher's step from t to r: heun (two calls) or euler")
+    regression: float = Field(1 / 3, ge=0, lt=1, description="share of samples that begin, without a teacher")
 
-    @model_validator(mode="after")
-    def _guided_teacher(self) -> ConsistencyFMOptions:
-        if self.guidance != 1.0 and self.teacher is None:
-            raise ValueError("guidance is baked in from a teacher: add 'teacher: STAGE', or leave it out")
-        return self
+
+def segment_end(t: Tensor, segments: int) -> Tensor:
+    """The first knot ``k / K`` after t, (B,): a knot belongs to the segment that starts there; 1 for t = 1."""
+    return ((window_start(t, segments) * segments).round() + 1) / segments
 
 
 @final
-class SegmentConsistency(Objective):
+class ConsistencyFM(Objective):
     """The loss above.
 
     Args:
         student: ``v(x, t, **cond)``.
+        taught: where the steps come from.
         segments: K.
-        gap: ``r - t``.
-        alpha: weight of the velocities' consistency.
-        teacher: whose flow leads from x_t to x_r; None for the line of the pair.
-        boundary: without a teacher, share of a segment beyond which the line's point at its end is the target.
+        gap: r - t, where it stays within the segment; 1 is regression of the segments' ends.
+        alpha: weight of velocity consistency.
+        target_ema: decay of the target's average.
+        steps: of a teacher.
     """
 
     def __init__(
         self,
         student: nn.Module,
-        segments: int,
-        gap: float,
-        alpha: float = 0.0,
-        teacher: Velocity | None = None,
-        boundary: float = 1.0,
+        taught: Lesson,
+        segments: int = 2,
+        gap: float = 0.05,
+        *,
+        alpha: float = 1e-5,
+        target_ema: float = 0.9,
+        steps: Steps = "heun",
     ) -> None:
         self.modules = {"student": student}
-        self.segments, self.gap, self.alpha = segments, gap, alpha
-        self.teacher, self.boundary = teacher, boundary
+        self.taught, self.segments, self.gap, self.alpha, self.steps = taught, segments, gap, alpha, steps
+        self.follower = Follower(student, target_ema)
+        self.state = self.follower.state
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        path, width = Linear(), 1.0 / self.segments
+        self.follower.update()
         t = draws.uniform().to(batch.x1)
-        start = window_start(t, self.segments)
-        end = start + width
-        r = torch.minimum(t + self.gap, end)
-        x_t = path.interpolate(batch.x0, batch.x1, t)
-        with torch.no_grad():
-            if self.teacher is None:
-                x_r, known = path.interpolate(batch.x0, batch.x1, r), r >= start + self.boundary * width
-                x_end = path.interpolate(batch.x0, batch.x1, end)
-            else:
-                x_r, known = heun_step(self.teacher, x_t, t, r, batch), r >= end
-                x_end = x_r
-            v_r = self.modules["student"](x_r, r, **batch.cond)
-            given = known.view(-1, *(1,) * (x_t.ndim - 1))
-            target = torch.where(given, x_end, x_r + expand_time(end - r, x_t) * v_r)
-        v_t = self.modules["student"](x_t, t, **batch.cond)
-        found = x_t + expand_time(end - t, x_t) * v_t
-        terms = {"endpoint": (found - target).square().mean() * self.segments**2}
-        if self.alpha:
-            apart = (v_t - v_r).square().flatten(1).mean(1)
-            terms["velocity"] = self.alpha * torch.where(known, 0.0, apart).mean()
-        return {"loss": torch.stack(list(terms.values())).sum(), **{k: term.detach() for k, term in terms.items()}}
-
-
-def heun_step(velocity: Velocity, x: Tensor, t: Tensor, r: Tensor, batch: Pair) -> Tensor:
-    """One step of Heun's rule from t to r, both (B,)."""
-    h = expand_time(r - t, x)
-    slope = velocity(x, t, **batch.cond)
-    return x + h / 2 * (slope + velocity(x + h * slope, r, **batch.cond))
+        end = segment_end(t, self.segments)
+        r = (t + self.gap).minimum(end)
+        x_t = self.taught.path.interpolate(batch.x0, batch.x1, t)
+        w = step_velocity(self.taught, batch, x_t, t, r, self.steps)
+        v_r = w  # of no weight where every r is an end
+        if self.gap < 1 / self.segments:
+            v_r = self.follower(neighbour(x_t, w, t, r), r, **batch.cond)
+        v = in_full(self.modules["student"], x_t, t, **batch.cond)
+        endpoint = (expand_time(end - t, v) * (v - consistent(w, v_r, t, r, end))).square().mean()
+        velocity = (expand_time(r < end, v) * (v - v_r)).square().mean()
+        return {"loss": endpoint + self.alpha * velocity, "endpoint": endpoint.detach(), "velocity": velocity.detach()}
 
 
 def plan(options: ConsistencyFMOptions, stage: Stage) -> Plan:
-    """From a teacher one phase; from data flow matching first, then consistency.
+    """Regression of the segments' ends, then consistency; the second alone with a teacher.
 
     Raises:
-        UserError: a teacher whose states are not those of noised data, or on another path.
+        UserError: as :func:`~fewstep.methods.flow_map.lesson`.
     """
-    student, teacher = stage.build(), stage.teacher
-    if teacher is not None and not (teacher.independent and teacher.path == "linear"):
-        raise UserError(
-            f"method 'consistency_fm' learns from a teacher at noised data, and {teacher.name!r} does not pass through "
-            "those (it was trained on dependent pairs, or on another path than 'linear'): learn from a flow_matching "
-            "stage."
-        )
-    velocity = None if teacher is None else teacher.guided(options.guidance)
+    taught, student = lesson(options, stage), stage.build()
 
-    def phase(name: str, samples: int, boundary: float) -> Phase:
-        def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-            key = (stage.seed, stage.name, name)
-            batches = DataBatches(stage.data, Independent(stage.source), stage.conditional, stage.dequantise, key)
-            loss = SegmentConsistency(student, options.segments, options.gap, options.alpha, velocity, boundary)
-            return loss, batches
+    def preparer(gap: float) -> Callable[[Teacher | None], tuple[Objective, Batches]]:
+        def prepare(previous: Teacher | None) -> tuple[Objective, Batches]:
+            if previous is not None:
+                student.load_state_dict(previous.state)  # its average, not its last weights
+            objective = ConsistencyFM(
+                student.to(stage.world.device),
+                taught,
+                options.segments,
+                gap,
+                alpha=options.alpha,
+                target_ema=options.target_ema,
+                steps=options.steps,
+            )
+            return objective, taught.batches()
 
-        return Phase(name, samples, prepare)
+        return prepare
 
-    first = 0 if teacher is not None else round(options.first * options.samples)
-    phases = [phase("matching", first, 0.0)] if first else []
-    phases.append(phase("consistency", options.samples - first, options.boundary))
-    facts = Facts(
-        independent=False,
-        deterministic=True,
-        teacher=None if teacher is None else teacher.digest,
-        guidance=None if options.guidance == 1.0 else options.guidance,
-        gaussian=stage.source.gaussian,
-    )
-    steps = options.segments
-    return Plan(student, phases, SampleRule(kind="map", steps=(steps,), default_steps=steps), facts)
+    first = 0 if taught.velocity is not None else round(options.regression * options.samples)
+    phases = [Phase("regression", first, preparer(1.0))] if first else []
+    phases.append(Phase("consistency", max(1, options.samples - first), preparer(options.gap)))
+    rule = SampleRule(kind="map", steps=(options.segments,), default_steps=options.segments)
+    return Plan(student, phases, rule, taught.facts, path=taught.path_name)
 
 
 SPEC = Spec(
     options=ConsistencyFMOptions,
     plan=plan,
-    summary="K calls: consistent endpoints of K segments, from data or from a teacher",
-    needs="data, or teacher and data",
+    summary="K calls, one per segment of time: neighbours on a trajectory agree on its end",
+    needs="data; teacher optional",
     makes="map",
     cite=("yang2024consistency",),
-    online_calls=lambda options: 0 if options.teacher is None else 2,
+    online_calls=lambda options: step_calls(options, options.steps),
 )
