@@ -27,6 +27,7 @@ from fewstep.data.load import load_data
 from fewstep.generator import Generator, load
 from fewstep.methods.perceptual import FeatureDistance, find_features
 from fewstep.methods.registry import find_method
+from fewstep.methods.straight_line import one_step
 from fewstep.metrics import evaluate, sample_count
 from fewstep.networks import parameter_count
 from fewstep.pipeline.recipe import make_recipe
@@ -194,7 +195,7 @@ def rmse(model: Generator, pairs: Path) -> float:
     held_out = PairStore(pairs, {}, manifest["rows"]).held_out_rows()
     columns = held_out.columns(torch.arange(min(1024, len(held_out))))
     with torch.no_grad():
-        x = columns["x0"] + model.module(columns["x0"], torch.zeros(len(columns["x0"])))
+        x = one_step(model.module, columns["x0"], {})
     return float((x - columns["x1"]).square().mean().sqrt())
 
 

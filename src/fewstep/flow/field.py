@@ -86,6 +86,11 @@ class Guided(Field):
         return self.velocity(x, t, **cond)
 
 
+def calls_at(scale: float) -> int:
+    """Network calls of one evaluation of :class:`Guided` with weight ``scale``."""
+    return 1 if scale in (0.0, 1.0) else 2
+
+
 def as_field(velocity: Velocity) -> Field:
     """Return ``velocity`` itself if it counts its calls, else a counting wrapper."""
     return velocity if isinstance(velocity, Field) else CountedField(velocity)

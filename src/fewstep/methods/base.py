@@ -49,6 +49,24 @@ class Options(BaseModel):
     precision: Literal["fp32", "bf16"] = "fp32"
 
 
+def require_teacher(options: Options) -> None:
+    """Refuse a stage that names no teacher, of a method that cannot do without."""
+    if options.teacher is None:
+        raise ValueError(f"method {options.method!r} learns from a teacher: add 'teacher: STAGE'")
+
+
+def require_whole_steps(solver: str, nfe: int) -> None:
+    """Refuse a number of calls that is no whole number of the solver's steps."""
+    calls = find_solver(solver).calls
+    if nfe % calls:
+        raise ValueError(f"nfe = {nfe} is no multiple of the {calls} calls that a step of {solver!r} makes")
+
+
+def baked_in(guidance: float) -> float | None:
+    """A stage's guidance as its model's facts have it: None where there is none."""
+    return None if guidance == 1.0 else guidance
+
+
 class PairOptions(Options):
     """Options of methods that learn from pairs (noise, teacher's endpoint)."""
 
@@ -61,8 +79,7 @@ class PairOptions(Options):
 
     @model_validator(mode="after")
     def _needs_teacher(self) -> PairOptions:
-        if self.teacher is None:
-            raise ValueError(f"method {self.method!r} learns from a teacher: add 'teacher: STAGE'")
+        require_teacher(self)
         return self
 
     @model_validator(mode="after")
@@ -77,11 +94,8 @@ class PairOptions(Options):
         if explicit_times(self.grid) is not None:
             raise ValueError(f"pairs need a named grid, for any number of steps (got {self.grid!r})")
         make_grid(self.grid, 2)
-        calls = solver.calls
-        if self.nfe is not None and self.nfe % calls:
-            raise ValueError(
-                f"nfe = {self.nfe} is no multiple of the {calls} calls that a step of {self.solver!r} makes"
-            )
+        if self.nfe is not None:
+            require_whole_steps(self.solver, self.nfe)
         return self
 
 
@@ -166,6 +180,19 @@ class Teacher:
     guidable: bool = True
     path: str = "linear"
     independent: bool = True
+
+    def follows_data(self, scale: float) -> bool:
+        """Whether its endpoints, with guidance ``scale``, are to have the law of the data."""
+        return scale == 1.0 and self.guidance in (None, 1.0)
+
+    def require_noised_data(self, method: str) -> None:
+        """Refuse to be asked at noised data where its own states are others."""
+        if not self.independent:
+            raise UserError(
+                f"method {method!r} asks the teacher at noised data, and {self.name!r} does not pass through "
+                "those: it was trained on dependent pairs (reflow, optimal transport ...). Learn from a flow_matching "
+                "stage with 'coupling: independent'."
+            )
 
     def guided(self, scale: float) -> Velocity:
         """The velocity with guidance ``scale``; refuses to guide twice."""

@@ -32,7 +32,7 @@ from collections.abc import Callable
 from typing import Any, Literal, final
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
@@ -46,6 +46,7 @@ from fewstep.methods.distances import Distance, find_distance, pseudo_huber_rows
 from fewstep.methods.endpoint import Follower, Steps, consistent, in_full, neighbour, step_calls, step_velocity
 from fewstep.methods.flow_map import (
     Announcement,
+    LawOfTime,
     Lesson,
     MapOptions,
     Times,
@@ -81,14 +82,8 @@ class ConsistencyOptions(MapOptions):
     target_ema: float = Field(0.9, ge=0, lt=1, description="discrete: decay of the target's weight average; 0: none")
     anchor: float = Field(0.5, ge=0, lt=1, description="continuous: share of rows that learn the velocity")
     derivative: Way = Field("auto", description="continuous: forward mode, or finite differences")
-    time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, …")
+    time: LawOfTime = Field("uniform", description="law of t: uniform, logit_normal:m,s, …")
     loss: Literal["l2", "huber"] = "l2"
-
-    @field_validator("time")
-    @classmethod
-    def _known_law(cls, value: str) -> str:
-        make_time_law(value)
-        return value
 
     @model_validator(mode="after")
     def _of_its_target(self) -> ConsistencyOptions:

@@ -17,21 +17,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, final
+from typing import Annotated, Any, Literal, NamedTuple, final
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fewstep.errors import UserError, unknown
 from fewstep.flow.couplings import Facts, Independent, Pair
 from fewstep.flow.derivatives import Derivative, Mode, plain_attention, rows_of
-from fewstep.flow.field import Velocity
+from fewstep.flow.field import Velocity, calls_at
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath, Linear, expand_time, make_path
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import Options, Stage
+from fewstep.methods.base import Options, Stage, baked_in
 from fewstep.methods.batches import DataBatches
 
 Way = Literal["auto", "forward", "finite_difference"]
@@ -52,18 +52,21 @@ class MapOptions(Options):
         return self
 
 
+def known_law(spec: str) -> str:
+    """A law of t by its words, refused where there is none of that name."""
+    make_time_law(spec)
+    return spec
+
+
+LawOfTime = Annotated[str, AfterValidator(known_law)]
+
+
 class PairOfTimesOptions(MapOptions):
     """Options of the methods that draw two times."""
 
-    time: str = Field("uniform", description="law of both times: uniform, logit_normal:m,s, …")
+    time: LawOfTime = Field("uniform", description="law of both times: uniform, logit_normal:m,s, …")
     diagonal: float = Field(0.5, gt=0, le=1, description="share of rows with r = t, which learn the velocity")
     derivative: Way = Field("auto", description="forward mode, or finite differences where that fails; or one of them")
-
-    @field_validator("time")
-    @classmethod
-    def _known_law(cls, value: str) -> str:
-        make_time_law(value)
-        return value
 
 
 class Times(NamedTuple):
@@ -106,6 +109,28 @@ def composition_target(u: Velocity, x: Tensor, times: Times, q: Tensor, cond: Ma
     share = expand_time((q - t) / width, x)
     first = u(x, t, r=q, **cond).to(x)
     return share * first + (1 - share) * u(x + expand_time(q - t, x) * first, q, r=r, **cond).to(x)
+
+
+Target = Callable[[Tensor, Tensor, Times, Mapping[str, Any]], Tensor]
+
+
+def off_diagonal(target: Tensor, x: Tensor, times: Times, cond: Mapping[str, Any], make: Target) -> Tensor:
+    """The target with the rows whose r is not t made otherwise.
+
+    Args:
+        target: (B, ...), kept on the diagonal.
+        x: (B, ...) at ``times.t``.
+        times: t, r and where they are the same.
+        cond: conditions of all rows.
+        make: ``make(rows, x, times, cond)``, of those rows alone; called in full precision, without a graph.
+    """
+    rows = (~times.diagonal).nonzero()[:, 0]
+    if not len(rows):
+        return target
+    apart = Times(*(part[rows] for part in times))
+    with full_precision(x):
+        found = make(rows, x[rows], apart, rows_of(cond, len(x), rows))
+    return target.index_copy(0, rows, found.to(target))
 
 
 @final
@@ -205,12 +230,8 @@ def lesson(options: MapOptions, stage: Stage) -> Lesson:
         UserError: a teacher whose states are not noised data; guidance it cannot take.
     """
     teacher = stage.teacher
-    if teacher is not None and not teacher.independent:
-        raise UserError(
-            f"method {options.method!r} asks the teacher at noised data, and {teacher.name!r} does not pass through "
-            "those: it was trained on dependent pairs (reflow, optimal transport ...). Learn from a flow_matching "
-            "stage with 'coupling: independent'."
-        )
+    if teacher is not None:
+        teacher.require_noised_data(options.method)
     coupling = Independent(stage.source)
 
     def batches() -> DataBatches:
@@ -218,16 +239,13 @@ def lesson(options: MapOptions, stage: Stage) -> Lesson:
 
     if teacher is None:
         return Lesson(Linear(), None, coupling.facts, batches)
-    baked = None if options.guidance == 1.0 else options.guidance
-    facts = replace(coupling.facts, teacher=teacher.digest, guidance=baked)
+    facts = replace(coupling.facts, teacher=teacher.digest, guidance=baked_in(options.guidance))
     return Lesson(make_path(teacher.path), teacher.guided(options.guidance), facts, batches, teacher.path)
 
 
 def teacher_calls(options: MapOptions) -> int:
     """The teacher's network calls per sample seen."""
-    if options.teacher is None:
-        return 0
-    return 1 if options.guidance in (0.0, 1.0) else 2
+    return 0 if options.teacher is None else calls_at(options.guidance)
 
 
 def two_time(options: Options, shape: tuple[int, ...]) -> dict[str, Any]:

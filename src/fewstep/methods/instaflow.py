@@ -99,7 +99,7 @@ def plan(options: InstaflowOptions, stage: Stage) -> Plan:
     """Up to three phases on generated pairs."""
     student = stage.build()
     assert stage.teacher is not None
-    if options.real != "teacher" and _guided(options, stage.teacher):
+    if options.real != "teacher" and not stage.teacher.follows_data(options.guidance):
         stage.world.say("note: guided endpoints follow another law than the data: only they count as real.")
         options = options.model_copy(update={"real": "teacher"})
     features = None
@@ -114,10 +114,6 @@ def plan(options: InstaflowOptions, stage: Stage) -> Plan:
     rule = SampleRule(kind="map", steps=(1,), default_steps=1)
     used = None if features is None else features.digest
     return Plan(student, phases, rule, pair_facts(request), features=used)
-
-
-def _guided(options: InstaflowOptions, teacher: Teacher) -> bool:
-    return options.guidance != 1.0 or teacher.guidance not in (None, 1.0)
 
 
 def _preparer(

@@ -16,7 +16,7 @@ dimensions that is another map, so there it is refused; in many dimensions it tr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, final
 
 from pydantic import Field
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
-from fewstep.flow.derivatives import Derivative, rows_of
+from fewstep.flow.derivatives import Derivative
 from fewstep.flow.noise import Draws
 from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
@@ -38,8 +38,8 @@ from fewstep.methods.flow_map import (
     composition_target,
     derivative_target,
     draw_times,
-    full_precision,
     lesson,
+    off_diagonal,
     refuse_dropout,
     teacher_calls,
     two_time,
@@ -100,23 +100,18 @@ class MeanFlow(Objective):
 
     def target(self, batch: Pair, x_t: Tensor, times: Times, draws: Draws) -> Tensor:
         """What u is drawn to: v on the diagonal, the equation's right side elsewhere; without a graph."""
-        target = self.taught.velocity_at(batch, x_t, times.t)
+        v = self.taught.velocity_at(batch, x_t, times.t)
         share = draws.uniform().to(x_t) if self.split else None
-        rows = (~times.diagonal).nonzero()[:, 0]
-        if not len(rows):
-            return target
-        x, apart = x_t[rows], Times(*(part[rows] for part in times))
-        cond: dict[str, Any] = rows_of(batch.cond, len(x_t), rows)
-        with full_precision(x_t):
+
+        def make(rows: Tensor, x: Tensor, apart: Times, cond: Mapping[str, Any]) -> Tensor:
             if share is None:
-                found = derivative_target(self.derivative, x, apart, target[rows], cond)
+                found = derivative_target(self.derivative, x, apart, v[rows], cond)
                 self.announce(self.derivative.used)
-            else:
-                q = apart.t + share[rows] * (apart.r - apart.t)
-                found = composition_target(self.average, x, apart, q, cond)
-        target = target.clone()
-        target[rows] = found.to(target)
-        return target
+                return found
+            q = apart.t + share[rows] * (apart.r - apart.t)
+            return composition_target(self.average, x, apart, q, cond)
+
+        return off_diagonal(v, x_t, times, batch.cond, make)
 
 
 def plan(options: MeanflowOptions, stage: Stage) -> Plan:

@@ -22,7 +22,7 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, GaussianSource
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import BLOCK, generator_for, integer_rows, mix, noise_rows
-from fewstep.methods.base import PairOptions, Stage, Teacher
+from fewstep.methods.base import PairOptions, Stage, Teacher, baked_in
 from fewstep.methods.batches import EpochOrder
 from fewstep.solvers.solve import invert, solve
 from fewstep.solvers.tables import find_solver
@@ -296,5 +296,5 @@ def pair_facts(request: PairRequest) -> Facts:
         independent=False,
         deterministic=True,
         teacher=request.teacher.digest,
-        guidance=None if request.options.guidance == 1.0 else request.options.guidance,
+        guidance=baked_in(request.options.guidance),
     )

@@ -28,12 +28,24 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, Independent, Pair
-from fewstep.flow.field import Velocity
+from fewstep.flow.field import Velocity, calls_at
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import AffinePath, expand_time, make_path
-from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.base import (
+    Batches,
+    Objective,
+    Options,
+    Phase,
+    Plan,
+    SampleRule,
+    Spec,
+    Stage,
+    Teacher,
+    baked_in,
+    require_teacher,
+    require_whole_steps,
+)
 from fewstep.methods.batches import DataBatches
 from fewstep.methods.pairs import PILOT, relative_error
 from fewstep.solvers.solve import solve
@@ -53,17 +65,12 @@ class PiecewiseOptions(Options):
 
     @model_validator(mode="after")
     def _needs_teacher(self) -> PiecewiseOptions:
-        if self.teacher is None:
-            raise ValueError(f"method {self.method!r} learns from a teacher: add 'teacher: STAGE'")
+        require_teacher(self)
         return self
 
     @model_validator(mode="after")
     def _whole_steps(self) -> PiecewiseOptions:
-        calls = find_solver(self.solver).calls
-        if self.nfe % calls:
-            raise ValueError(
-                f"nfe = {self.nfe} is no multiple of the {calls} calls that a step of {self.solver!r} makes"
-            )
+        require_whole_steps(self.solver, self.nfe)
         return self
 
     @property
@@ -155,12 +162,7 @@ def plan(options: PiecewiseOptions, stage: Stage) -> Plan:
     """
     teacher = stage.teacher
     assert teacher is not None
-    if not teacher.independent:
-        raise UserError(
-            f"method 'piecewise' starts its windows at noised data, and {teacher.name!r} does not pass through those: "
-            "it was trained on dependent pairs (reflow, optimal transport ...). Learn from a flow_matching stage with "
-            "'coupling: independent'."
-        )
+    teacher.require_noised_data(options.method)
     student, path = stage.build(), make_path(teacher.path)
     windows = Windows(teacher.guided(options.guidance), options.segments, options.solver, options.steps)
 
@@ -174,7 +176,7 @@ def plan(options: PiecewiseOptions, stage: Stage) -> Plan:
         independent=False,
         deterministic=True,
         teacher=teacher.digest,
-        guidance=None if options.guidance == 1.0 else options.guidance,
+        guidance=baked_in(options.guidance),
         gaussian=stage.source.gaussian,
     )
     each = [d for d in range(1, options.inner + 1) if options.inner % d == 0] or [1]
@@ -204,7 +206,7 @@ def check_windows(
 
 def online_calls(options: PiecewiseOptions) -> int:
     """Teacher calls per sample seen."""
-    return options.nfe * (1 if options.guidance in (0.0, 1.0) else 2)
+    return options.nfe * calls_at(options.guidance)
 
 
 SPEC = Spec(

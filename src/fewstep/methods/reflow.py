@@ -47,6 +47,7 @@ from fewstep.methods.base import (
     Spec,
     Stage,
     Teacher,
+    baked_in,
 )
 from fewstep.methods.batches import DataBatches, MixedBatches, StoredBatches
 from fewstep.methods.distances import (
@@ -183,7 +184,7 @@ def plan(options: ReflowOptions, stage: Stage) -> Plan:
         independent=False,
         deterministic=deterministic,
         teacher=stage.teacher.digest,
-        guidance=None if options.guidance == 1.0 else options.guidance,
+        guidance=baked_in(options.guidance),
     )
     return Plan(student, phases, SampleRule(), facts, features=None if features is None else features.digest)
 
@@ -222,7 +223,7 @@ def make_buffer(
     synthetic = StoredBatches(build_pairs(stage, request), facts, (*key, "generated"))
     if p == 1.0:
         return synthetic
-    if options.guidance != 1.0 or teacher.guidance not in (None, 1.0):
+    if not teacher.follows_data(options.guidance):
         # a guided flow does not end at the data's law, so data have no noise of their own under it
         stage.world.say("note: guided endpoints follow another law than the data: real endpoints are left out.")
         return synthetic

@@ -13,14 +13,14 @@ from the weights as they are (the paper: their average), and the network sees ``
 
 from __future__ import annotations
 
-from typing import final
+from collections.abc import Mapping
+from typing import Any, final
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
-from fewstep.flow.derivatives import rows_of
 from fewstep.flow.noise import Draws
 from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
 from fewstep.methods.flow_map import (
@@ -29,8 +29,8 @@ from fewstep.methods.flow_map import (
     Times,
     caller,
     composition_target,
-    full_precision,
     lesson,
+    off_diagonal,
     teacher_calls,
     two_time,
     weighted_square,
@@ -77,15 +77,11 @@ class Shortcut(Objective):
 
     def target(self, batch: Pair, x_t: Tensor, steps: Times) -> Tensor:
         """The velocity for the smallest steps, the mean of two half steps for the others; without a graph."""
-        target = self.taught.velocity_at(batch, x_t, steps.t).clone()
-        rows = (~steps.diagonal).nonzero()[:, 0]
-        if len(rows):
-            apart = Times(*(part[rows] for part in steps))
-            with full_precision(x_t):
-                middle = (apart.t + apart.r) / 2
-                cond = rows_of(batch.cond, len(x_t), rows)
-                target[rows] = composition_target(self.average, x_t[rows], apart, middle, cond).to(target)
-        return target
+
+        def make(_: Tensor, x: Tensor, apart: Times, cond: Mapping[str, Any]) -> Tensor:
+            return composition_target(self.average, x, apart, (apart.t + apart.r) / 2, cond)
+
+        return off_diagonal(self.taught.velocity_at(batch, x_t, steps.t), x_t, steps, batch.cond, make)
 
 
 def plan(options: ShortcutOptions, stage: Stage) -> Plan:

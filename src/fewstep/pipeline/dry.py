@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from fewstep.flow.field import calls_at
 from fewstep.methods.base import Options, PairOptions
 from fewstep.methods.distill import DistillOptions
 from fewstep.methods.pairs import LADDER
@@ -74,7 +75,7 @@ def teacher_calls(run: Run, options: Options) -> str:
     """Network calls that the pairs, or training itself, cost; a range when the error gate of pairs chooses."""
     if not isinstance(options, PairOptions) or not pair_count(run, options):
         return f"{online_calls(options):,}" if online_calls(options) else "–"
-    pairs, guided = pair_count(run, options), 1 if options.guidance in (0.0, 1.0) else 2
+    pairs, guided = pair_count(run, options), calls_at(options.guidance)
     if options.nfe is not None:
         return f"{pairs * options.nfe * guided:,}"
     return f"{pairs * LADDER[0] * guided / 1e6:.1f}–{pairs * LADDER[-1] * guided / 1e6:.1f} M"
@@ -97,9 +98,7 @@ def estimate(run: Run, options: Options, module: nn.Module, context: int) -> flo
         called = _seconds(lambda: module(x, *t, **cond)) / len(x)
     calls = online_calls(options)
     if isinstance(options, PairOptions):
-        calls += (
-            pair_count(run, options) * (options.nfe or 2 * LADDER[0]) * (1 if options.guidance in (0.0, 1.0) else 2)
-        )
+        calls += pair_count(run, options) * (options.nfe or 2 * LADDER[0]) * calls_at(options.guidance)
     return (options.samples * trained * 1.2 + calls * called) / 60
 
 
