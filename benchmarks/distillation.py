@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import statistics
 import time
@@ -22,20 +21,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rows import ASSETS, SCORES, Row, Rows, markdown, score, size_and_cost, spread, train
 
 from fewstep.data.load import load_data
 from fewstep.generator import Generator, load
-from fewstep.methods.perceptual import FeatureDistance, find_features
+from fewstep.methods.perceptual import find_features
 from fewstep.methods.registry import find_method
 from fewstep.methods.straight_line import one_step
-from fewstep.metrics import evaluate, sample_count
-from fewstep.networks import parameter_count
-from fewstep.pipeline.recipe import make_recipe
-from fewstep.pipeline.run import run_recipe
 from fewstep.store.pairs import PairStore
-from fewstep.training.world import LocalWorld, set_threads
+from fewstep.training.world import set_threads
 
-ASSETS = Path(__file__).parent / "assets"
+SCRIPT = "benchmarks/distillation.py"
 TIMED, REPEATS = 64, 7  # samples of a timing, and how often it is repeated
 
 
@@ -45,10 +41,10 @@ class Setting:
     def __init__(
         self,
         data: Any,
-        network: dict[str, Any],
-        first: dict[str, Any],
-        student: dict[str, Any],
-        small: dict[str, Any],
+        network: Row,
+        first: Row,
+        student: Row,
+        small: Row,
     ) -> None:
         self.data, self.network, self.first, self.student, self.small = data, network, first, student, small
 
@@ -66,7 +62,7 @@ def digits() -> Setting:
 
 
 def fashion_mnist(folder: Path) -> Setting:
-    image: dict[str, Any] = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
+    image: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     image |= {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
     data = {
         "path": str(folder / "train-images-idx3-ubyte.gz"),
@@ -84,14 +80,14 @@ def fashion_mnist(folder: Path) -> Setting:
     return Setting(data, {"name": "unet", "preset": "small"}, first, student, small)
 
 
-HARD: dict[str, Any] = {"shares": [0.5, 0, 0.5], "adversarial": 0.5, "adversarial_lr": 2e-4}
-GENTLE: dict[str, Any] = {"shares": [0.5, 0, 0.5], "adversarial": 0.25, "adversarial_lr": 1e-3, "samples": 800_000}
+HARD: Row = {"shares": [0.5, 0, 0.5], "adversarial": 0.5, "adversarial_lr": 2e-4}
+GENTLE: Row = {"shares": [0.5, 0, 0.5], "adversarial": 0.25, "adversarial_lr": 1e-3, "samples": 800_000}
 SMALL = {"1/4": 0.25, "1/8": 0.125}
 
 
-def rows() -> dict[str, dict[str, Any]]:
+def students() -> dict[str, Row]:
     """Every student by name: what it changes of the setting's student."""
-    off: dict[str, Any] = {"method": "instaflow", "adversarial": 0}
+    off: Row = {"method": "instaflow", "adversarial": 0}
     on, gentle = {"method": "instaflow", **HARD}, {"method": "instaflow", **GENTLE}
     seen = {"features": "features", "shares": [0.5, 0.1, 0.4]}
     through = {"adversarial": 0.5, "sees": "features", "features": "seen", "perceptual": 0}
@@ -132,10 +128,10 @@ def rows() -> dict[str, dict[str, Any]]:
 def prepare(setting: Setting, out: Path, seed: int) -> None:
     """Teacher, straight flow and features."""
     fields = {"data": setting.data, "network": setting.network, "seed": seed, "stages": setting.first}
-    run_recipe(make_recipe({**fields, "conditional": False}, "benchmarks/distillation.py"), out, LocalWorld(quiet=True))
+    train(fields, out, SCRIPT)
 
 
-def student(setting: Setting, out: Path, seed: int, name: str, changes: dict[str, Any]) -> tuple[Path, float]:
+def student(setting: Setting, out: Path, seed: int, name: str, changes: Row) -> tuple[Path, float]:
     """Train one student; its folder and the CPU seconds."""
     folder = out / "students" / "".join(letter if letter.isalnum() else "-" for letter in name)
     known = find_method(changes["method"]).options.model_fields
@@ -150,31 +146,10 @@ def student(setting: Setting, out: Path, seed: int, name: str, changes: dict[str
     made = [*out.glob(f"straight/pairs/{tag}"), *sorted((out / "students").glob(f"*/student/pairs/{tag}"))]
     if made and not folder.exists():  # equal requests make equal pairs: no need to make them again
         shutil.copytree(made[0], folder / "student" / "pairs" / tag)
-    fields = {"data": setting.data, "network": setting.network, "seed": seed, "conditional": False}
+    fields = {"data": setting.data, "network": setting.network, "seed": seed, "stages": {"student": stage}}
     began = time.process_time()
-    recipe = make_recipe({**fields, "stages": {"student": stage}}, "benchmarks/distillation.py")
-    run_recipe(recipe, folder, LocalWorld(quiet=True))
+    train(fields, folder, SCRIPT)
     return folder / "student", time.process_time() - began
-
-
-def score(model: Generator, data: Any, judge: FeatureDistance, steps: int) -> dict[str, float]:
-    """The judge's row of a model."""
-    train = data.train_rows()
-    count = min(2000, sample_count(len(train)))
-    draw = model.draw(count, steps=steps)
-    found = evaluate(draw.x, train, None, judge.pooled, features_name=judge.name)
-    names = ("energy", "fd_percent", "precision", "recall", "coverage")
-    return {name: getattr(found, name) for name in names} | {"parameters": parameter_count(model.module)}
-
-
-def macs(model: Generator) -> float:
-    """Multiplications and additions of one network call, in millions of pairs."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    x = torch.zeros(1, *model.config.shape)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.module(x, torch.zeros(1))
-    return counter.get_total_flops() / 2e6
 
 
 def time_ratio(model: Generator, teacher: Generator) -> float:
@@ -199,25 +174,26 @@ def rmse(model: Generator, pairs: Path) -> float:
     return float((x - columns["x1"]).square().mean().sqrt())
 
 
-def measure(setting: Setting, out: Path, seed: int, name: str, changes: dict[str, Any] | None) -> dict[str, Any]:
+def measure(setting: Setting, out: Path, seed: int, name: str, changes: Row | None) -> Row:
     """One line of rows.jsonl."""
     data = load_data(setting.data, seed=seed)
     found = out / "teacher"
     teacher = load(found if found.is_dir() else ASSETS / "fashion_mnist_teacher")
     judge_folder = out / "judge" if (out / "judge").is_dir() else ASSETS / "fashion_mnist_features"
     judge = find_features(judge_folder, data.shape)
-    line: dict[str, Any] = {"name": name, "seed": seed}
+    line: Row = {"name": name, "seed": seed}
     if changes is None:
         kind, steps = name.split(" @")
         model = teacher if kind == "teacher" else load(out / kind)
-        return line | score(model, data, judge, int(steps)) | {"macs": macs(model)}
+        return line | score(model, data, judge, int(steps)) | size_and_cost(model)
     folder, seconds = student(setting, out, seed, name, changes)
     model = load(folder)
     pairs = next((folder / "pairs").glob("*/generated"))
     return (
         line
         | score(model, data, judge, 1)
-        | {"rmse": rmse(model, pairs), "macs": macs(model), "time": time_ratio(model, teacher), "seconds": seconds}
+        | size_and_cost(model)
+        | {"rmse": rmse(model, pairs), "time": time_ratio(model, teacher), "seconds": seconds}
     )
 
 
@@ -229,29 +205,20 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def table(lines: list[dict[str, Any]]) -> str:
+def table(rows: Rows) -> str:
     """Medians over seeds, and the range in brackets."""
-    names = list(dict.fromkeys(line["name"] for line in lines))
-    text = ["| | " + " | ".join(title for _, title, _ in COLUMNS) + " |", "|---|" + "--:|" * len(COLUMNS)]
-    for name in names:
-        cells = []
-        for key, _, form in COLUMNS:
-            values = [line[key] for line in lines if line["name"] == name and key in line]
-            if not values:
-                cells.append("")
-                continue
-            cell = f"{statistics.median(values):{form}}"
-            if len(values) > 1 and key in ("energy", "fd_percent", "precision", "recall", "coverage", "rmse"):
-                cell += f" ({min(values):{form}}–{max(values):{form}})"
-            cells.append(cell)
-        text.append(f"| {name} | " + " | ".join(cells) + " |")
-    return re.sub(r"(?<!\d)0\.", ".", "\n".join(text))
+    ranged = (*SCORES, "rmse")
+    lines = [
+        [name, *(spread(rows.values(name, key), form, key in ranged) for key, _, form in COLUMNS)]
+        for name in rows.names
+    ]
+    return markdown([title for _, title, _ in COLUMNS], lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=["digits", "fashion_mnist"])
-    parser.add_argument("--data", type=Path, help="folder of the Fashion-MNIST files")
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the Fashion-MNIST files")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--rows", help="names, separated by ';'; all when absent")
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
@@ -260,22 +227,17 @@ def main() -> None:
     set_threads()
     setting = digits() if arguments.setting == "digits" else fashion_mnist(arguments.data)
     base = arguments.out / arguments.setting
-    kept = base / "rows.jsonl"
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
-    wanted: dict[str, dict[str, Any] | None] = {"teacher @1": None, "teacher @50": None, "straight @1": None, **rows()}
+    kept = Rows(base / "rows.jsonl")
+    wanted: dict[str, Row | None] = {"teacher @1": None, "teacher @50": None, "straight @1": None, **students()}
     if arguments.rows:
         wanted = {name.strip(): wanted[name.strip()] for name in arguments.rows.split(";")}
     for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
         out = base / str(seed)
         prepare(setting, out, seed)
         for name, changes in wanted.items():
-            if any((line["name"], line["seed"]) == (name, seed) for line in lines):
-                continue
-            lines.append(measure(setting, out, seed, name, changes))
-            with kept.open("a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
-            print(json.dumps(lines[-1]), flush=True)
-    print(table(lines))
+            if (name, seed) not in kept:
+                kept.add(measure(setting, out, seed, name, changes))
+    print(table(kept))
 
 
 if __name__ == "__main__":

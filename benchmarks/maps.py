@@ -1,0 +1,271 @@
+"""Few-step methods side by side: `python benchmarks/maps.py digits|fashion_mnist|mixtures`.
+
+``digits`` and ``fashion_mnist``: every row is one model, trained from the same teacher (or from the data, where it says
+so) on as many samples, or with `--seconds S` for as many CPU seconds, and judged at the step counts it is made for.
+Rows are kept in OUT, and the same command goes on with those that are missing; `--rows "a; b"` makes only those.
+Fashion-MNIST needs `--data` with the folder of its idx files, and takes the teacher and the judge from
+`benchmarks/assets`.
+
+``mixtures``: random mixtures on the line and in the plane, defaults with `teacher:` given. W1 to fresh samples of the
+law (in the plane the mean over directions), in units of one Euler step of the teacher.
+
+Run with OMP_NUM_THREADS=1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rows import ASSETS, Row, Rows, markdown, score, score_samples, spread, train
+from torch import Tensor
+
+from fewstep import closed_form
+from fewstep.data.load import load_data
+from fewstep.errors import UserError
+from fewstep.flow.noise import generator_for
+from fewstep.generator import load
+from fewstep.methods.perceptual import FeatureDistance, find_features
+from fewstep.methods.registry import find_method
+from fewstep.metrics import sample_count
+from fewstep.metrics.controls import moment_matched_gaussian
+from fewstep.training.world import set_threads
+
+SCRIPT = "benchmarks/maps.py"
+ANY, ONE = (1, 2, 4, 8), (1,)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A data set, what is trained first, and the budget of every model."""
+
+    data: Any
+    network: Row
+    first: Row
+    usual: Row
+    changes: dict[str, Row] = field(default_factory=dict)
+
+    def header(self, seed: int) -> Row:
+        """What all recipes have."""
+        return {"data": self.data, "network": self.network, "seed": seed}
+
+
+def digits() -> Setting:
+    """The teacher's own budget in samples."""
+    first = {
+        "teacher": {"method": "flow_matching", "samples": 800_000},
+        "judge": {"method": "features", "samples": 200_000, "network": {"widths": [24, 48, 96]}},
+    }
+    return Setting("digits", {"name": "mlp", "preset": "small"}, first, {"samples": 800_000})
+
+
+def fashion_mnist(folder: Path) -> Setting:
+    """A budget that a CPU can bear; with `--seconds` it is the time that is the same."""
+    data = {"path": str(folder / "train-images-idx3-ubyte.gz"), "name": "fashion_mnist"}
+    usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
+    pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
+    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, {"reflow": pairs, "instaflow": pairs})
+
+
+@dataclass(frozen=True)
+class Model:
+    """One row: a stage, and the step counts it is judged at."""
+
+    stage: Row
+    steps: tuple[int, ...] = ANY
+    from_data: bool = False
+
+
+def models() -> dict[str, Model]:
+    """Every model by name."""
+    return {
+        "reflow": Model({"method": "reflow", "mix": 1.0}),
+        "instaflow, regression": Model({"method": "instaflow", "adversarial": 0}, ONE),
+        "meanflow": Model({"method": "meanflow"}),
+        "meanflow, split": Model({"method": "meanflow", "target": "split"}),
+        "lagrangian": Model({"method": "lagrangian"}),
+        "shortcut": Model({"method": "shortcut"}),
+        "consistency": Model({"method": "consistency"}),
+        "consistency, continuous": Model({"method": "consistency", "target": "continuous"}),
+        "consistency_fm, K = 2": Model({"method": "consistency_fm"}, (2,)),
+        "meanflow, from data": Model({"method": "meanflow"}, from_data=True),
+        "lagrangian, from data": Model({"method": "lagrangian"}, from_data=True),
+        "shortcut, from data": Model({"method": "shortcut"}, from_data=True),
+        "consistency_fm, K = 2, from data": Model({"method": "consistency_fm"}, (2,), from_data=True),
+    }
+
+
+def stage_of(setting: Setting, model: Model, teacher: Path) -> Row:
+    """The stage's fields."""
+    method = model.stage["method"]
+    known = find_method(method).options.model_fields
+    stage = setting.usual | setting.changes.get(method, {}) | model.stage
+    if not model.from_data:
+        stage = {"teacher": str(teacher), **stage}
+    return {key: value for key, value in stage.items() if key in known or key in model.stage}
+
+
+def seconds_of(setting: Setting, stage: Row, folder: Path, seed: int) -> float:
+    """Train; CPU seconds."""
+    began = time.process_time()
+    train(setting.header(seed) | {"stages": {"model": stage}}, folder, SCRIPT)
+    return time.process_time() - began
+
+
+def samples_in(setting: Setting, stage: Row, folder: Path, seed: int, seconds: float) -> int:
+    """How many samples a stage sees in so many CPU seconds, from two short runs."""
+    batch = stage.get("batch_size", 256)
+    times = []
+    for batches in (8, 32):
+        short = {**stage, "samples": batches * batch}
+        times.append(seconds_of(setting, short, folder.with_name(f"{folder.name}-{batches}"), seed))
+    per_sample = (times[1] - times[0]) / (24 * batch)
+    fixed = times[0] - 8 * batch * per_sample  # pairs, mostly
+    return max(batch, int((seconds - fixed) / per_sample))
+
+
+def scores(path: Path, steps: tuple[int, ...], data: Any, judge: FeatureDistance, **how: Any) -> Row:
+    """``name@steps`` of every score."""
+    found = {}
+    for count in steps:
+        try:
+            found |= {f"{key}@{count}": value for key, value in score(load(path), data, judge, count, **how).items()}
+        except UserError as refused:
+            print(f"{path.name} at {count} steps: {refused}")
+    return found
+
+
+def table(rows: Rows) -> str:
+    """A line per model; energy (range over seeds), Fréchet distance, precision/recall at every step count."""
+    lines = []
+    for name in rows.names:
+        cells = []
+        for steps in ANY:
+            distance = spread(rows.values(name, f"energy@{steps}"), ".4f")
+            frechet = spread(rows.values(name, f"fd_percent@{steps}"), ".2f", full=False)
+            ratios = "/".join(
+                spread(rows.values(name, f"{key}@{steps}"), ".2f", full=False) for key in ("precision", "recall")
+            )
+            cells.append(f"{distance} · {frechet} · {ratios}" if distance else "")
+        extra = [
+            spread(rows.values(name, key), form, full=False) for key, form in (("samples", ",.0f"), ("seconds", ".0f"))
+        ]
+        lines.append([name, *cells, *extra])
+    return markdown([*(f"{steps} call{'s' if steps > 1 else ''}" for steps in ANY), "samples", "s"], lines)
+
+
+def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
+    """Digits and Fashion-MNIST."""
+    rows, known = Rows(base / "rows.jsonl"), models()
+    controls = ["Gaussian", "teacher", "teacher, auto"]
+    wanted = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else [*controls, *known]
+    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+        out = base / str(seed)
+        if setting.first:
+            train(
+                {"data": setting.data, "network": setting.network, "seed": seed, "stages": setting.first}, out, SCRIPT
+            )
+        teacher = out / "teacher" if setting.first else ASSETS / "fashion_mnist_teacher"
+        data = load_data(setting.data, seed=seed)
+        judge = find_features(out / "judge" if setting.first else ASSETS / "fashion_mnist_features", data.shape)
+        for name in wanted:
+            if (name, seed) in rows:
+                continue
+            line: Row = {"name": name, "seed": seed}
+            if name == "Gaussian":
+                real = data.train_rows()
+                found = score_samples(moment_matched_gaussian(real, min(2000, sample_count(len(real)))), real, judge)
+                line |= {f"{key}@1": value for key, value in found.items()}
+            elif name == "teacher":
+                line |= scores(teacher, (*ANY, 50), data, judge)
+            elif name == "teacher, auto":
+                line |= scores(teacher, (4, 8), data, judge, solver="auto")
+            else:
+                model, folder = known[name], out / "models" / "".join(c if c.isalnum() else "-" for c in name)
+                stage = stage_of(setting, model, teacher)
+                if arguments.seconds:
+                    stage["samples"] = samples_in(setting, stage, folder, seed, arguments.seconds)
+                seconds = seconds_of(setting, stage, folder, seed)
+                line |= {"samples": stage["samples"], "seconds": seconds}
+                line |= scores(folder / "model", model.steps, data, judge)
+                shutil.rmtree(folder / "model" / "pairs", ignore_errors=True)
+            rows.add(line)
+    print(table(rows))
+
+
+def mixture(dimension: int, seed: int) -> tuple[Any, Tensor]:
+    """A random mixture, and 20,000 of its samples."""
+    draw = np.random.default_rng((seed, dimension))
+    parts = int(draw.integers(2, 5) if dimension == 1 else draw.integers(3, 9))
+    weights = draw.dirichlet(np.full(parts, 4.0))
+    means, widths = draw.uniform(-2, 2, (parts, dimension)), draw.uniform(0.1, 0.4, parts)
+    law = closed_form.mixture(*(torch.from_numpy(part) for part in (weights, means, widths)))
+    return law, law.sample(20_000, generator_for("mixture", seed))
+
+
+def distance(x: Tensor, law: Any, seed: int) -> float:
+    """W1 between sorted samples on the line; in the plane the mean over 64 directions."""
+    y = law.sample(len(x), generator_for("judge", seed)).to(x)
+    angles = torch.arange(64 if x[0].numel() > 1 else 1) * (torch.pi / 64)
+    directions = torch.stack([angles.cos(), angles.sin()])[: x[0].numel()].to(x)
+    return float(((x @ directions).sort(0).values - (y @ directions).sort(0).values).abs().mean())
+
+
+def mixtures(arguments: argparse.Namespace, base: Path) -> None:
+    """Random mixtures."""
+    rows = Rows(base / "rows.jsonl")
+    known = {name: model for name, model in models().items() if not model.from_data}
+    wanted = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(known)
+    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+        for dimension in (1, 2):
+            law, samples = mixture(dimension, seed)
+            out = base / f"{dimension}-{seed}"
+            out.mkdir(parents=True, exist_ok=True)
+            np.save(out / "data.npy", samples.float().numpy())
+            header = {"data": str(out / "data.npy"), "seed": seed}
+            train({**header, "stages": {"teacher": {"method": "flow_matching"}}}, out, SCRIPT)
+            teacher = load(out / "teacher")
+            euler = distance(teacher.sample(20_000, steps=1), law, seed)
+            for name in wanted:
+                if (f"{name}, {dimension}-D", seed) in rows:
+                    continue
+                folder = out / "".join(c if c.isalnum() else "-" for c in name)
+                stage = {"teacher": str(out / "teacher"), **known[name].stage}
+                began = time.process_time()
+                train({**header, "stages": {"model": stage}}, folder, SCRIPT)
+                line: Row = {"name": f"{name}, {dimension}-D", "seed": seed, "seconds": time.process_time() - began}
+                for steps in known[name].steps:
+                    found = distance(load(folder / "model").sample(20_000, steps=steps), law, seed)
+                    line |= {f"distance@{steps}": found, f"ratio@{steps}": found / euler}
+                rows.add(line)
+    lines = [[name, *(spread(rows.values(name, f"ratio@{steps}"), ".3f") for steps in ANY)] for name in rows.names]
+    print(markdown([f"{steps}" for steps in ANY], lines))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=["digits", "fashion_mnist", "mixtures"])
+    parser.add_argument("--data", type=Path, default=Path(), help="folder of the Fashion-MNIST files")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of every model, instead of its samples")
+    parser.add_argument("--rows", help="names, separated by ';'; all when absent")
+    parser.add_argument("--out", type=Path, default=Path("runs/maps"))
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    arguments = parser.parse_args()
+    set_threads()
+    base = arguments.out / arguments.setting / (f"{arguments.seconds:g}s" if arguments.seconds else "samples")
+    base.mkdir(parents=True, exist_ok=True)
+    if arguments.setting == "mixtures":
+        mixtures(arguments, base)
+    else:
+        images(digits() if arguments.setting == "digits" else fashion_mnist(arguments.data), arguments, base)
+
+
+if __name__ == "__main__":
+    main()
