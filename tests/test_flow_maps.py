@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -33,8 +34,8 @@ from fewstep.methods.flow_map import (
     draw_times,
     weighted_square,
 )
-from fewstep.methods.lagrangian import Lagrangian
-from fewstep.methods.meanflow import MeanFlow, MeanflowOptions, changes
+from fewstep.methods.lagrangian import Lagrangian, LagrangianOptions
+from fewstep.methods.meanflow import MeanFlow, MeanflowOptions, SelfGuidance, alpha_at, changes
 from fewstep.methods.shortcut import Shortcut, draw_steps
 from fewstep.networks import build, resolve
 from fewstep.networks.two_time import take_weights
@@ -245,7 +246,8 @@ def gradient_score(
 
 FROM_DATA: dict[str, Callable[[nn.Module, Any], Objective]] = {
     "meanflow": lambda net, target: MeanFlow(net, taught(target, False), UNIFORM),
-    "split": lambda net, target: MeanFlow(net, taught(target, False), UNIFORM, split=True),
+    "split": lambda net, target: MeanFlow(net, taught(target, False), UNIFORM, target="split"),
+    "improved": lambda net, target: MeanFlow(net, taught(target, False), UNIFORM, target="improved"),
     "lagrangian": lambda net, target: Lagrangian(net, taught(target, False), UNIFORM),
 }
 
@@ -274,13 +276,65 @@ def test_losses_from_an_exact_teacher_vanish_at_the_exact_map() -> None:
     net, lesson = Perturbed(GAUSSIAN, DIRECTIONS["x"]), taught(GAUSSIAN, True)
     for objective in (
         MeanFlow(net, lesson, UNIFORM, way="forward"),
-        MeanFlow(net, lesson, UNIFORM, split=True),
+        MeanFlow(net, lesson, UNIFORM, target="split"),
         Lagrangian(net, lesson, UNIFORM),
     ):
         assert objective.loss("student", batch, Draws(generator, 400))["loss"].item() < 1e-12
     with torch.no_grad():
         net.epsilon += 0.1
     assert Lagrangian(net, lesson, UNIFORM).loss("student", batch, Draws(generator, 400))["loss"].item() > 1e-3
+
+
+def alpha_residual(student: nn.Module, alpha: float, teacher: bool = True) -> Tensor:
+    """``(u - y) / a`` on the same rows for every a."""
+    generator = generator_for("alpha")
+    batch = batch_of(GAUSSIAN, 400, generator)
+    x_t, times = points(GAUSSIAN, 400)
+    objective = MeanFlow(student, taught(GAUSSIAN, teacher), UNIFORM, target="alpha")
+    target = objective.target(batch, x_t, times, Draws(generator, 400), alpha)
+    return (student(x_t, times.t, r=times.r).detach() - target) / alpha
+
+
+def test_the_alpha_targets_residual_at_the_exact_map_is_of_second_order() -> None:
+    net = Perturbed(GAUSSIAN, DIRECTIONS["x"])
+    sizes = [float(alpha_residual(net, 0.5**k).square().mean().sqrt()) for k in range(2, 8)]
+    slopes = [math.log2(one / two) for one, two in itertools.pairwise(sizes)]
+    assert slopes[-1] == pytest.approx(1, abs=0.05), slopes
+
+
+def test_small_alphas_have_the_gradient_of_the_derivatives_target() -> None:
+    net = Perturbed(GAUSSIAN, DIRECTIONS["x squared"])
+    with torch.no_grad():
+        net.epsilon += 0.2  # away from the solution
+    x_t, times = points(GAUSSIAN, 400)
+    exact = derivative_target(Derivative(net, "forward"), x_t, times, GAUSSIAN.velocity(x_t, times.t), {})
+    limit = net(x_t, times.t, r=times.r).detach() - exact
+    errors = [float((alpha_residual(net, a) - limit).square().mean().sqrt()) for a in (1e-2, 1e-3, 1e-4)]
+    assert errors[0] / errors[1] == pytest.approx(10, rel=0.1)
+    assert errors[2] < 1e-3 * float(limit.square().mean().sqrt())
+
+
+def test_alpha_falls_from_one_along_a_sigmoid() -> None:
+    assert alpha_at(0.0) == alpha_at(0.2) == 1.0
+    assert alpha_at(0.5) == pytest.approx(0.5)
+    assert alpha_at(0.6) == pytest.approx(1 / (1 + math.exp(2.5)))
+    assert alpha_at(0.8) == alpha_at(1.0) == 0.005
+
+
+@pytest.mark.parametrize("own", [0.0, 0.5, 0.9])
+def test_self_guidance_is_a_fixed_point_of_the_guided_velocity(own: float) -> None:
+    generator = generator_for("guided")
+    free, known, x = torch.randn(3, 5, 2, generator=generator, dtype=torch.float64)
+    label, scale, t = torch.tensor([0, 1, 2, 0, 3]), 2.5, torch.full((5,), 0.4, dtype=torch.float64)
+    guided = free + scale * (known - free)
+
+    def student(x: Tensor, t: Tensor, r: Tensor, label: Tensor | None) -> Tensor:
+        assert torch.equal(r, t)
+        return free if label is None else guided
+
+    found = SelfGuidance(student, scale, own, null=3, dropout=0.1)(known, x, t, {"label": label})
+    torch.testing.assert_close(found[:4], guided[:4], rtol=1e-12, atol=1e-12)
+    assert torch.equal(found[4], known[4])  # it lost its label
 
 
 def euler(target: Any, smallest: float) -> Callable[..., Tensor]:
@@ -350,8 +404,8 @@ def test_the_adaptive_weight_is_its_formula_and_has_no_gradient() -> None:
 def test_targets_have_no_graph() -> None:
     generator = generator_for("graph")
     batch, net = batch_of(GAUSSIAN, 50, generator), Perturbed(GAUSSIAN, DIRECTIONS["x"])
-    for split in (False, True):
-        objective = MeanFlow(net, taught(GAUSSIAN, False), UNIFORM, split=split)
+    for target in ("derivative", "improved", "alpha", "split"):
+        objective = MeanFlow(net, taught(GAUSSIAN, False), UNIFORM, target=target)  # type: ignore[arg-type]
         times = draw_times(UNIFORM, 0.5, Draws(generator, 50), batch.x1)
         assert not objective.target(batch, batch.x0, times, Draws(generator, 50)).requires_grad
     shortcut = Shortcut(net, taught(GAUSSIAN, False))
@@ -377,6 +431,7 @@ NETWORK = {"name": "mlp", "width": 64, "blocks": 2, "embedding": 32}
 STAGES: dict[str, dict[str, Any]] = {
     "meanflow": {"method": "meanflow", "samples": 64_000, "derivative": "finite_difference"},
     "split": {"method": "meanflow", "target": "split", "samples": 64_000},
+    "alpha": {"method": "meanflow", "target": "alpha", "samples": 64_000},
     "lagrangian": {"method": "lagrangian", "samples": 50_000},
     "shortcut": {"method": "shortcut", "samples": 64_000},
 }
@@ -442,6 +497,40 @@ def test_robust_weights_on_pairs_in_few_dimensions_are_refused() -> None:
     assert changes(MeanflowOptions(method="meanflow", p=0.75, teacher="t"), (2,)) == {"two_time": True}
 
 
-def test_guidance_needs_a_teacher() -> None:
+def test_guidance_needs_a_teacher_where_it_cannot_be_learned_alone() -> None:
     with pytest.raises(ValueError, match="guidance is the teacher's"):
-        MeanflowOptions(method="meanflow", guidance=2.0)
+        LagrangianOptions(method="lagrangian", guidance=2.0)
+    assert MeanflowOptions(method="meanflow", guidance=2.0).guidance == 2.0
+    with pytest.raises(ValueError, match="own belongs to guidance without a teacher"):
+        MeanflowOptions(method="meanflow", own=0.2)
+    with pytest.raises(ValueError, match="a teacher's velocity has none"):
+        MeanflowOptions(method="meanflow", target="improved", teacher="t")
+
+
+def test_guidance_learned_alone_is_that_of_a_guided_teacher(tmp_path: Path) -> None:
+    """Two classes on the line: one step with the guidance learned beside the guided flow in forty."""
+    generator = generator_for("two classes")
+    label = torch.randint(2, (20_000,), generator=generator)
+    x = 0.5 * torch.randn(20_000, 1, generator=generator) + (2.0 * label - 1)[:, None]
+    np.save(tmp_path / "x.npy", x.numpy())
+    np.save(tmp_path / "y.npy", label.numpy())
+    data = {"path": str(tmp_path / "x.npy"), "labels": str(tmp_path / "y.npy"), "scale": "none"}
+    alone = {"method": "meanflow", "guidance": 2.0, "samples": 128_000, "derivative": "finite_difference"}
+    stages = {"teacher": {"method": "flow_matching", "samples": 96_000}, "alone": alone}
+    fields = {"data": data, "conditional": True, "network": NETWORK, "stages": stages}
+    run_recipe(make_recipe(fields, "x"), tmp_path / "run", LocalWorld(quiet=True))
+    teacher, student = load(tmp_path / "run" / "teacher"), load(tmp_path / "run" / "alone")
+    assert student.config.guidance == 2.0
+    guided = teacher.sample(4000, steps=40, label=1, guidance=2.0).flatten().sort().values
+    plain = teacher.sample(4000, steps=40, label=1).flatten().sort().values
+    found = student.sample(4000, steps=1, label=1).flatten().sort().values
+    moved = (guided - plain).abs().mean()
+    assert (found - guided).abs().mean() < 0.3 * moved, (found.mean(), guided.mean(), plain.mean())
+    with pytest.raises(UserError, match="baked"):
+        student.sample(4, steps=1, label=1, guidance=2.0)
+
+
+def test_guidance_learned_alone_needs_labels() -> None:
+    fields = {"data": "digits", "network": NETWORK, "stages": {"m": {"method": "meanflow", "guidance": 2.0}}}
+    with pytest.raises(UserError, match="conditional: true"):
+        make_recipe({**fields, "conditional": False}, "x")

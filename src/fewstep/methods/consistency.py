@@ -43,7 +43,16 @@ from fewstep.flow.paths import expand_time
 from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
 from fewstep.methods.distances import Distance, find_distance, pseudo_huber_rows
-from fewstep.methods.endpoint import Follower, Steps, consistent, in_full, neighbour, step_calls, step_velocity
+from fewstep.methods.endpoint import (
+    Follower,
+    Progress,
+    Steps,
+    consistent,
+    in_full,
+    neighbour,
+    step_calls,
+    step_velocity,
+)
 from fewstep.methods.flow_map import (
     Announcement,
     LawOfTime,
@@ -93,28 +102,6 @@ class ConsistencyOptions(MapOptions):
                 needed = "continuous" if self.target == "discrete" else "discrete"
                 raise ValueError(f"{name} belongs to 'target: {needed}': set that, or leave {name} out")
         return self
-
-
-@final
-class Progress:
-    """How much of the training is done, from 0 to 1.
-
-    Args:
-        total: optimiser steps.
-
-    Attributes:
-        state: the steps so far; a checkpoint must keep it.
-    """
-
-    def __init__(self, total: int) -> None:
-        self.total = max(1, total)
-        self.state = {"steps": torch.zeros((), dtype=torch.long)}
-
-    def step(self) -> float:
-        """The share before this step, which is counted."""
-        done = int(self.state["steps"]) / self.total
-        self.state["steps"].add_(1)
-        return min(1.0, done)
 
 
 def gap_at(done: float, stages: int) -> float:

@@ -108,6 +108,28 @@ class Follower:
         return out
 
 
+@final
+class Progress:
+    """How much of the training is done, from 0 to 1.
+
+    Args:
+        total: optimiser steps.
+
+    Attributes:
+        state: the steps so far; a checkpoint must keep it.
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = max(1, total)
+        self.state = {"steps": torch.zeros((), dtype=torch.long)}
+
+    def step(self) -> float:
+        """The share before this step, which is counted."""
+        done = int(self.state["steps"]) / self.total
+        self.state["steps"].add_(1)
+        return min(1.0, done)
+
+
 @contextlib.contextmanager
 def same_dropout(device: torch.device) -> Iterator[None]:
     """Afterwards the random state is as it was: the next call of a network drops the same values as the one inside."""

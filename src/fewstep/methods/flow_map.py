@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, NamedTuple, final
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, final
 
 import torch
 from pydantic import AfterValidator, Field, model_validator
@@ -43,11 +43,13 @@ TRIED_ROWS = 4
 class MapOptions(Options):
     """Options of the methods that learn a two-time map, from data or from a teacher's velocity."""
 
+    guides_itself: ClassVar[bool] = False  # whether guidance can be learned without a teacher
+
     guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
 
     @model_validator(mode="after")
     def _guidance_has_a_teacher(self) -> MapOptions:
-        if self.guidance != 1.0 and self.teacher is None:
+        if self.guidance != 1.0 and self.teacher is None and not self.guides_itself:
             raise ValueError("guidance is the teacher's, baked in: add 'teacher: STAGE', or leave it out")
         return self
 
@@ -85,8 +87,10 @@ def draw_times(law: TimeLaw, diagonal: float, draws: Draws, like: Tensor) -> Tim
     return Times(t, torch.where(same, t, r), same)
 
 
-def derivative_target(derivative: Derivative, x: Tensor, times: Times, v: Tensor, cond: Mapping[str, Any]) -> Tensor:
-    """``v + (r - t) du/dt`` with ``du/dt = ∂_t u + (∂_x u) v``, without a graph.
+def derivative_target(
+    derivative: Derivative, x: Tensor, times: Times, v: Tensor, cond: Mapping[str, Any], along: Tensor | None = None
+) -> Tensor:
+    """``v + (r - t) du/dt`` with ``du/dt = ∂_t u + (∂_x u) w``, without a graph.
 
     Args:
         derivative: of ``u(x, t, r=r, **cond)``.
@@ -94,8 +98,9 @@ def derivative_target(derivative: Derivative, x: Tensor, times: Times, v: Tensor
         times: t and r.
         v: a velocity at (x, t), or a pair's whose mean it is.
         cond: further keyword arguments of u.
+        along: w, v itself by default.
     """
-    _, slope = derivative(x, times.t, v, torch.ones_like(times.t), r=times.r, **cond)
+    _, slope = derivative(x, times.t, v if along is None else along, torch.ones_like(times.t), r=times.r, **cond)
     return v + expand_time(times.r - times.t, x) * slope
 
 
@@ -109,6 +114,11 @@ def composition_target(u: Velocity, x: Tensor, times: Times, q: Tensor, cond: Ma
     share = expand_time((q - t) / width, x)
     first = u(x, t, r=q, **cond).to(x)
     return share * first + (1 - share) * u(x + expand_time(q - t, x) * first, q, r=r, **cond).to(x)
+
+
+def where_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Rows of ``yes`` where the mask (B,) is true, of ``no`` elsewhere."""
+    return torch.where(mask.reshape(-1, *(1,) * (yes.ndim - 1)), yes, no)
 
 
 Target = Callable[[Tensor, Tensor, Times, Mapping[str, Any]], Tensor]

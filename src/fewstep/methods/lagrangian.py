@@ -36,6 +36,7 @@ from fewstep.methods.flow_map import (
     teacher_calls,
     two_time,
     weighted_square,
+    where_rows,
 )
 
 
@@ -86,8 +87,7 @@ class Lagrangian(Objective):
             return self.taught.velocity_at(batch, end, times.r)
         with full_precision(end):
             own = self.average(end, times.r, r=times.r, **batch.cond).to(end)
-        same = times.diagonal.reshape(-1, *(1,) * (end.ndim - 1))
-        return torch.where(same, self.taught.velocity_at(batch, end, times.t), own)
+        return where_rows(times.diagonal, self.taught.velocity_at(batch, end, times.t), own)
 
 
 def plan(options: LagrangianOptions, stage: Stage) -> Plan:

@@ -1,14 +1,29 @@
-"""MeanFlow: the average velocity from its own derivative (Geng et al., arXiv:2505.13447), or by splitting.
+"""MeanFlow: the average velocity from its own derivative (Geng et al., arXiv:2505.13447), and its relatives.
 
-    L(theta) = E w | u_theta(x_t, t, r) - sg[ v + (r - t) (∂_t u_theta + (∂_x u_theta) v) ] |^2,   t <= r,
+    L(theta) = E w | u_theta(x_t, t, r) - sg[ y ] |^2,   t <= r,      y = v + (r - t) (∂_t u_theta + (∂_x u_theta) v),
 
 with v the velocity of the data pair, ``x1 - x0``, or of a teacher, and ``w = (|.|^2 + c)^-p`` without gradient. (The
 paper's time is 1 - t, hence its other sign.) A share ``diagonal`` of the rows has r = t and learns v itself. The
 derivative's tangent is the same v as in front: the equation is linear in it, so pairs give its conditional mean.
+Other targets y off the diagonal:
 
-``target: split`` needs no derivative (SplitMeanFlow, arXiv:2507.16884): for q uniform between t and r,
+- ``improved`` (arXiv:2512.02012): the derivative along the network's own ``u(x_t, t, t)``, which is not as noisy as a
+  pair's velocity. With a teacher there is no such noise.
+- ``alpha`` (arXiv:2510.20771), without a derivative: a step of the share a along v, ``q = t + a (r - t)``,
 
-    sg[ a u(x_t, t, q) + (1 - a) u(x_t + (q - t) u(x_t, t, q), q, r) ],   a = (q - t) / (r - t).
+      y = a v + (1 - a) u(x_t + (q - t) v, q, r),      weight 1 / a.
+
+  a falls from 1, where y = v, along a sigmoid; in the limit 0 the gradient is that of the derivative's target.
+- ``split`` (arXiv:2507.16884), without a derivative: the step is the network's, and q uniform between t and r,
+
+      y = a u(x_t, t, q) + (1 - a) u(x_t + (q - t) u(x_t, t, q), q, r),   a = (q - t) / (r - t).
+
+Without a teacher, ``guidance: s`` is learned on the way (arXiv:2505.13447, sec. 4.2): v is replaced by
+
+    s (1 - k) v + (1 - s) (1 - k) u(x_t, t, t | no label) + k u(x_t, t, t | label),
+
+whose fixed point is the velocity guided with s, whatever the share k of the network's own. Rows that lost their label
+keep v.
 
 The weight with p > 0 is a robust one: it draws u from the mean of the targets to their mode. With pairs in few
 dimensions that is another map, so there it is refused; in many dimensions it trades recall for precision.
@@ -16,18 +31,24 @@ dimensions that is another map, so there it is refused; in many dimensions it tr
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, final
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, final
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.derivatives import Derivative
+from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
+from fewstep.flow.paths import expand_time
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher, baked_in
+from fewstep.methods.endpoint import Progress, consistent, in_full, neighbour
 from fewstep.methods.flow_map import (
     Announcement,
     Lesson,
@@ -38,23 +59,79 @@ from fewstep.methods.flow_map import (
     composition_target,
     derivative_target,
     draw_times,
+    full_precision,
     lesson,
     off_diagonal,
     refuse_dropout,
     teacher_calls,
     two_time,
     weighted_square,
+    where_rows,
 )
+from fewstep.methods.straight_line import drop_labels
 
 FEW_VALUES = 50  # below, a robust weight on noisy targets changes the solution
+STEEPNESS, FLOOR = 25.0, 5e-3  # of the sigmoid along which a falls, and where it stops; it is 1 above 1 - FLOOR
+
+Target = Literal["derivative", "improved", "alpha", "split"]
 
 
 class MeanflowOptions(PairOfTimesOptions):
     """Options of ``method: meanflow``."""
 
-    target: Literal["derivative", "split"] = Field("derivative", description="MeanFlow's target, or SplitMeanFlow's")
+    guides_itself: ClassVar[bool] = True
+
+    target: Target = Field("derivative", description="MeanFlow's; improved, alpha or split: those of its relatives")
     p: float = Field(0.0, ge=0, le=1, description="power of the adaptive weight; 0: none, .5: as pseudo-Huber")
     c: float = Field(1e-3, gt=0, description="added to the squared error in the weight")
+    own: float = Field(0.5, ge=0, lt=1, description="guidance without a teacher: share k of the network's own velocity")
+    label_dropout: float = Field(0.1, gt=0, lt=1, description="guidance without a teacher: share of null labels")
+
+    @model_validator(mode="after")
+    def _of_what_there_is(self) -> MeanflowOptions:
+        if self.target == "improved" and self.teacher is not None:
+            raise ValueError(
+                "'target: improved' spares the derivative the noise of data pairs, and a teacher's velocity has none: "
+                "leave it out"
+            )
+        for name in ("own", "label_dropout"):
+            if name in self.model_fields_set and (self.teacher is not None or self.guidance == 1.0):
+                raise ValueError(f"{name} belongs to guidance without a teacher: leave it out, or set 'guidance'")
+        return self
+
+
+def alpha_at(done: float) -> float:
+    """The share a after a share ``done`` of the training: ``1 / (1 + exp(25 (done - 1/2)))``, cut to 1 and .005."""
+    alpha = 1 / (1 + math.exp(STEEPNESS * (done - 0.5)))
+    return 1.0 if alpha > 1 - FLOOR else max(alpha, FLOOR)
+
+
+@final
+class SelfGuidance:
+    """The velocity of rows with a label, guided by the student's own ones.
+
+    Args:
+        average: the student ``u(x, t, r=r, label=label)``.
+        scale: s.
+        own: k.
+        null: the label of rows without one.
+        dropout: share of labels that are replaced by it.
+    """
+
+    def __init__(self, average: Velocity, scale: float, own: float, null: int, dropout: float) -> None:
+        self.average, self.scale, self.own, self.null, self.dropout = average, scale, own, null, dropout
+
+    def drop(self, batch: Pair, draws: Draws) -> Pair:
+        """The batch with some labels replaced."""
+        return replace(batch, cond=drop_labels(batch.cond, self.null, self.dropout, draws))
+
+    def __call__(self, v: Tensor, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        """``s (1 - k) v + (1 - s) (1 - k) u_null + k u_label``, or v where the label is the null one."""
+        with full_precision(x):
+            free = self.average(x, t, r=t, **{**cond, "label": None}).to(v)
+            known = self.average(x, t, r=t, **cond).to(v)
+        guided = (1 - self.own) * (self.scale * v + (1 - self.scale) * free) + self.own * known
+        return where_rows(cond["label"] == self.null, v, guided)
 
 
 @final
@@ -66,8 +143,10 @@ class MeanFlow(Objective):
         taught: where the velocity comes from.
         law: the law of both times.
         diagonal: share of rows with r = t.
-        split: take the split target.
+        target: which of the targets.
+        total: optimiser steps of the training, along which a falls.
         p, c: of the weight.
+        guide: guidance by the student itself.
         way: how the derivative is taken.
         say: told once if that is not forward mode.
     """
@@ -79,37 +158,56 @@ class MeanFlow(Objective):
         law: TimeLaw,
         diagonal: float = 0.5,
         *,
-        split: bool = False,
+        target: Target = "derivative",
+        total: int = 1,
         p: float = 0.0,
         c: float = 1e-3,
+        guide: Callable[[Velocity], SelfGuidance] | None = None,
         way: Way = "auto",
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.modules = {"student": student}
-        self.taught, self.law, self.diagonal, self.split, self.p, self.c = taught, law, diagonal, split, p, c
+        self.taught, self.law, self.diagonal, self.kind, self.p, self.c = taught, law, diagonal, target, p, c
         self.average = caller(self.modules)
-        self.derivative = Derivative(self.average, way)
-        self.announce = Announcement(say)
+        self.guide = None if guide is None else guide(self.average)
+        self.derivative, self.announce = Derivative(self.average, way), Announcement(say)
+        self.progress = Progress(total)
+        self.state = self.progress.state if target == "alpha" else {}
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        if self.guide is not None:
+            batch = self.guide.drop(batch, draws)
         times = draw_times(self.law, self.diagonal, draws, batch.x1)
         x_t = self.taught.path.interpolate(batch.x0, batch.x1, times.t)
-        target = self.target(batch, x_t, times, draws)
-        u = self.modules["student"](x_t, times.t, r=times.r, **batch.cond)
-        return {"loss": weighted_square(u - target, self.p, self.c)}
+        if self.kind != "alpha":
+            target = self.target(batch, x_t, times, draws)
+            u = self.modules["student"](x_t, times.t, r=times.r, **batch.cond)
+            return {"loss": weighted_square(u - target, self.p, self.c)}
+        alpha = alpha_at(self.progress.step())
+        target = self.target(batch, x_t, times, draws, alpha)
+        u = in_full(self.modules["student"], x_t, times.t, r=times.r, **batch.cond)
+        scale = expand_time(torch.where(times.diagonal, 1.0, alpha**-0.5), u)
+        return {"loss": weighted_square(scale * (u - target), self.p, self.c), "alpha": torch.tensor(alpha)}
 
-    def target(self, batch: Pair, x_t: Tensor, times: Times, draws: Draws) -> Tensor:
-        """What u is drawn to: v on the diagonal, the equation's right side elsewhere; without a graph."""
+    def target(self, batch: Pair, x_t: Tensor, times: Times, draws: Draws, alpha: float = 1.0) -> Tensor:
+        """What u is drawn to: v on the diagonal, y elsewhere; without a graph."""
         v = self.taught.velocity_at(batch, x_t, times.t)
-        share = draws.uniform().to(x_t) if self.split else None
+        if self.guide is not None:
+            v = self.guide(v, x_t, times.t, batch.cond)
+        share = draws.uniform().to(x_t) if self.kind == "split" else None
 
         def make(rows: Tensor, x: Tensor, apart: Times, cond: Mapping[str, Any]) -> Tensor:
-            if share is None:
-                found = derivative_target(self.derivative, x, apart, v[rows], cond)
-                self.announce(self.derivative.used)
-                return found
-            q = apart.t + share[rows] * (apart.r - apart.t)
-            return composition_target(self.average, x, apart, q, cond)
+            if share is not None:
+                q = apart.t + share[rows] * (apart.r - apart.t)
+                return composition_target(self.average, x, apart, q, cond)
+            if self.kind == "alpha":
+                q = apart.t + alpha * (apart.r - apart.t)
+                following = self.average(neighbour(x, v[rows], apart.t, q), q, r=apart.r, **cond).to(x)
+                return consistent(v[rows], following, apart.t, q, apart.r)
+            along = self.average(x, apart.t, r=apart.t, **cond).to(x) if self.kind == "improved" else None
+            found = derivative_target(self.derivative, x, apart, v[rows], cond, along)
+            self.announce(self.derivative.used)
+            return found
 
         return off_diagonal(v, x_t, times, batch.cond, make)
 
@@ -118,10 +216,19 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
     """One phase on data rows.
 
     Raises:
-        UserError: as :func:`~fewstep.methods.flow_map.lesson`; finite differences of a network with dropout.
+        UserError: as :func:`~fewstep.methods.flow_map.lesson`; finite differences of a network with dropout; guidance
+            without labels.
     """
     taught, student = lesson(options, stage), stage.build()
     refuse_dropout(stage, options.derivative)
+    alone = options.teacher is None and options.guidance != 1.0
+    if alone and not stage.conditional:
+        raise UserError(f"guidance {options.guidance:g} compares with and without labels: set 'conditional: true'.")
+    facts = replace(taught.facts, guidance=baked_in(options.guidance)) if alone else taught.facts
+
+    def guide(average: Velocity) -> SelfGuidance:
+        null = stage.data.classes
+        return SelfGuidance(average, options.guidance, options.own, null, options.label_dropout)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         objective = MeanFlow(
@@ -129,16 +236,18 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
             taught,
             make_time_law(options.time),
             options.diagonal,
-            split=options.target == "split",
+            target=options.target,
+            total=-(-options.samples // options.batch_size),
             p=options.p,
             c=options.c,
+            guide=guide if alone else None,
             way=options.derivative,
             say=stage.world.say,
         )
         return objective, taught.batches()
 
     rule = SampleRule(kind="map", default_steps=1, sampler="chain")
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, taught.facts, path=taught.path_name)
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, facts, path=taught.path_name)
 
 
 def changes(options: MeanflowOptions, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -147,9 +256,7 @@ def changes(options: MeanflowOptions, shape: tuple[int, ...]) -> dict[str, Any]:
     Raises:
         UserError: a robust weight on the targets of pairs in few dimensions.
     """
-    size = 1
-    for side in shape:
-        size *= side
+    size = math.prod(shape)
     if options.p > 0 and options.teacher is None and size < FEW_VALUES:
         raise UserError(
             f"p: {options.p:g} weighs rows by their own error, and with data pairs in {size} dimension(s) that "
@@ -161,10 +268,10 @@ def changes(options: MeanflowOptions, shape: tuple[int, ...]) -> dict[str, Any]:
 SPEC = Spec(
     options=MeanflowOptions,
     plan=plan,
-    summary="any number of steps from one: the average velocity, by its derivative or by splitting",
+    summary="any number of steps from one: the average velocity, by its derivative or without one",
     needs="data; teacher optional",
     makes="map",
-    cite=("geng2025mean", "guo2025splitmeanflow"),
+    cite=("geng2025mean", "guo2025splitmeanflow", "geng2025improved", "zhang2026alphaflow"),
     changes=changes,
     online_calls=teacher_calls,
 )

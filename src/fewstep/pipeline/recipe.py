@@ -17,7 +17,7 @@ from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError, suggestion, unknown
 from fewstep.flow.grids import explicit_times, make_grid
 from fewstep.generator import read_config
-from fewstep.methods.base import Options, PairOptions
+from fewstep.methods.base import Options
 from fewstep.methods.registry import METHODS, find_method
 from fewstep.pipeline.features import NO_VELOCITY, check_features
 from fewstep.solvers.tables import find_solver
@@ -339,7 +339,8 @@ def _check_guidance(recipe: Recipe) -> None:
     """Refuse guidance without labels, and guiding a teacher that has guidance in its weights already."""
     baked: dict[str, float | None] = {}
     for name, options in recipe.stages.items():
-        own = options.guidance if isinstance(options, PairOptions) and options.guidance != 1.0 else None
+        asked = getattr(options, "guidance", 1.0)
+        own = None if asked == 1.0 else asked
         teacher = options.teacher
         if own is not None and not recipe.conditional:
             raise UserError(
