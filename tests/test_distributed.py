@@ -43,6 +43,9 @@ def recipe(teacher: Path | None) -> dict[str, Any]:
         learnt = {"teacher": str(teacher), "pairs": 1000, **common}
         stages["straight"] = {"method": "reflow", "real_pairs": 600, **learnt}
         stages["onestep"] = {"method": "instaflow", "real": "both", **learnt, "pairs": 1200}
+        maps = {"teacher": str(teacher), **common}
+        stages["consistency"] = {"method": "consistency", **maps}
+        stages["alpha"] = {"method": "meanflow", "target": "alpha", **maps}
     return {"data": DATA, "network": NETWORK, "seed": 1, "stages": stages}
 
 
@@ -119,12 +122,14 @@ def losses(out: Path, stage: str) -> torch.Tensor:
     return torch.tensor(own, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("stage", ["flow", "straight"])
+@pytest.mark.parametrize("stage", ["flow", "straight", "consistency", "alpha"])
 def test_two_processes_give_the_loss_curve_of_one(worlds: tuple[Path, Path], stage: str) -> None:
+    """Losses of neighbouring points are squares of small differences, and have fewer digits."""
     one, two = (losses(out, stage) for out in worlds)
+    slack = 1 if stage in ("flow", "straight") else 100
     assert len(one) == len(two) == 40
-    torch.testing.assert_close(two[:10], one[:10], rtol=1e-6, atol=0)
-    torch.testing.assert_close(two, one, rtol=1e-5, atol=0)
+    torch.testing.assert_close(two[:10], one[:10], rtol=1e-6 * slack, atol=0)
+    torch.testing.assert_close(two, one, rtol=1e-5 * slack, atol=0)
 
 
 def test_two_processes_play_the_game_of_one(worlds: tuple[Path, Path]) -> None:
@@ -141,7 +146,7 @@ def test_two_processes_play_the_game_of_one(worlds: tuple[Path, Path]) -> None:
 
 
 def test_two_processes_give_the_weights_of_one(worlds: tuple[Path, Path]) -> None:
-    for stage in ("flow", "straight", "onestep"):
+    for stage in ("flow", "straight", "onestep", "consistency", "alpha"):
         one, two = (read_tensors(out / stage / "model.safetensors") for out in worlds)
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fewstep.errors import UserError
+from fewstep.generator import load
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import Statistics, run_recipe
 from fewstep.store import pairs as storing
@@ -43,6 +45,7 @@ CHILD = """
 import json, os, signal, sys
 from pathlib import Path
 import torch
+from fewstep.generator import load
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.store import pairs as storing
@@ -172,3 +175,43 @@ def test_by_default_checkpoints_are_between_two_and_thirty_seconds_apart() -> No
     least, most = training.CHECKPOINT_SECONDS
     assert 0 < least <= 2
     assert most < 30
+
+
+class StopError(Exception):
+    """The run was stopped."""
+
+
+STAGES: dict[str, dict[str, Any]] = {
+    "slimflow": {"method": "slimflow", "pairs": 300, "nfe": 8, "tolerance": 1, "samples": 40 * 128},
+    "distill": {"method": "distill", "progressive": 4, "samples": 40 * 128},
+    "consistency": {"method": "consistency", "samples": 40 * 128},
+    "continuous": {"method": "consistency", "target": "continuous", "samples": 40 * 128},
+    "consistency_fm": {"method": "consistency_fm", "teacher": None, "regression": 0.5, "samples": 40 * 128},
+    "alpha": {"method": "meanflow", "target": "alpha", "samples": 40 * 128},
+}
+
+
+@pytest.mark.parametrize("method", STAGES)
+def test_a_stopped_stage_goes_on_where_it_was(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """A second phase puts the first one's average in the student, and only when it begins; targets have a state."""
+    stages = {"s": {"teacher": str(tiny_run / "teacher"), "batch_size": 128, **STAGES[method]}}
+    recipe = make_recipe({"data": {"name": "moons", "samples": 500}, "stages": stages}, "test")
+    step, done = Trainer._step, []
+
+    def stopping(*arguments: Any) -> None:
+        if len(done) == 30:
+            raise StopError
+        done.append(step(*arguments))
+
+    run_recipe(recipe, tmp_path / "whole", LocalWorld(quiet=True))
+    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", (0.0, 0.0))
+    monkeypatch.setattr(training, "SAVE_SHARE", 0.0)
+    monkeypatch.setattr(Trainer, "_step", stopping)
+    with pytest.raises(StopError):
+        run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
+    monkeypatch.setattr(Trainer, "_step", step)
+    run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
+    whole, resumed = (load(tmp_path / name / "s").module.state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())

@@ -35,8 +35,6 @@ from fewstep.metrics import energy
 from fewstep.networks import build, parameter_count, resolve
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
-from fewstep.training import trainer as training
-from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld
 
 MEAN, STD = 1.5, 0.4
@@ -262,39 +260,3 @@ def test_a_slim_student_is_small_takes_one_step_and_beats_its_teacher_there(tmp_
     ends = teacher.draw(2000, steps=50, seed=9).x
     one = [float(energy(model.draw(2000, steps=1).x, ends)) for model in (slim, teacher)]
     assert one[0] < one[1] / 4
-
-
-class StopError(Exception):
-    """The run was stopped."""
-
-
-STAGES: dict[str, dict[str, Any]] = {
-    "slimflow": {"method": "slimflow", "pairs": 300, "nfe": 8, "tolerance": 1, "samples": 40 * 128},
-    "distill": {"method": "distill", "progressive": 4, "samples": 40 * 128},
-}
-
-
-@pytest.mark.parametrize("method", STAGES)
-def test_stopped_in_its_second_phase_a_stage_goes_on_where_it_was(
-    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch, method: str
-) -> None:
-    """The second phase puts the first one's average in the student, and only when it begins."""
-    stages = {"slim": {**STAGES[method], "teacher": str(tiny_run / "teacher"), "batch_size": 128}}
-    recipe = make_recipe({"data": {"name": "moons", "samples": 500}, "stages": stages}, "test")
-    step, done = Trainer._step, []
-
-    def stopping(*arguments: Any) -> None:
-        if len(done) == 30:
-            raise StopError
-        done.append(step(*arguments))
-
-    run_recipe(recipe, tmp_path / "whole", LocalWorld(quiet=True))
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", (0.0, 0.0))
-    monkeypatch.setattr(training, "SAVE_SHARE", 0.0)
-    monkeypatch.setattr(Trainer, "_step", stopping)
-    with pytest.raises(StopError):
-        run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
-    monkeypatch.setattr(Trainer, "_step", step)
-    run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
-    whole, resumed = (load(tmp_path / name / "slim").module.state_dict() for name in ("whole", "run"))
-    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
