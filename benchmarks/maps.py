@@ -97,6 +97,9 @@ def models() -> dict[str, Model]:
         "meanflow, from data": Model({"method": "meanflow"}, from_data=True),
         "lagrangian, from data": Model({"method": "lagrangian"}, from_data=True),
         "shortcut, from data": Model({"method": "shortcut"}, from_data=True),
+        "meanflow, alpha": Model({"method": "meanflow", "target": "alpha"}),
+        "meanflow, improved, from data": Model({"method": "meanflow", "target": "improved"}, from_data=True),
+        "meanflow, alpha, from data": Model({"method": "meanflow", "target": "alpha"}, from_data=True),
         "consistency_fm, K = 2, from data": Model({"method": "consistency_fm"}, (2,), from_data=True),
     }
 

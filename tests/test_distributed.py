@@ -46,6 +46,8 @@ def recipe(teacher: Path | None) -> dict[str, Any]:
         maps = {"teacher": str(teacher), **common}
         stages["consistency"] = {"method": "consistency", **maps}
         stages["alpha"] = {"method": "meanflow", "target": "alpha", **maps}
+        stages["fgm"] = {"method": "fgm", **maps}
+        stages["realuid"] = {"method": "realuid", "steps": 2, **maps}
     return {"data": DATA, "network": NETWORK, "seed": 1, "stages": stages}
 
 
@@ -122,7 +124,7 @@ def losses(out: Path, stage: str) -> torch.Tensor:
     return torch.tensor(own, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("stage", ["flow", "straight", "consistency", "alpha"])
+@pytest.mark.parametrize("stage", ["flow", "straight", "consistency", "alpha", "fgm", "realuid"])
 def test_two_processes_give_the_loss_curve_of_one(worlds: tuple[Path, Path], stage: str) -> None:
     """Losses of neighbouring points are squares of small differences, and have fewer digits."""
     one, two = (losses(out, stage) for out in worlds)
@@ -146,7 +148,7 @@ def test_two_processes_play_the_game_of_one(worlds: tuple[Path, Path]) -> None:
 
 
 def test_two_processes_give_the_weights_of_one(worlds: tuple[Path, Path]) -> None:
-    for stage in ("flow", "straight", "onestep", "consistency", "alpha"):
+    for stage in ("flow", "straight", "onestep", "consistency", "alpha", "fgm", "realuid"):
         one, two = (read_tensors(out / stage / "model.safetensors") for out in worlds)
         for name, value in one.items():
             torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)

@@ -113,6 +113,19 @@ class Learning:
     betas: tuple[float, float] = (0.9, 0.999)
 
 
+@final
+class Collapse(UserError):
+    """Training goes so badly that going on is a waste.
+
+    Attributes:
+        weights: the student's averaged weights when it went best.
+    """
+
+    def __init__(self, message: str, weights: Mapping[str, Tensor]) -> None:
+        super().__init__(message)
+        self.weights = dict(weights)
+
+
 class Objective(ABC):
     """The loss of a phase and the modules it trains.
 
@@ -141,7 +154,7 @@ class Objective(ABC):
         """Named numbers that tell how training goes, from the student's averaged weights.
 
         Raises:
-            UserError: it goes so badly that going on is a waste; says what to change.
+            Collapse: it goes so badly that going on is a waste; says what to change.
         """
         return {}
 

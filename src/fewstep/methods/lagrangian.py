@@ -4,9 +4,10 @@
     L(theta) = E | ∂_r X(x_t, t, r) - sg[ v(X(x_t, t, r), r) ] |^2,      ∂_r X = u + (r - t) ∂_r u,   t <= r.
 
 The derivative is in r alone, none in x is needed, and the gradient goes through it. With a teacher, v is the
-teacher's. Without one it is the student's own ``u(., r, r)``, and the rows on the diagonal r = t, a share ``diagonal``,
-learn that from the data: there ``∂_r X = u(x_t, t, t)``, and the target is the pair's ``d/dt x_t``. With a teacher the
-same rows learn the teacher's ``v(x_t, t)``; they need no case of their own, since X = x_t there.
+teacher's. Without one it is ``u(., r, r)`` of a slow average of the student's weights (with the weights as they are,
+training ran away on digits), and the rows on the diagonal r = t, a share ``diagonal``, learn that from the data: there
+``∂_r X = u(x_t, t, t)``, and the target is the pair's ``d/dt x_t``. With a teacher the same rows learn the teacher's
+``v(x_t, t)``; they need no case of their own, since X = x_t there.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from collections.abc import Callable
 from typing import final
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws
 from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
+from fewstep.methods.endpoint import Follower
 from fewstep.methods.flow_map import (
     Announcement,
     EndDerivative,
@@ -30,7 +33,6 @@ from fewstep.methods.flow_map import (
     Way,
     caller,
     draw_times,
-    full_precision,
     lesson,
     refuse_dropout,
     teacher_calls,
@@ -43,6 +45,14 @@ from fewstep.methods.flow_map import (
 class LagrangianOptions(PairOfTimesOptions):
     """Options of ``method: lagrangian``."""
 
+    target_ema: float = Field(0.99, ge=0, lt=1, description="without a teacher: decay of the target's weight average")
+
+    @model_validator(mode="after")
+    def _its_own_target(self) -> LagrangianOptions:
+        if self.teacher is not None and "target_ema" in self.model_fields_set:
+            raise ValueError("target_ema belongs to a target without a teacher: leave it out")
+        return self
+
 
 @final
 class Lagrangian(Objective):
@@ -53,6 +63,7 @@ class Lagrangian(Objective):
         taught: where the velocity comes from.
         law: the law of both times.
         diagonal: share of rows with r = t.
+        target_ema: decay of the average that is the target without a teacher.
         way: how the derivative is taken.
         say: told once if that is not forward mode.
     """
@@ -64,6 +75,7 @@ class Lagrangian(Objective):
         law: TimeLaw,
         diagonal: float = 0.5,
         *,
+        target_ema: float = 0.99,
         way: Way = "auto",
         say: Callable[[str], None] | None = None,
     ) -> None:
@@ -72,8 +84,12 @@ class Lagrangian(Objective):
         self.average = caller(self.modules)
         self.end = EndDerivative(self.average, way)
         self.announce = Announcement(say)
+        self.follower = Follower(student, target_ema) if taught.velocity is None else None
+        self.state = {} if self.follower is None else self.follower.state
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        if self.follower is not None:
+            self.follower.update()
         times = draw_times(self.law, self.diagonal, draws, batch.x1)
         x_t = self.taught.path.interpolate(batch.x0, batch.x1, times.t)
         with torch.autocast(x_t.device.type, enabled=False):
@@ -83,10 +99,9 @@ class Lagrangian(Objective):
 
     def target(self, batch: Pair, end: Tensor, times: Times) -> Tensor:
         """The velocity at the map's end, (B, ...), without a graph."""
-        if self.taught.velocity is not None:
+        if self.follower is None:
             return self.taught.velocity_at(batch, end, times.r)
-        with full_precision(end):
-            own = self.average(end, times.r, r=times.r, **batch.cond).to(end)
+        own = self.follower(end, times.r, r=times.r, **batch.cond)
         return where_rows(times.diagonal, self.taught.velocity_at(batch, end, times.t), own)
 
 
@@ -101,7 +116,15 @@ def plan(options: LagrangianOptions, stage: Stage) -> Plan:
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         law, say = make_time_law(options.time), stage.world.say
-        objective = Lagrangian(student, taught, law, options.diagonal, way=options.derivative, say=say)
+        objective = Lagrangian(
+            student.to(stage.world.device),
+            taught,
+            law,
+            options.diagonal,
+            target_ema=options.target_ema,
+            way=options.derivative,
+            say=say,
+        )
         return objective, taught.batches()
 
     rule = SampleRule(kind="map", default_steps=1, sampler="chain")

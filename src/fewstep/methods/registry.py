@@ -7,14 +7,18 @@ from fewstep.methods import (
     consistency,
     consistency_fm,
     distill,
+    dmd,
     features,
+    fgm,
     flow_matching,
     instaflow,
     lagrangian,
     meanflow,
     piecewise,
+    realuid,
     reflow,
     shortcut,
+    sid,
     slimflow,
 )
 from fewstep.methods.base import Spec
@@ -32,6 +36,10 @@ METHODS: dict[str, Spec] = {
     "meanflow": meanflow.SPEC,
     "lagrangian": lagrangian.SPEC,
     "shortcut": shortcut.SPEC,
+    "fgm": fgm.SPEC,
+    "sid": sid.SPEC,
+    "dmd": dmd.SPEC,
+    "realuid": realuid.SPEC,
 }
 
 

@@ -19,7 +19,7 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
 from fewstep.flow.noise import mix
 from fewstep.generator import Config, Generator, load, save_model, weights_digest
-from fewstep.methods.base import Options, Plan, Stage, Teacher
+from fewstep.methods.base import Collapse, Options, Plan, Stage, Teacher
 from fewstep.methods.registry import find_method
 from fewstep.networks.two_time import take_weights
 from fewstep.pipeline.compare import check_reference
@@ -213,7 +213,10 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
             continue
         objective, batches = phase.prepare(previous)
         label = stage.name if len(plan.phases) == 1 else f"{stage.name}, {phase.name}"
-        trainer.train(number, phase.samples, objective, batches, label)
+        try:
+            trainer.train(number, phase.samples, objective, batches, label)
+        except Collapse as collapse:
+            raise keep_best(run, stage, config, collapse) from collapse
         if run.world.rank == 0:
             trainer.save(keep=1 if last else 2)
             rows, context = run.base_rows, None
@@ -223,6 +226,14 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         run.world.barrier()
         if not last:
             previous = as_teacher(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
+
+
+def keep_best(run: Run, stage: Stage, config: Config, collapse: Collapse) -> UserError:
+    """Write the model that a collapsing training had at its best; the error that says where it is."""
+    folder = stage.folder / "best"
+    if run.world.rank == 0:
+        save_model(folder, collapse.weights, config, run.base_rows, None)
+    return UserError(f"{collapse} What it was at its best is in {folder}.")
 
 
 def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher | None) -> nn.Module:

@@ -1,0 +1,324 @@
+r"""Distribution matching: a generator whose noised samples flow as the teacher's do.
+
+Three networks: the generator ``x1 = G(z)``, the frozen teacher ``u*(x, t)``, and an online flow model ``s(x, t)`` that
+flow matching trains on the generator's own samples. Noise ``eps`` of the path is drawn afresh, independent of z:
+
+    x_t = alpha x1 + sigma eps,      c = d/dt x_t,      s -> v_theta(x, t) = E[c | x_t = x],
+
+and the generator is to have ``v_theta = u*``, which holds where its samples have the teacher's law. (With z again as
+the path's noise, v_theta would be the velocity of another coupling, and could not be compared with u*.) What a method
+adds is one function of (x_t, c, u*, s), whose gradient in the generator's weights leads there: :class:`Divergence`.
+
+Turns: ``online_turns`` updates of s, each on samples of its own, then one of the generator. Both have betas (0, .99):
+what they follow moves. s is taught by the generator as it is, not by its average.
+
+Weights: with the teacher's data prediction ``f = a x_t + kappa u*``, rows are divided by ``mean |x1 - f| = kappa mean
+|u* - c|``, without gradient (arXiv:2404.04057, eq. 23; a mean over the entries of a sample). Without that, steep times
+near the data have all the weight.
+
+With ``steps: k`` the generator is ``f(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, ..., and is sampled with fresh
+noise between its calls. It is trained on the states that its own earlier calls lead to (arXiv:2405.14867, sec. 4.5).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, final
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Facts, Independent, Pair
+from fewstep.flow.field import Velocity, calls_at
+from fewstep.flow.noise import Draws
+from fewstep.flow.paths import AffinePath, make_path
+from fewstep.flow.time_laws import TimeLaw, make_time_law
+from fewstep.methods.base import (
+    Batches,
+    Learning,
+    Objective,
+    Options,
+    Phase,
+    Plan,
+    SampleRule,
+    Stage,
+    Teacher,
+    baked_in,
+    require_teacher,
+)
+from fewstep.methods.batches import DataBatches
+from fewstep.methods.endpoint import neighbour
+from fewstep.methods.flow_map import LawOfTime, where_rows
+from fewstep.methods.watch import Watch
+
+BETAS = (0.0, 0.99)
+
+
+class MatchingOptions(Options):
+    """Options that the methods of this family share."""
+
+    samples: int = Field(
+        400_000, gt=0, description="samples the generator sees; the online model sees as many per turn"
+    )
+    lr: float = Field(5e-4, gt=0, description="peak learning rate of the generator")
+    ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the generator's weight average, per step")
+    online_lr: float = Field(1e-3, gt=0, description="peak learning rate of the online model")
+    online_turns: int = Field(2, gt=0, description="updates of the online model per update of the generator")
+    steps: int = Field(1, gt=0, le=16, description="calls the generator is made for, with fresh noise between them")
+    time: LawOfTime = Field("uniform", description="law of the path's times, shrunk to [0, latest]")
+    latest: float = Field(0.98, gt=0, le=1, description="last time: nearer the data, velocities are all noise")
+    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
+    checkpointing: bool = Field(False, description="recompute the frozen networks in the backward pass: less memory")
+
+    @model_validator(mode="after")
+    def _has_a_teacher(self) -> MatchingOptions:
+        require_teacher(self)
+        return self
+
+
+@final
+@dataclass(frozen=True)
+class Point:
+    """Noised samples of the generator, and what the networks say there; (B, ...) each, times (B,).
+
+    Attributes:
+        x1: the generator's samples.
+        x_t: noised.
+        c: their velocity ``d/dt x_t``.
+        teacher, online: u* and s at (x_t, t).
+        t: the times.
+        path: the affine path.
+    """
+
+    x1: Tensor
+    x_t: Tensor
+    c: Tensor
+    teacher: Tensor
+    online: Tensor
+    t: Tensor
+    path: AffinePath
+
+    @property
+    def weight(self) -> Tensor:
+        """``kappa / mean |u* - c|`` of every row, (B,), without gradient: what f-space losses with the weight
+        ``1 / mean |x1 - f|`` have in terms of velocities."""
+        miss = (self.teacher - self.c).detach().flatten(1).abs().mean(1)
+        return self.kappa / miss.clamp(min=torch.finfo(miss.dtype).tiny)
+
+    @property
+    def kappa(self) -> Tensor:
+        """Weight of the velocity in the data prediction, ``1 - t`` on the line; (B,)."""
+        return self.path.data_coefficients(self.t)[1]
+
+
+class Divergence(Protocol):
+    """What pulls the generator to the teacher.
+
+    Attributes:
+        through: whether its gradient goes through the teacher and the online model.
+    """
+
+    @property
+    def through(self) -> bool: ...
+
+    def __call__(self, point: Point) -> Tensor:
+        """Losses of the rows, (B,)."""
+        ...
+
+
+OnlineLoss = Callable[[Velocity, Point, Pair, Draws], Tensor]
+
+
+def rows_mean(x: Tensor) -> Tensor:
+    """Mean over the entries of every row, (B,)."""
+    return x.flatten(1).mean(1)
+
+
+@final
+class Matching(Objective):
+    """The game described above.
+
+    Args:
+        student: the generator's network ``v(x, t, **cond)``.
+        online: s, on the device of the stage.
+        teacher: u*, whose parameters have no gradients.
+        path: the teacher's path.
+        divergence: the generator's loss.
+        law: law of t before it is shrunk.
+        latest: last time.
+        steps: calls of the generator.
+        turns: of the online model per turn of the generator.
+        online_lr: its learning rate.
+        online_loss: its loss; None: flow matching's.
+        checkpointing: recompute u* and s in the backward pass.
+        watch: looks at the generator now and then.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        online: nn.Module,
+        teacher: Velocity,
+        path: AffinePath,
+        divergence: Divergence,
+        law: TimeLaw,
+        *,
+        latest: float = 0.98,
+        steps: int = 1,
+        turns: int = 2,
+        online_lr: float | None = None,
+        online_loss: OnlineLoss | None = None,
+        checkpointing: bool = False,
+        watch: Watch | None = None,
+    ) -> None:
+        self.modules = {"student": student, "online": online}
+        self.learning = {"student": Learning(None, BETAS), "online": Learning(online_lr, BETAS)}
+        self.teacher, self.path, self.divergence, self.law = teacher, path, divergence, law
+        self.latest, self.steps, self._turns, self.checkpointing = latest, steps, turns, checkpointing
+        self.online_loss = online_loss
+        self.watch = watch
+        if watch is not None:
+            self.checks, self.state = watch.checks, watch.state
+
+    def turns(self, step: int) -> tuple[str, ...]:
+        return ("online",) * self._turns + ("student",)
+
+    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        if role == "online":
+            with torch.no_grad():
+                x1 = self.generate(draws.normal(batch.x0.shape[1:]).to(batch.x0), batch.cond, draws)
+            return self.learn(x1, batch, draws)
+        x1 = self.generate(batch.x0, batch.cond, draws)
+        with torch.set_grad_enabled(self.divergence.through):
+            point = self.point(x1, batch.cond, draws)
+        rows = self.divergence(point)
+        gap = point.teacher.detach() - point.online.detach()
+        return {"loss": rows.mean(), "gap": gap.square().mean()}
+
+    def generate(self, z: Tensor, cond: Mapping[str, Any], draws: Draws) -> Tensor:
+        """``G(z)``; of several calls, one that is drawn for every row, at the state that the earlier ones lead to."""
+        student = self.modules["student"]
+        which = torch.zeros(len(z)) if self.steps == 1 else (draws.uniform() * self.steps).floor()
+        x, which = z, which.to(z)
+        with torch.no_grad():
+            for call in range(self.steps - 1):
+                t = torch.full_like(which, call / self.steps)
+                y = neighbour(x, student(x, t, **cond).to(x), t, torch.ones_like(t))
+                eps = draws.normal(z.shape[1:]).to(z)
+                x = where_rows(which > call, self.path.interpolate(eps, y, t + 1 / self.steps), x)
+        t = which / self.steps
+        return neighbour(x, student(x, t, **cond).to(x), t, torch.ones_like(t))
+
+    def noised(self, x1: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
+        """Times, ``x_t`` and its velocity c, with noise that nothing else has seen."""
+        t = self.latest * self.law.sample(draws.uniform()).to(x1)
+        eps = draws.normal(x1.shape[1:]).to(x1)
+        return t, self.path.interpolate(eps, x1, t), self.path.target(eps, x1, t)
+
+    def point(self, x1: Tensor, cond: Mapping[str, Any], draws: Draws) -> Point:
+        """The samples noised, and both velocities there."""
+        t, x_t, c = self.noised(x1, draws)
+        teacher, online = (
+            self._call(network, x_t, t, cond).to(x_t) for network in (self.teacher, self.modules["online"])
+        )
+        return Point(x1, x_t, c, teacher, online, t, self.path)
+
+    def _call(self, network: Velocity, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        if not (self.checkpointing and x.requires_grad):
+            return network(x, t, **cond)
+        found: Tensor = checkpoint(lambda x: network(x, t, **cond), x, use_reentrant=False)
+        return found
+
+    def learn(self, x1: Tensor, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        """The online model's loss on samples of the generator."""
+        t, x_t, c = self.noised(x1, draws)
+        s = self.modules["online"](x_t, t, **batch.cond).to(x_t)
+        if self.online_loss is None:
+            return {"loss": (s - c).square().mean()}
+        point = Point(x1, x_t, c, s, s, t, self.path)
+        return {"loss": self.online_loss(self.modules["online"], point, batch, draws)}
+
+    @torch.no_grad()
+    def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
+        assert self.watch is not None, "it is only called with one"
+        rows = self.watch.rows
+        device = next(iter(ema.values())).device
+        cond = {name: value.to(device) for name, value in rows.cond.items()}
+        draws = Draws(self.watch.generator(), len(rows.x0))
+        point = self.point(self.generate(rows.x0.to(device), cond, draws), cond, draws)
+        apart = point.teacher - point.online
+        gap = float(apart.square().mean())
+        lag = abs(float((apart * (point.online - point.c)).mean())) / max(gap, torch.finfo(torch.float32).tiny)
+        return {**self.watch.look(ema), "gap": gap, "lag": lag}
+
+
+def online_model(teacher: Teacher) -> nn.Module:
+    """A copy of the teacher that learns."""
+    assert isinstance(teacher.velocity, nn.Module), "a teacher is a network"
+    return copy.deepcopy(teacher.velocity).train().requires_grad_(True)
+
+
+def plan_matching(
+    options: MatchingOptions, stage: Stage, divergence: Divergence, online_loss: OnlineLoss | None = None
+) -> Plan:
+    """One phase on data rows, of which labels are used, and where the method says so the rows.
+
+    Raises:
+        UserError: a teacher whose states are not noised data, guidance it cannot take, or a base that is no Gaussian.
+    """
+    teacher = stage.teacher
+    assert teacher is not None
+    teacher.require_noised_data(options.method)
+    if not stage.source.gaussian:
+        raise UserError(
+            f"method {options.method!r} noises the generator's samples with fresh Gaussian noise, and this recipe has "
+            "another base: leave 'base' out, or distil with 'distill'."
+        )
+    student = stage.build()
+    advice = (
+        f"Raise online_turns (now {options.online_turns}), or lower lr (now {options.lr:g}) or online_lr (now "
+        f"{options.online_lr:g})."
+    )
+    path, velocity = make_path(teacher.path), teacher.guided(options.guidance)
+    coupling = Independent(stage.source)
+
+    def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
+        objective = Matching(
+            student,
+            online_model(teacher).to(stage.world.device),
+            velocity,
+            path,
+            divergence,
+            make_time_law(options.time),
+            latest=options.latest,
+            steps=options.steps,
+            turns=options.online_turns,
+            online_lr=options.online_lr,
+            online_loss=online_loss,
+            checkpointing=options.checkpointing,
+            watch=Watch(student, stage, advice),
+        )
+        key = (stage.seed, stage.name)
+        return objective, DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key)
+
+    facts = Facts(False, True, gaussian=True, teacher=teacher.digest, guidance=baked_in(options.guidance))
+    phases = [Phase("train", options.samples, prepare)]
+    return Plan(student, phases, generator_rule(options.steps), facts, path=teacher.path)
+
+
+def generator_rule(steps: int) -> SampleRule:
+    """A generator of k calls at 0, 1/k, ... is one of every divisor of k calls too."""
+    divisors = tuple(number for number in range(1, steps + 1) if steps % number == 0)
+    sampler: Literal["euler", "restart"] = "euler" if steps == 1 else "restart"
+    return SampleRule(kind="map", steps=divisors, default_steps=steps, sampler=sampler)
+
+
+def online_calls(options: MatchingOptions) -> int:
+    """Network calls of a sample seen beside the generator's own update, a backward pass counted as two."""
+    generated = options.online_turns * options.steps + (options.steps - 1)
+    return generated + 3 * (options.online_turns + 1 + calls_at(options.guidance))

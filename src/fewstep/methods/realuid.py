@@ -1,0 +1,85 @@
+"""Flow generator matching that sees real data, without a discriminator (arXiv:2509.22459).
+
+The online model learns from the generator's samples and from real ones, with targets scaled apart,
+
+    a |s(x_t) - (b/a) c|^2 + (1 - a) |s(y_t) - ((1 - b)/(1 - a)) d|^2,      y_t real data noised, d its velocity,
+
+so that it is u* where the two laws agree, whatever a and b; the generator's loss is
+
+    a |u* - (b/a) c|^2 - a |s - (b/a) c|^2.
+
+With ``a = b = 1`` that is flow generator matching. With b/a off 1 what is real counts where the teacher is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import final
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fewstep.flow.couplings import Pair
+from fewstep.flow.field import Velocity
+from fewstep.flow.noise import Draws
+from fewstep.methods.base import Plan, Spec, Stage
+from fewstep.methods.matching import MatchingOptions, Point, online_calls, plan_matching, rows_mean
+
+
+class RealUIDOptions(MatchingOptions):
+    """Options of ``method: realuid``."""
+
+    alpha: float = Field(0.94, gt=0, lt=1, description="weight a of the generator's samples; real data have the rest")
+    ratio: float = Field(0.98, gt=0, description="b/a: scale of the generator's targets")
+
+    @model_validator(mode="after")
+    def _unguided(self) -> RealUIDOptions:
+        if self.guidance != 1.0:
+            raise ValueError("the guided law is not that of the real data: leave guidance out, or take 'fgm'")
+        return self
+
+
+@final
+@dataclass(frozen=True)
+class RealUID:
+    """``w a (u* - s)(u* + s - 2 (b/a) c)``.
+
+    Args:
+        alpha: a.
+        ratio: b/a.
+    """
+
+    alpha: float
+    ratio: float
+    through: bool = True
+
+    def __call__(self, point: Point) -> Tensor:
+        teacher, online = point.teacher, point.online
+        rows = rows_mean((teacher - online) * (teacher + online - 2 * self.ratio * point.c))
+        return self.alpha * point.weight * rows
+
+    def online(self, s: Velocity, point: Point, batch: Pair, draws: Draws) -> Tensor:
+        """The online model's loss: on the generator's samples, and on the batch's real rows at times of their own."""
+        t = point.t
+        noise = draws.normal(batch.x1.shape[1:]).to(batch.x1)
+        y_t = point.path.interpolate(noise, batch.x1, t)
+        real = (1 - self.alpha * self.ratio) / (1 - self.alpha) * point.path.target(noise, batch.x1, t)
+        generated = (point.online - self.ratio * point.c).square().mean()
+        return self.alpha * generated + (1 - self.alpha) * (s(y_t, t, **batch.cond).to(y_t) - real).square().mean()
+
+
+def plan(options: RealUIDOptions, stage: Stage) -> Plan:
+    """As :func:`~fewstep.methods.matching.plan_matching`."""
+    matching = RealUID(options.alpha, options.ratio)
+    return plan_matching(options, stage, matching, matching.online)
+
+
+SPEC = Spec(
+    options=RealUIDOptions,
+    plan=plan,
+    summary="one call: flow generator matching with real data beside the teacher, without a discriminator",
+    needs="teacher, data",
+    makes="map",
+    cite=("kornilov2025universal",),
+    online_calls=online_calls,
+)

@@ -1,0 +1,98 @@
+"""Whether a generator that is matched to a distribution still comes nearer to it.
+
+On a fixed set of noises, with the averaged generator: energy distance to data rows, precision and recall against them
+(k = 5). A game that diverges, or drops modes, shows in these long before its loss tells anything; training stops then,
+and what was best is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.couplings import Pair
+from fewstep.flow.noise import generator_for
+from fewstep.methods.base import Collapse, Stage
+from fewstep.methods.straight_line import one_step
+from fewstep.metrics.distances import energy
+from fewstep.metrics.neighbours import prdc
+
+CHECKS = 20  # per stage
+MOST = 1024  # rows that are looked at
+NEIGHBOURS = 5
+LEAST = 32  # rows below which none of it says anything
+FURTHEST = 5.0  # energy as a multiple of the best so far, above which training stops
+LOWEST = 0.5  # recall as a share of the best so far, below which it stops
+
+
+@final
+class Watch:
+    """Looks at the averaged generator, at its first call.
+
+    Attributes:
+        rows: noises and data rows, with the rows' labels.
+        checks: how often.
+        state: the best numbers so far, and the weights that had them.
+
+    Args:
+        student: copied; ``v(x, t, **cond)``.
+        stage: for data, seed and name.
+        advice: what to change when it goes wrong.
+    """
+
+    def __init__(self, student: nn.Module, stage: Stage, advice: str) -> None:
+        chosen = stage.data.train[:: max(1, len(stage.data.train) // MOST)][:MOST]
+        self._key = (stage.seed, stage.name, "watch")
+        labels = stage.data.label_rows(chosen) if stage.conditional else None
+        noise = stage.source.sample(len(chosen), self.generator())
+        self.rows = Pair(noise, stage.data.network_rows(chosen), {} if labels is None else {"label": labels})
+        self.checks = CHECKS if len(chosen) >= LEAST else 0
+        self._student = copy.deepcopy(student).eval().requires_grad_(False)
+        good = {f"good.{name}": value.detach().cpu().clone() for name, value in student.state_dict().items()}
+        self.state = {"best": torch.tensor([math.inf, 0.0], dtype=torch.float64), **good}
+        self._name, self._advice = stage.name, advice
+
+    def generator(self) -> torch.Generator:
+        """The same draws at every look."""
+        return generator_for(*self._key)
+
+    @torch.no_grad()
+    def look(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """``energy``, ``precision`` and ``recall``.
+
+        Raises:
+            Collapse: they have become so much worse that the generator is lost; with the best weights.
+        """
+        self._student.load_state_dict(weights)
+        device = next(iter(weights.values())).device
+        cond = {name: value.to(device) for name, value in self.rows.cond.items()}
+        x, real = one_step(self._student.to(device), self.rows.x0.to(device), cond), self.rows.x1.to(device)
+        if not bool(x.isfinite().all()):
+            return {"energy": math.nan}  # the trainer's own guard speaks of that
+        near = prdc(real, x, NEIGHBOURS)
+        found = {"energy": float(energy(x, real)), "precision": near.precision, "recall": near.recall}
+        self._judge(found, weights)
+        return found
+
+    def _judge(self, found: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
+        best, recall = self.state["best"].tolist()
+        if found["energy"] > FURTHEST * best:
+            what = f"the energy distance to the data rose from {best:.3g} to {found['energy']:.3g}"
+        elif found["recall"] < LOWEST * recall:
+            what = f"recall of the data fell from {recall:.2f} to {found['recall']:.2f}"
+        else:
+            if found["energy"] < best:
+                for name, value in weights.items():
+                    self.state[f"good.{name}"].copy_(value)
+            new = [min(best, found["energy"]), max(recall, found["recall"])]
+            self.state["best"].copy_(torch.tensor(new, dtype=torch.float64))
+            return
+        raise Collapse(
+            f"stage {self._name!r} is diverging: {what}. {self._advice}",
+            {name.removeprefix("good."): value for name, value in self.state.items() if name != "best"},
+        )
