@@ -6,7 +6,8 @@ The gradient of the reverse Kullback-Leibler divergence between the noised laws,
 
 and the two networks give the scores. ``weight: kl`` is that; the default divides by ``mean |x1 - f_T|`` instead:
 ``(f_S - f_T) / mean |x1 - f_T|``. The networks are not differentiated, so a step is cheaper than flow generator
-matching's; the divergence seeks modes: it forgives a mode that is missing more than a sample that is wrong.
+matching's, and the online model may learn faster; the divergence seeks modes: it forgives a mode that is missing more
+than a sample that is wrong.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from fewstep.methods.matching import MatchingOptions, Point, online_calls, plan_
 class DMDOptions(MatchingOptions):
     """Options of ``method: dmd``."""
 
+    online_lr: float = Field(2e-3, gt=0, description="peak learning rate of the online model")
     weight: Literal["normalised", "kl"] = Field("normalised", description="of times; kl: the divergence's own")
 
 
