@@ -140,6 +140,16 @@ def test_exact_maps_fulfil_the_derivative_equation(name: str) -> None:
     assert (wrong - exact).abs().max() > 0.1
 
 
+def test_steep_rows_are_shortened_and_others_left_alone() -> None:
+    """u = k t x with the velocity 0 has the target (r - t) k x."""
+    x = torch.tensor([[3.0, 4.0], [300.0, 400.0]], dtype=torch.float64)
+    times = Times(torch.full((2,), 0.5).double(), torch.ones(2).double(), torch.zeros(2, dtype=torch.bool))
+    u = lambda x, t, r: t[:, None] * x  # noqa: E731
+    found = derivative_target(Derivative(u, "forward"), x, times, torch.zeros_like(x), {})
+    torch.testing.assert_close(found[0], x[0] / 2)
+    torch.testing.assert_close(found[1], x[1] * (5 / math.sqrt(125_000)))
+
+
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize("share", [0.2, 0.5])
 def test_exact_maps_fulfil_the_composition_equation(name: str, share: float) -> None:

@@ -38,6 +38,7 @@ Way = Literal["auto", "forward", "finite_difference"]
 STEP = {torch.float64: 1e-5}  # of differences in r; values in single precision carry errors of 1e-6 or so
 COARSE_STEP = 5e-3
 TRIED_ROWS = 4
+LARGEST = 5.0  # root mean square of a target's change from the velocity
 
 
 class MapOptions(Options):
@@ -99,9 +100,14 @@ def derivative_target(
         v: a velocity at (x, t), or a pair's whose mean it is.
         cond: further keyword arguments of u.
         along: w, v itself by default.
+
+    Rows whose ``(r - t) du/dt`` has a root mean square above 5, in units where data have one of about 1, are shortened
+    to that: the target depends on the network, and one batch of steep rows could otherwise end a training.
     """
     _, slope = derivative(x, times.t, v if along is None else along, torch.ones_like(times.t), r=times.r, **cond)
-    return v + expand_time(times.r - times.t, x) * slope
+    change = expand_time(times.r - times.t, x) * slope
+    size = change.flatten(1).square().mean(1).sqrt()
+    return v + expand_time(LARGEST / size.clamp(min=LARGEST), x) * change
 
 
 def composition_target(u: Velocity, x: Tensor, times: Times, q: Tensor, cond: Mapping[str, Any]) -> Tensor:
