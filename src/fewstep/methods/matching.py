@@ -57,6 +57,7 @@ from fewstep.methods.flow_map import LawOfTime, where_rows
 from fewstep.methods.watch import Watch
 
 BETAS = (0.0, 0.99)
+FEW = 256  # rows on which gap and lag are measured
 
 
 class MatchingOptions(Options):
@@ -246,11 +247,11 @@ class Matching(Objective):
     @torch.no_grad()
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
         assert self.watch is not None, "it is only called with one"
-        rows = self.watch.rows
+        rows, few = self.watch.rows, slice(FEW)
         device = next(iter(ema.values())).device
-        cond = {name: value.to(device) for name, value in rows.cond.items()}
-        draws = Draws(self.watch.generator(), len(rows.x0))
-        point = self.point(self.generate(rows.x0.to(device), cond, draws), cond, draws)
+        cond = {name: value[few].to(device) for name, value in rows.cond.items()}
+        draws = Draws(self.watch.generator(), len(rows.x0[few]))
+        point = self.point(self.generate(rows.x0[few].to(device), cond, draws), cond, draws)
         apart = point.teacher - point.online
         gap = float(apart.square().mean())
         lag = abs(float((apart * (point.online - point.c)).mean())) / max(gap, torch.finfo(torch.float32).tiny)

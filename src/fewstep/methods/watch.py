@@ -23,7 +23,7 @@ from fewstep.metrics.distances import energy
 from fewstep.metrics.neighbours import prdc
 
 CHECKS = 20  # per stage
-MOST = 1024  # rows that are looked at
+MOST = 512  # rows that are looked at: a look must cost little beside the steps between two of them
 NEIGHBOURS = 5
 LEAST = 32  # rows below which none of it says anything
 FURTHEST = 5.0  # energy as a multiple of the best so far, above which training stops
