@@ -21,7 +21,7 @@ from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.generator import load
 from fewstep.methods.dmd import DMD
 from fewstep.methods.fgm import FGM
-from fewstep.methods.matching import Divergence, Matching, Point, generator_rule, rows_mean
+from fewstep.methods.matching import Divergence, Matching, PerCall, Point, generator_rule, rows_mean
 from fewstep.methods.realuid import RealUID, RealUIDOptions
 from fewstep.methods.sid import SiD
 from fewstep.pipeline.recipe import make_recipe
@@ -280,7 +280,8 @@ def test_several_calls_are_trained_where_they_are_made() -> None:
 
     generator, rows = generator_for("calls"), 40_000
     objective = game(FGM(), Map(), steps=4)
-    x1 = objective.generate(latents(rows, generator).x0, {}, Draws(generator, rows))
+    x1, which = objective.generate(latents(rows, generator).x0, {}, Draws(generator, rows))
+    assert torch.equal(which.unique(), torch.arange(4.0, dtype=torch.float64))
     assert float(x1.mean()) == pytest.approx(MEAN, abs=0.02)
     assert float(x1.std()) == pytest.approx(WIDTH, abs=0.02)
     assert sorted(seen) == [0, 0.25, 0.5, 0.75]
@@ -289,6 +290,17 @@ def test_several_calls_are_trained_where_they_are_made() -> None:
         assert float(parts[-1].mean()) == pytest.approx(time * MEAN, abs=0.03)
         width = float(spread_at(WIDTH, torch.tensor(time)))
         assert float(parts[-1].std()) == pytest.approx(width, abs=0.03)
+
+
+def test_every_call_has_an_online_model_of_its_own() -> None:
+    models = PerCall(Affine(), 3)
+    for call, model in enumerate(models.models):
+        model.a.data.fill_(call)  # type: ignore[union-attr, operator]
+    x, which = torch.zeros(4, 1, dtype=torch.float64), torch.tensor([0, 2, 0, 2])
+    found = models(x, x[:, 0], which=which)
+    assert found.flatten().tolist() == [0, 2, 0, 2]
+    found.sum().backward()
+    assert [float(model.a.grad) for model in models.models] == [2, 0, 2]  # type: ignore[arg-type, union-attr]
 
 
 def test_a_generator_of_several_calls_may_be_asked_for_every_divisor() -> None:

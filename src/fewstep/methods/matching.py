@@ -18,14 +18,16 @@ near the data have all the weight.
 
 With ``steps: k`` the generator is ``f(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, ..., and is sampled with fresh
 noise between its calls. It is trained on the states that its own earlier calls lead to (arXiv:2405.14867, sec. 4.5).
+Every call has an online model of its own: one for all would let a call make up for what another one lacks.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, final
+from typing import Any, Literal, NamedTuple, Protocol, final
 
 import torch
 from pydantic import Field, model_validator
@@ -34,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, Independent, Pair
+from fewstep.flow.derivatives import rows_of
 from fewstep.flow.field import Velocity, calls_at
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath, make_path
@@ -132,6 +135,13 @@ class Divergence(Protocol):
         ...
 
 
+class Made(NamedTuple):
+    """Samples of the generator (B, ...), and the call that made each (B,)."""
+
+    x1: Tensor
+    which: Tensor
+
+
 OnlineLoss = Callable[[Velocity, Point, Pair, Draws], Tensor]
 
 
@@ -141,12 +151,38 @@ def rows_mean(x: Tensor) -> Tensor:
 
 
 @final
+class PerCall(nn.Module):
+    """An online model for every call of the generator: ``s(x, t, which=which, **cond)``.
+
+    Args:
+        model: copied.
+        calls: their number.
+    """
+
+    def __init__(self, model: nn.Module, calls: int) -> None:
+        super().__init__()
+        self.models = nn.ModuleList(copy.deepcopy(model) for _ in range(calls))
+
+    def forward(self, x: Tensor, t: Tensor, which: Tensor, **cond: Tensor) -> Tensor:
+        out = x.new_zeros(x.shape)
+        for call, model in enumerate(self.models):
+            rows = (which == call).nonzero()[:, 0]
+            if not len(rows):  # several processes wait for a gradient of every weight
+                rows = rows.new_zeros(1)
+                out = out + 0.0 * model(x[rows], t[rows], **rows_of(cond, len(x), rows)).to(x)
+                continue
+            found = model(x[rows], t[rows], **rows_of(cond, len(x), rows))
+            out = out.index_copy(0, rows, found.to(x))
+        return out
+
+
+@final
 class Matching(Objective):
     """The game described above.
 
     Args:
         student: the generator's network ``v(x, t, **cond)``.
-        online: s, on the device of the stage.
+        online: s, on the device of the stage; :class:`PerCall` for several calls.
         teacher: u*, whose parameters have no gradients.
         path: the teacher's path.
         divergence: the generator's loss.
@@ -192,16 +228,16 @@ class Matching(Objective):
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         if role == "online":
             with torch.no_grad():
-                x1 = self.generate(draws.normal(batch.x0.shape[1:]).to(batch.x0), batch.cond, draws)
-            return self.learn(x1, batch, draws)
-        x1 = self.generate(batch.x0, batch.cond, draws)
+                made = self.generate(draws.normal(batch.x0.shape[1:]).to(batch.x0), batch.cond, draws)
+            return self.learn(made, batch, draws)
+        made = self.generate(batch.x0, batch.cond, draws)
         with torch.set_grad_enabled(self.divergence.through):
-            point = self.point(x1, batch.cond, draws)
+            point = self.point(made, batch.cond, draws)
         rows = self.divergence(point)
         gap = point.teacher.detach() - point.online.detach()
         return {"loss": rows.mean(), "gap": gap.square().mean()}
 
-    def generate(self, z: Tensor, cond: Mapping[str, Any], draws: Draws) -> Tensor:
+    def generate(self, z: Tensor, cond: Mapping[str, Any], draws: Draws) -> Made:
         """``G(z)``; of several calls, one that is drawn for every row, at the state that the earlier ones lead to."""
         student = self.modules["student"]
         which = torch.zeros(len(z)) if self.steps == 1 else (draws.uniform() * self.steps).floor()
@@ -213,7 +249,12 @@ class Matching(Objective):
                 eps = draws.normal(z.shape[1:]).to(z)
                 x = where_rows(which > call, self.path.interpolate(eps, y, t + 1 / self.steps), x)
         t = which / self.steps
-        return neighbour(x, student(x, t, **cond).to(x), t, torch.ones_like(t))
+        return Made(neighbour(x, student(x, t, **cond).to(x), t, torch.ones_like(t)), which)
+
+    def online(self, which: Tensor) -> Velocity:
+        """s of the calls that made the rows."""
+        model = self.modules["online"]
+        return model if self.steps == 1 else functools.partial(model, which=which)
 
     def noised(self, x1: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
         """Times, ``x_t`` and its velocity c, with noise that nothing else has seen."""
@@ -221,13 +262,12 @@ class Matching(Objective):
         eps = draws.normal(x1.shape[1:]).to(x1)
         return t, self.path.interpolate(eps, x1, t), self.path.target(eps, x1, t)
 
-    def point(self, x1: Tensor, cond: Mapping[str, Any], draws: Draws) -> Point:
+    def point(self, made: Made, cond: Mapping[str, Any], draws: Draws) -> Point:
         """The samples noised, and both velocities there."""
-        t, x_t, c = self.noised(x1, draws)
-        teacher, online = (
-            self._call(network, x_t, t, cond).to(x_t) for network in (self.teacher, self.modules["online"])
-        )
-        return Point(x1, x_t, c, teacher, online, t, self.path)
+        t, x_t, c = self.noised(made.x1, draws)
+        networks = self.teacher, self.online(made.which)
+        teacher, online = (self._call(network, x_t, t, cond).to(x_t) for network in networks)
+        return Point(made.x1, x_t, c, teacher, online, t, self.path)
 
     def _call(self, network: Velocity, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         if not (self.checkpointing and x.requires_grad):
@@ -235,14 +275,15 @@ class Matching(Objective):
         found: Tensor = checkpoint(lambda x: network(x, t, **cond), x, use_reentrant=False)
         return found
 
-    def learn(self, x1: Tensor, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def learn(self, made: Made, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         """The online model's loss on samples of the generator."""
-        t, x_t, c = self.noised(x1, draws)
-        s = self.modules["online"](x_t, t, **batch.cond).to(x_t)
+        t, x_t, c = self.noised(made.x1, draws)
+        online = self.online(made.which)
+        s = online(x_t, t, **batch.cond).to(x_t)
         if self.online_loss is None:
             return {"loss": (s - c).square().mean()}
-        point = Point(x1, x_t, c, s, s, t, self.path)
-        return {"loss": self.online_loss(self.modules["online"], point, batch, draws)}
+        point = Point(made.x1, x_t, c, s, s, t, self.path)
+        return {"loss": self.online_loss(online, point, batch, draws)}
 
     @torch.no_grad()
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
@@ -258,10 +299,11 @@ class Matching(Objective):
         return {**self.watch.look(ema), "gap": gap, "lag": lag}
 
 
-def online_model(teacher: Teacher) -> nn.Module:
-    """A copy of the teacher that learns."""
+def online_model(teacher: Teacher, steps: int) -> nn.Module:
+    """A copy of the teacher that learns, one for every call."""
     assert isinstance(teacher.velocity, nn.Module), "a teacher is a network"
-    return copy.deepcopy(teacher.velocity).train().requires_grad_(True)
+    model = copy.deepcopy(teacher.velocity).train().requires_grad_(True)
+    return model if steps == 1 else PerCall(model, steps)
 
 
 def plan_matching(
@@ -291,7 +333,7 @@ def plan_matching(
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         objective = Matching(
             student,
-            online_model(teacher).to(stage.world.device),
+            online_model(teacher, options.steps).to(stage.world.device),
             velocity,
             path,
             divergence,
