@@ -96,7 +96,7 @@ def models() -> dict[str, Model]:
         "consistency_fm, K = 2": Model({"method": "consistency_fm"}, (2,)),
         "fgm": Model({"method": "fgm", "samples": 400_000}, ONE),
         "sid": Model({"method": "sid", "samples": 400_000}, ONE),
-        "dmd": Model({"method": "dmd", "samples": 400_000}, ONE),
+        "dmd": Model({"method": "dmd", "samples": 300_000}, ONE),
         "realuid": Model({"method": "realuid", "samples": 400_000}, ONE),
         "dmd, two calls": Model({"method": "dmd", "steps": 2, "samples": 400_000}, (1, 2)),
         "meanflow, from data": Model({"method": "meanflow"}, from_data=True),

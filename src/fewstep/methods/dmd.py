@@ -6,8 +6,8 @@ The gradient of the reverse Kullback-Leibler divergence between the noised laws,
 
 and the two networks give the scores. ``weight: kl`` is that; the default divides by ``mean |x1 - f_T|`` instead:
 ``(f_S - f_T) / mean |x1 - f_T|``. The networks are not differentiated, so a step is cheaper than flow generator
-matching's, and the online model may learn faster; the divergence seeks modes: it forgives a mode that is missing more
-than a sample that is wrong.
+matching's, and the online model gets twice the turns, at twice the rate. The divergence seeks modes: it forgives one that
+is missing more than a sample that is wrong.
 """
 
 from __future__ import annotations
@@ -26,7 +26,11 @@ from fewstep.methods.matching import MatchingOptions, Point, online_calls, plan_
 class DMDOptions(MatchingOptions):
     """Options of ``method: dmd``."""
 
+    samples: int = Field(
+        300_000, gt=0, description="samples the generator sees; the online model sees as many per turn"
+    )
     online_lr: float = Field(2e-3, gt=0, description="peak learning rate of the online model")
+    online_turns: int = Field(4, gt=0, description="updates of the online model per update of the generator")
     weight: Literal["normalised", "kl"] = Field("normalised", description="of times; kl: the divergence's own")
 
 

@@ -69,7 +69,7 @@ class MatchingOptions(Options):
     samples: int = Field(
         400_000, gt=0, description="samples the generator sees; the online model sees as many per turn"
     )
-    lr: float = Field(5e-4, gt=0, description="peak learning rate of the generator")
+    lr: float = Field(1e-3, gt=0, description="peak learning rate of the generator")
     ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the generator's weight average, per step")
     online_lr: float = Field(1e-3, gt=0, description="peak learning rate of the online model")
     online_turns: int = Field(2, gt=0, description="updates of the online model per update of the generator")
