@@ -6,8 +6,8 @@ The gradient of the reverse Kullback-Leibler divergence between the noised laws,
 
 and the two networks give the scores. ``weight: kl`` is that; the default divides by ``mean |x1 - f_T|`` instead:
 ``(f_S - f_T) / mean |x1 - f_T|``. The networks are not differentiated, so a step is cheaper than flow generator
-matching's, and the online model gets twice the turns, at twice the rate. The divergence seeks modes: it forgives one that
-is missing more than a sample that is wrong.
+matching's, and the online model gets twice the turns, at twice the rate. The divergence seeks modes: it forgives one
+that is missing more than a sample that is wrong.
 """
 
 from __future__ import annotations

@@ -28,6 +28,7 @@ NEIGHBOURS = 5
 LEAST = 32  # rows below which none of it says anything
 FURTHEST = 5.0  # energy as a multiple of the best so far, above which training stops
 LOWEST = 0.5  # recall as a share of the best so far, below which it stops
+SETTLED = 0.3  # recall that must have been reached before it says anything
 
 
 @final
@@ -83,7 +84,7 @@ class Watch:
         best, recall = self.state["best"].tolist()
         if found["energy"] > FURTHEST * best:
             what = f"the energy distance to the data rose from {best:.3g} to {found['energy']:.3g}"
-        elif found["recall"] < LOWEST * recall:
+        elif found["recall"] < LOWEST * recall and recall > SETTLED:
             what = f"recall of the data fell from {recall:.2f} to {found['recall']:.2f}"
         else:
             if found["energy"] < best:
