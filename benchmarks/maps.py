@@ -15,6 +15,7 @@ Run with OMP_NUM_THREADS=1.
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ class Model:
     stage: Row
     steps: tuple[int, ...] = ANY
     from_data: bool = False
+    start: str | None = None  # another row, whose model it starts from
 
 
 def models() -> dict[str, Model]:
@@ -98,6 +100,9 @@ def models() -> dict[str, Model]:
         "sid": Model({"method": "sid", "samples": 400_000}, ONE),
         "dmd": Model({"method": "dmd", "samples": 300_000}, ONE),
         "realuid": Model({"method": "realuid", "samples": 400_000}, ONE),
+        "fgm, from reflow": Model({"method": "fgm", "samples": 400_000}, ONE, start="reflow"),
+        "sid, from reflow": Model({"method": "sid", "samples": 400_000}, ONE, start="reflow"),
+        "dmd, from reflow": Model({"method": "dmd", "samples": 300_000}, ONE, start="reflow"),
         "dmd, two calls": Model({"method": "dmd", "steps": 2, "samples": 400_000}, (1, 2)),
         "meanflow, from data": Model({"method": "meanflow"}, from_data=True),
         "lagrangian, from data": Model({"method": "lagrangian"}, from_data=True),
@@ -126,16 +131,35 @@ def seconds_of(setting: Setting, stage: Row, folder: Path, seed: int) -> float:
     return time.process_time() - began
 
 
-def samples_in(setting: Setting, stage: Row, folder: Path, seed: int, seconds: float) -> int:
-    """How many samples a stage sees in so many CPU seconds, from two short runs."""
+def samples_in(setting: Setting, stage: Row, folder: Path, seed: int, seconds: float) -> tuple[int, float]:
+    """How many samples a stage sees in so many CPU seconds, from short runs; and the seconds of its pairs."""
     batch = stage.get("batch_size", 256)
-    times = []
-    for batches in (8, 32):
-        short = {**stage, "samples": batches * batch}
-        times.append(seconds_of(setting, short, folder.with_name(f"{folder.name}-{batches}"), seed))
-    per_sample = (times[1] - times[0]) / (24 * batch)
-    fixed = times[0] - 8 * batch * per_sample  # pairs, mostly
-    return max(batch, int((seconds - fixed) / per_sample))
+
+    def short(batches: int, tag: str) -> float:
+        other = folder.with_name(f"{folder.name}-{tag}")
+        copy_pairs(folder.with_name(f"{folder.name}-first"), other)
+        return seconds_of(setting, {**stage, "samples": batches * batch}, other, seed)
+
+    first, few, more = short(8, "first"), short(8, "few"), short(32, "more")
+    made = (folder.with_name(f"{folder.name}-first") / "model" / "pairs").exists()
+    pairs = max(0.0, first - few) if made else 0.0
+    copy_pairs(folder.with_name(f"{folder.name}-first"), folder)
+    return max(batch, int((seconds - pairs - few) / ((more - few) / (24 * batch)))), pairs
+
+
+def copy_pairs(source: Path, target: Path) -> None:
+    """Equal requests make equal pairs: no need to make them again."""
+    if source != target and (source / "model" / "pairs").exists() and not target.exists():
+        shutil.copytree(source / "model" / "pairs", target / "model" / "pairs")
+
+
+def start_of(setting: Setting, name: str, out: Path, seed: int, teacher: Path) -> tuple[Path, float]:
+    """The model another one starts from, with the setting's usual samples; its folder and CPU seconds."""
+    folder = out / "starts" / name
+    if not (folder / "seconds.json").exists():
+        seconds = seconds_of(setting, stage_of(setting, models()[name], teacher), folder, seed)
+        (folder / "seconds.json").write_text(json.dumps(seconds))
+    return folder / "model", float(json.loads((folder / "seconds.json").read_text()))
 
 
 def scores(path: Path, steps: tuple[int, ...], data: Any, judge: FeatureDistance, **how: Any) -> Row:
@@ -196,10 +220,15 @@ def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
                 line |= scores(teacher, (4, 8), data, judge, solver="auto")
             else:
                 model, folder = known[name], out / "models" / "".join(c if c.isalnum() else "-" for c in name)
-                stage = stage_of(setting, model, teacher)
+                stage, before = stage_of(setting, model, teacher), 0.0
+                if model.start is not None:
+                    init, before = start_of(setting, model.start, out, seed, teacher)
+                    stage["init"] = str(init)
                 if arguments.seconds:
-                    stage["samples"] = samples_in(setting, stage, folder, seed, arguments.seconds)
-                seconds = seconds_of(setting, stage, folder, seed)
+                    left = arguments.seconds - before
+                    stage["samples"], pairs = samples_in(setting, stage, folder, seed, left)
+                    before += pairs
+                seconds = before + seconds_of(setting, stage, folder, seed)
                 line |= {"samples": stage["samples"], "seconds": seconds}
                 line |= scores(folder / "model", model.steps, data, judge)
                 shutil.rmtree(folder / "model" / "pairs", ignore_errors=True)
