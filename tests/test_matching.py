@@ -330,10 +330,10 @@ def test_recomputed_networks_give_the_same_gradient() -> None:
 MIXTURE = fs.closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.tensor([0.25, 0.35]))
 NETWORK = {"name": "mlp", "width": 64, "blocks": 2, "embedding": 32}
 STAGES: dict[str, dict[str, Any]] = {
-    "fgm": {"method": "fgm", "samples": 128_000},
-    "sid": {"method": "sid", "samples": 128_000},
-    "dmd": {"method": "dmd", "samples": 128_000},
-    "realuid": {"method": "realuid", "samples": 128_000},
+    "fgm": {"method": "fgm", "samples": 96_000},
+    "sid": {"method": "sid", "samples": 96_000},
+    "dmd": {"method": "dmd", "samples": 96_000},
+    "realuid": {"method": "realuid", "samples": 96_000},
     "two": {"method": "dmd", "samples": 128_000, "steps": 2},
 }
 
@@ -424,7 +424,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path: Path, stages: dict[str, Any
 
 
 def test_a_smaller_generator_learns_from_scratch(trained: Path, tmp_path: Path) -> None:
-    stage = {"method": "dmd", "teacher": str(trained / "teacher"), "network": {"size": 0.25}, "samples": 128_000}
+    stage = {"method": "dmd", "teacher": str(trained / "teacher"), "network": {"size": 0.25}, "samples": 96_000}
     data = {"path": str(trained.parent / "x.npy"), "scale": "none"}
     recipe = make_recipe({"data": data, "network": NETWORK, "stages": {"s": {**stage, "lr": 2e-3}}}, "x")
     run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
