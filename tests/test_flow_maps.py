@@ -206,6 +206,46 @@ def test_the_gradient_through_the_end_derivative_is_that_of_differences(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()) + 1e-9)
 
 
+class Plain(torch.autograd.Function):
+    """The sine, of which autograd is told the first reverse derivative alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+@pytest.mark.parametrize("method", [MeanFlow, Lagrangian])
+def test_a_network_without_forward_mode_falls_back_and_says_so_once(method: Any) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+
+        def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+            out: Tensor = Plain.apply(self.scale * x + (t + r)[:, None])  # type: ignore[no-untyped-call]
+            return out
+
+    net, said = Net(), []
+
+    def loss(way: Any) -> Tensor:
+        objective = method(net, taught(GAUSSIAN, True), UNIFORM, way=way, say=said.append)
+        generator = generator_for("fallback")
+        batch = batch_of(GAUSSIAN, 64, generator)
+        objective.loss("student", batch, Draws(generator, 64))
+        return objective.loss("student", batch, Draws(generator_for("again"), 64))["loss"]
+
+    found = loss("auto")
+    assert len(said) == 1
+    assert "no forward-mode derivative: finite_difference is taken instead" in said[0]
+    torch.testing.assert_close(found, loss("finite_difference"), rtol=1e-9, atol=0)
+
+
 # --- losses at the exact map ------------------------------------------------------------------------------------
 
 
