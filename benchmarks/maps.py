@@ -138,7 +138,7 @@ def samples_in(setting: Setting, stage: Row, folder: Path, seed: int, seconds: f
     def short(batches: int, tag: str) -> float:
         other = folder.with_name(f"{folder.name}-{tag}")
         copy_pairs(folder.with_name(f"{folder.name}-first"), other)
-        return seconds_of(setting, {**stage, "samples": batches * batch}, other, seed)
+        return seconds_of(setting, {**stage, "samples": batches * batch, "lr": 1e-6}, other, seed)
 
     first, few, more = short(8, "first"), short(8, "few"), short(32, "more")
     made = (folder.with_name(f"{folder.name}-first") / "model" / "pairs").exists()

@@ -256,7 +256,9 @@ def test_the_paths_noise_is_independent_of_the_latent() -> None:
 def test_the_online_model_learns_from_the_generator_as_it_is_and_the_generator_from_a_frozen_one() -> None:
     generator = generator_for("turns")
     objective, batch = game(FGM(), turns=3), latents(100, generator)
-    assert objective.turns(7) == ("online", "online", "online", "student")
+    assert objective.turns(0) == objective.turns(7) == ("online", "online", "online", "student")
+    assert game(FGM(), turns=1, head_start=5).turns(4) == ("online",)
+    assert game(FGM(), turns=1, head_start=5).turns(5) == ("online", "student")
     student, online = objective.modules["student"], objective.modules["online"]
     objective.loss("online", batch, Draws(generator, 100))["loss"].backward()
     assert online.idle.grad is not None

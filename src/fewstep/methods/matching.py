@@ -10,7 +10,8 @@ the path's noise, v_theta would be the velocity of another coupling, and could n
 adds is one function of (x_t, c, u*, s), whose gradient in the generator's weights leads there: :class:`Divergence`.
 
 Turns: ``online_turns`` updates of s, each on samples of its own, then one of the generator. Both have betas (0, .99):
-what they follow moves. s is taught by the generator as it is, not by its average.
+what they follow moves. s is taught by the generator as it is, not by its average. It starts as the teacher, where there
+is nothing to learn from the two, so it has a head start of a twentieth of the training.
 
 Weights: with the teacher's data prediction ``f = a x_t + kappa u*``, rows are divided by ``mean |x1 - f| = kappa mean
 |u* - c|``, without gradient (arXiv:2404.04057, eq. 23; a mean over the entries of a sample). Without that, steep times
@@ -60,6 +61,7 @@ from fewstep.methods.flow_map import LawOfTime, where_rows
 from fewstep.methods.watch import Watch
 
 BETAS = (0.0, 0.99)
+HEAD_START = 0.05  # share of the training in which the online model learns alone
 FEW = 256  # rows on which gap and lag are measured
 
 
@@ -190,6 +192,7 @@ class Matching(Objective):
         latest: last time.
         steps: calls of the generator.
         turns: of the online model per turn of the generator.
+        head_start: optimiser steps before the generator's first turn.
         online_lr: its learning rate.
         online_loss: its loss; None: flow matching's.
         checkpointing: recompute u* and s in the backward pass.
@@ -208,6 +211,7 @@ class Matching(Objective):
         latest: float = 0.98,
         steps: int = 1,
         turns: int = 2,
+        head_start: int = 0,
         online_lr: float | None = None,
         online_loss: OnlineLoss | None = None,
         checkpointing: bool = False,
@@ -216,14 +220,15 @@ class Matching(Objective):
         self.modules = {"student": student, "online": online}
         self.learning = {"student": Learning(None, BETAS), "online": Learning(online_lr, BETAS)}
         self.teacher, self.path, self.divergence, self.law = teacher, path, divergence, law
-        self.latest, self.steps, self._turns, self.checkpointing = latest, steps, turns, checkpointing
+        self.latest, self.steps, self.checkpointing = latest, steps, checkpointing
+        self._turns, self._head_start = turns, head_start
         self.online_loss = online_loss
         self.watch = watch
         if watch is not None:
             self.checks, self.state = watch.checks, watch.state
 
     def turns(self, step: int) -> tuple[str, ...]:
-        return ("online",) * self._turns + ("student",)
+        return ("online",) * self._turns + (("student",) if step >= self._head_start else ())
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         if role == "online":
@@ -341,6 +346,7 @@ def plan_matching(
             latest=options.latest,
             steps=options.steps,
             turns=options.online_turns,
+            head_start=int(HEAD_START * options.samples / options.batch_size),
             online_lr=options.online_lr,
             online_loss=online_loss,
             checkpointing=options.checkpointing,
