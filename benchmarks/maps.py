@@ -71,7 +71,10 @@ def fashion_mnist(folder: Path) -> Setting:
     data = {"path": str(folder / "train-images-idx3-ubyte.gz"), "name": "fashion_mnist"}
     usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
-    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, {"reflow": pairs, "instaflow": pairs})
+    matched = dict.fromkeys(("fgm", "sid", "dmd", "realuid"), {"lr": 2e-4})
+    return Setting(
+        data, {"name": "unet", "preset": "small"}, {}, usual, {"reflow": pairs, "instaflow": pairs, **matched}
+    )
 
 
 @dataclass(frozen=True)

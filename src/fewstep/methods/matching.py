@@ -11,7 +11,7 @@ adds is one function of (x_t, c, u*, s), whose gradient in the generator's weigh
 
 Turns: ``online_turns`` updates of s, each on samples of its own, then one of the generator. Both have betas (0, .99):
 what they follow moves. s is taught by the generator as it is, not by its average. It starts as the teacher, where there
-is nothing to learn from the two, so it has a head start of a twentieth of the training.
+is nothing to learn from the two, so it has a head start of a tenth of the training.
 
 Weights: with the teacher's data prediction ``f = a x_t + kappa u*``, rows are divided by ``mean |x1 - f| = kappa mean
 |u* - c|``, without gradient (arXiv:2404.04057, eq. 23; a mean over the entries of a sample). Without that, steep times
@@ -61,7 +61,7 @@ from fewstep.methods.flow_map import LawOfTime, where_rows
 from fewstep.methods.watch import Watch
 
 BETAS = (0.0, 0.99)
-HEAD_START = 0.05  # share of the training in which the online model learns alone
+HEAD_START = 0.1  # share of the training in which the online model learns alone
 FEW = 256  # rows on which gap and lag are measured
 
 
@@ -72,6 +72,7 @@ class MatchingOptions(Options):
         400_000, gt=0, description="samples the generator sees; the online model sees as many per turn"
     )
     lr: float = Field(1e-3, gt=0, description="peak learning rate of the generator")
+    warmup: float = Field(0.02, ge=0, lt=1, description="share of the samples in linear warm-up")
     ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the generator's weight average, per step")
     online_lr: float = Field(1e-3, gt=0, description="peak learning rate of the online model")
     online_turns: int = Field(2, gt=0, description="updates of the online model per update of the generator")
