@@ -71,10 +71,8 @@ def fashion_mnist(folder: Path) -> Setting:
     data = {"path": str(folder / "train-images-idx3-ubyte.gz"), "name": "fashion_mnist"}
     usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
-    matched = dict.fromkeys(("fgm", "sid", "dmd", "realuid"), {"lr": 2e-4})
-    return Setting(
-        data, {"name": "unet", "preset": "small"}, {}, usual, {"reflow": pairs, "instaflow": pairs, **matched}
-    )
+    changes = {"reflow": pairs, "instaflow": pairs, **{name: {"lr": 2e-4} for name in ("fgm", "sid", "dmd", "realuid")}}
+    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes)
 
 
 @dataclass(frozen=True)
