@@ -383,13 +383,22 @@ def test_how_far_the_game_is_stands_in_the_statistics(trained: Path) -> None:
     assert all(name in lines[0] for name in ("energy", "precision", "recall", "gap", "lag"))
 
 
-def test_a_diverging_game_is_stopped_with_its_best_model_and_the_knobs_named(trained: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lr", "message"),
+    [
+        pytest.param(0.003, r"'s' is diverging.*online_turns \(now 1\).*best is in", id="seen"),
+        pytest.param(0.03, r"non-finite losses.*Lower lr \(now 0.03\).*best is in", id="not finite"),
+    ],
+)
+def test_a_diverging_game_is_stopped_with_its_best_model_and_the_knobs_named(
+    trained: Path, tmp_path: Path, lr: float, message: str
+) -> None:
     """An online model that hardly learns knows nothing of the generator, which runs after its own tail."""
     stage = {"method": "fgm", "teacher": str(trained / "teacher"), "samples": 400_000}
-    stage |= {"lr": 0.02, "online_lr": 1e-5, "online_turns": 1, "ema": 0.9}
+    stage |= {"lr": lr, "online_lr": 1e-5, "online_turns": 1, "ema": 0.9}
     data = {"path": str(trained.parent / "x.npy"), "scale": "none"}
     recipe = make_recipe({"data": data, "network": NETWORK, "stages": {"s": stage}}, "x")
-    with pytest.raises(UserError, match=r"'s' is diverging.*online_turns \(now 1\).*best is in") as failed:
+    with pytest.raises(UserError, match=message) as failed:
         run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
     best = load(tmp_path / "run" / "s" / "best")
     assert str(tmp_path / "run" / "s" / "best") in str(failed.value)

@@ -115,15 +115,7 @@ class Learning:
 
 @final
 class Collapse(UserError):
-    """Training goes so badly that going on is a waste.
-
-    Attributes:
-        weights: the student's averaged weights when it went best.
-    """
-
-    def __init__(self, message: str, weights: Mapping[str, Tensor]) -> None:
-        super().__init__(message)
-        self.weights = dict(weights)
+    """Training goes so badly that going on is a waste."""
 
 
 class Objective(ABC):
@@ -157,6 +149,10 @@ class Objective(ABC):
             Collapse: it goes so badly that going on is a waste; says what to change.
         """
         return {}
+
+    def best(self) -> Mapping[str, Tensor] | None:
+        """The student's averaged weights at the best of the checks, where they are kept."""
+        return None
 
 
 class Batches(Protocol):

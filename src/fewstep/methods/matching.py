@@ -304,6 +304,9 @@ class Matching(Objective):
         lag = abs(float((apart * (point.online - point.c)).mean())) / max(gap, torch.finfo(torch.float32).tiny)
         return {**self.watch.look(ema), "gap": gap, "lag": lag}
 
+    def best(self) -> Mapping[str, Tensor] | None:
+        return None if self.watch is None else self.watch.best()
+
 
 def online_model(teacher: Teacher, steps: int) -> nn.Module:
     """A copy of the teacher that learns, one for every call."""

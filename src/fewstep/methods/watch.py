@@ -67,7 +67,7 @@ class Watch:
         """``energy``, ``precision`` and ``recall``.
 
         Raises:
-            Collapse: they have become so much worse that the generator is lost; with the best weights.
+            Collapse: they have become so much worse that the generator is lost.
         """
         self._student.load_state_dict(weights)
         device = next(iter(weights.values())).device
@@ -93,7 +93,10 @@ class Watch:
             new = [min(best, found["energy"]), max(recall, found["recall"])]
             self.state["best"].copy_(torch.tensor(new, dtype=torch.float64))
             return
-        raise Collapse(
-            f"stage {self._name!r} is diverging: {what}. {self._advice}",
-            {name.removeprefix("good."): value for name, value in self.state.items() if name != "best"},
-        )
+        raise Collapse(f"stage {self._name!r} is diverging: {what}. {self._advice}")
+
+    def best(self) -> dict[str, Tensor] | None:
+        """The weights at the least energy distance, None before the first look."""
+        if not math.isfinite(float(self.state["best"][0])):
+            return None
+        return {name.removeprefix("good."): value for name, value in self.state.items() if name != "best"}

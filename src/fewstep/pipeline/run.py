@@ -216,7 +216,7 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         try:
             trainer.train(number, phase.samples, objective, batches, label)
         except Collapse as collapse:
-            raise keep_best(run, stage, config, collapse) from collapse
+            raise keep_best(run, stage, config, collapse, objective.best()) from collapse
         if run.world.rank == 0:
             trainer.save(keep=1 if last else 2)
             rows, context = run.base_rows, None
@@ -228,11 +228,15 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
             previous = as_teacher(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
 
 
-def keep_best(run: Run, stage: Stage, config: Config, collapse: Collapse) -> UserError:
+def keep_best(
+    run: Run, stage: Stage, config: Config, collapse: Collapse, best: Mapping[str, Tensor] | None
+) -> UserError:
     """Write the model that a collapsing training had at its best; the error that says where it is."""
+    if best is None:
+        return UserError(str(collapse))
     folder = stage.folder / "best"
     if run.world.rank == 0:
-        save_model(folder, collapse.weights, config, run.base_rows, None)
+        save_model(folder, dict(best), config, run.base_rows, None)
     return UserError(f"{collapse} What it was at its best is in {folder}.")
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, mix
-from fewstep.methods.base import Batches, Learning, Objective, Options
+from fewstep.methods.base import Batches, Collapse, Learning, Objective, Options
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
 from fewstep.training.state import load_module, load_optimiser, optimiser_tensors, strip
@@ -304,10 +304,10 @@ class Trainer:
         kept = self.checkpoints.files() if self.checkpoints else []
         return kept[-1] if kept else None
 
-    def _diverged(self, role: str, why: str) -> UserError:
+    def _diverged(self, role: str, why: str) -> Collapse:
         kept = self._newest()
         where = f"the last good checkpoint is {kept}" if kept else "no checkpoint was written yet"
-        return UserError(
+        return Collapse(
             f"training of {role!r} diverged at step {self.position.step}: {why}; {where}. Lower lr (now "
             f"{self.options.lr:g}), lengthen warmup, or use precision: fp32."
         )
