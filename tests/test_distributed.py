@@ -120,7 +120,7 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def losses(out: Path, stage: str) -> torch.Tensor:
     lines = [json.loads(line) for line in (out / "stats.jsonl").read_text().splitlines()]
-    own = [line["terms"]["loss"] for line in lines if line["stage"] == stage and "terms" in line]
+    own = [line["terms"]["loss"] for line in lines if line["stage"] == stage and "loss" in line.get("terms", {})]
     return torch.tensor(own, dtype=torch.float64)
 
 
@@ -129,7 +129,7 @@ def test_two_processes_give_the_loss_curve_of_one(worlds: tuple[Path, Path], sta
     """Losses of neighbouring points are squares of small differences, and have fewer digits."""
     one, two = (losses(out, stage) for out in worlds)
     slack = 1 if stage in ("flow", "straight") else 100
-    assert len(one) == len(two) == 40
+    assert len(one) == len(two) == (36 if stage in ("fgm", "realuid") else 40)  # the rest is the head start
     torch.testing.assert_close(two[:10], one[:10], rtol=1e-6 * slack, atol=0)
     torch.testing.assert_close(two, one, rtol=1e-5 * slack, atol=0)
 

@@ -18,7 +18,7 @@ from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
 from fewstep.flow.noise import mix
-from fewstep.generator import Config, Generator, load, save_model, weights_digest
+from fewstep.generator import Config, load, save_model
 from fewstep.methods.base import Collapse, Options, Plan, Stage, Teacher
 from fewstep.methods.registry import find_method
 from fewstep.networks.two_time import take_weights
@@ -28,6 +28,7 @@ from fewstep.pipeline.features import features_config, find_outside
 from fewstep.pipeline.networks import build_network, same_weights, stage_network
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.statistics import Statistics
+from fewstep.pipeline.teachers import as_teacher, frozen
 from fewstep.store.files import clean_temporaries, make_folder, read_json, write_json, write_text
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.trainer import Trainer
@@ -281,34 +282,6 @@ def check_foreign(run: Run, folder: Path, config: Config) -> None:
     base = "gaussian" if run.base_rows is None else "empirical"
     if config.base not in (base, "examples"):  # examples are refused as teachers, with their own reason
         raise UserError(f"the model {folder} has a base of kind {config.base!r}, and this recipe {base!r}: set 'base'.")
-
-
-def frozen(generator: Generator, name: str) -> Teacher:
-    """A generator as a teacher."""
-    if generator.config.kind != "velocity":
-        raise UserError(f"{name!r} is a one-step map, not a velocity field: learn from the flow it was distilled from.")
-    if generator.config.base == "examples":
-        raise UserError(
-            f"{name!r} starts from damaged data (in-painting, super-resolution), and pairs need a base that can be "
-            "drawn: learn from a model with a Gaussian base, or sample this one in a few steps."
-        )
-    return as_teacher(generator, name)
-
-
-def as_teacher(generator: Generator, name: str) -> Teacher:
-    """A generator's network, frozen: what an earlier phase of the stage left, whatever it is sampled by."""
-    state = generator.module.state_dict()
-    return Teacher(
-        velocity=generator.module,
-        digest=weights_digest(state),
-        guidance=generator.config.guidance,
-        guidable=generator.config.guidable,
-        path=generator.config.path,
-        name=name,
-        state=state,
-        network=generator.config.network or {},
-        independent=bool(generator.config.coupling.get("independent", True)),
-    )
 
 
 def stage_config(
