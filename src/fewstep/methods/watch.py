@@ -19,14 +19,14 @@ from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import generator_for
 from fewstep.methods.base import Collapse, Stage
 from fewstep.methods.straight_line import one_step
-from fewstep.metrics.distances import energy
+from fewstep.metrics.distances import energy, energy_floor
 from fewstep.metrics.neighbours import prdc
 
 CHECKS = 20  # per stage
 MOST = 512  # rows that are looked at: a look must cost little beside the steps between two of them
 NEIGHBOURS = 5
 LEAST = 32  # rows below which none of it says anything
-FURTHEST = 5.0  # energy as a multiple of the best so far, above which training stops
+FURTHEST = 5.0  # energy as a multiple of the best so far, or of chance, above which training stops
 LOWEST = 0.5  # recall as a share of the best so far, below which it stops
 SETTLED = 0.3  # recall that must have been reached before it says anything
 
@@ -56,6 +56,7 @@ class Watch:
         self._student = copy.deepcopy(student).eval().requires_grad_(False)
         good = {f"good.{name}": value.detach().cpu().clone() for name, value in student.state_dict().items()}
         self.state = {"best": torch.tensor([math.inf, 0.0], dtype=torch.float64), **good}
+        self._chance = float(energy_floor(self.rows.x1, len(chosen))) if self.checks else 0.0
         self._name, self._advice = stage.name, advice
 
     def generator(self) -> torch.Generator:
@@ -82,7 +83,7 @@ class Watch:
 
     def _judge(self, found: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
         best, recall = self.state["best"].tolist()
-        if found["energy"] > FURTHEST * best:
+        if found["energy"] > FURTHEST * max(best, self._chance):
             what = f"the energy distance to the data rose from {best:.3g} to {found['energy']:.3g}"
         elif found["recall"] < LOWEST * recall and recall > SETTLED:
             what = f"recall of the data fell from {recall:.2f} to {found['recall']:.2f}"
