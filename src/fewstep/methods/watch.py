@@ -27,6 +27,7 @@ MOST = 512  # rows that are looked at: a look must cost little beside the steps 
 NEIGHBOURS = 5
 LEAST = 32  # rows below which none of it says anything
 FURTHEST = 5.0  # energy as a multiple of the best so far, or of chance, above which training stops
+NEAR = 0.25  # energy as a share of the first one, below which it goes on: games oscillate before they settle
 LOWEST = 0.5  # recall as a share of the best so far, below which it stops
 SETTLED = 0.3  # recall that must have been reached before it says anything
 
@@ -38,7 +39,7 @@ class Watch:
     Attributes:
         rows: noises and data rows, with the rows' labels.
         checks: how often.
-        state: the best numbers so far, and the weights that had them.
+        state: the best numbers so far, the first energy, and the weights that had the least energy.
 
     Args:
         student: copied; ``v(x, t, **cond)``.
@@ -55,7 +56,7 @@ class Watch:
         self.checks = CHECKS if len(chosen) >= LEAST else 0
         self._student = copy.deepcopy(student).eval().requires_grad_(False)
         good = {f"good.{name}": value.detach().cpu().clone() for name, value in student.state_dict().items()}
-        self.state = {"best": torch.tensor([math.inf, 0.0], dtype=torch.float64), **good}
+        self.state = {"best": torch.tensor([math.inf, 0.0, 0.0], dtype=torch.float64), **good}
         self._chance = float(energy_floor(self.rows.x1, len(chosen))) if self.checks else 0.0
         self._name, self._advice = stage.name, advice
 
@@ -82,8 +83,9 @@ class Watch:
         return found
 
     def _judge(self, found: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
-        best, recall = self.state["best"].tolist()
-        if found["energy"] > FURTHEST * max(best, self._chance):
+        best, recall, first = self.state["best"].tolist()
+        first = first or found["energy"]
+        if found["energy"] > max(FURTHEST * best, FURTHEST * self._chance, NEAR * first):
             what = f"the energy distance to the data rose from {best:.3g} to {found['energy']:.3g}"
         elif found["recall"] < LOWEST * recall and recall > SETTLED:
             what = f"recall of the data fell from {recall:.2f} to {found['recall']:.2f}"
@@ -91,7 +93,7 @@ class Watch:
             if found["energy"] < best:
                 for name, value in weights.items():
                     self.state[f"good.{name}"].copy_(value)
-            new = [min(best, found["energy"]), max(recall, found["recall"])]
+            new = [min(best, found["energy"]), max(recall, found["recall"]), first]
             self.state["best"].copy_(torch.tensor(new, dtype=torch.float64))
             return
         raise Collapse(f"stage {self._name!r} is diverging: {what}. {self._advice}")
