@@ -9,6 +9,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from fewstep.generator import Generator
 from fewstep.methods.perceptual import FeatureDistance
 from fewstep.metrics import evaluate, sample_count
@@ -80,9 +83,6 @@ def size_and_cost(model: Generator) -> dict[str, float]:
 
 def macs(model: Generator) -> float:
     """Multiplications and additions of one network call, in millions of pairs."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode
-
     x = torch.zeros(1, *model.config.shape)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model.module(x, torch.zeros(1))

@@ -43,9 +43,9 @@ from fewstep.pipeline.networks import same_weights
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
+from mixture_cases import MIXTURE, NETWORK, train_beside_a_teacher, w1
 
 GAUSSIAN = fs.closed_form.gaussian(torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0]))
-MIXTURE = fs.closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.tensor([0.25, 0.35]))
 TARGETS: dict[str, Any] = {"gaussian": GAUSSIAN, "mixture": MIXTURE}
 UNIFORM = make_time_law("uniform")
 
@@ -477,7 +477,6 @@ def test_a_chain_of_the_exact_map_ends_at_one_place_on_every_grid(grid: str) -> 
 
 # --- whole runs -------------------------------------------------------------------------------------------------
 
-NETWORK = {"name": "mlp", "width": 64, "blocks": 2, "embedding": 32}
 STAGES: dict[str, dict[str, Any]] = {
     "meanflow": {"method": "meanflow", "samples": 64_000, "derivative": "finite_difference"},
     "split": {"method": "meanflow", "target": "split", "samples": 64_000},
@@ -489,22 +488,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("maps")
-    np.save(out / "x.npy", MIXTURE.sample(20_000, generator_for("mixture data")).numpy())
-    students = {name: {**options, "teacher": "teacher"} for name, options in STAGES.items()}
-    stages = {"teacher": {"method": "flow_matching", "samples": 80_000}, **students}
-    data = {"path": str(out / "x.npy"), "scale": "none"}
-    recipe = make_recipe({"data": data, "network": NETWORK, "stages": stages}, "x")
-    run_recipe(recipe, out / "run", LocalWorld(quiet=True))
-    return out / "run"
-
-
-def w1(x: Tensor) -> float:
-    """W1 of sorted samples to the exact quantiles."""
-    p = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
-    z = torch.special.ndtri(p)[:, None]
-    exact = MIXTURE.flow_map(z, torch.zeros(len(x)), torch.ones(len(x)))
-    return float((x.double().flatten().sort().values - exact.flatten()).abs().mean())
+    return train_beside_a_teacher(tmp_path_factory.mktemp("maps"), STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -27,6 +27,7 @@ from fewstep.methods.sid import SiD
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
+from mixture_cases import NETWORK, train_beside_a_teacher, w1
 
 MEAN, WIDTH = 1.0, 0.5  # of the teacher
 SHIFT, SCALE = 0.2, 1.2  # of the generator
@@ -329,8 +330,6 @@ def test_recomputed_networks_give_the_same_gradient() -> None:
 
 # --- whole runs -------------------------------------------------------------------------------------------------
 
-MIXTURE = fs.closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.tensor([0.25, 0.35]))
-NETWORK = {"name": "mlp", "width": 64, "blocks": 2, "embedding": 32}
 STAGES: dict[str, dict[str, Any]] = {
     "fgm": {"method": "fgm", "samples": 96_000},
     "sid": {"method": "sid", "samples": 96_000},
@@ -342,23 +341,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("matching")
-    np.save(out / "x.npy", MIXTURE.sample(20_000, generator_for("mixture data")).numpy())
-    students = {name: {**options, "teacher": "teacher"} for name, options in STAGES.items()}
-    stages = {"teacher": {"method": "flow_matching", "samples": 80_000}, **students}
-    data = {"path": str(out / "x.npy"), "scale": "none"}
-    run_recipe(
-        make_recipe({"data": data, "network": NETWORK, "stages": stages}, "x"), out / "run", LocalWorld(quiet=True)
-    )
-    return out / "run"
-
-
-def w1(x: Tensor) -> float:
-    """W1 of sorted samples to the exact quantiles."""
-    p = (torch.arange(len(x), dtype=torch.float64) + 0.5) / len(x)
-    z = torch.special.ndtri(p)[:, None]
-    exact = MIXTURE.flow_map(z, torch.zeros(len(x)), torch.ones(len(x)))
-    return float((x.double().flatten().sort().values - exact.flatten()).abs().mean())
+    return train_beside_a_teacher(tmp_path_factory.mktemp("matching"), STAGES)
 
 
 @pytest.mark.parametrize("stage", STAGES)

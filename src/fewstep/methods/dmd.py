@@ -48,11 +48,11 @@ class DMD:
 
     def __call__(self, point: Point) -> Tensor:
         apart = (point.online - point.teacher).detach()
-        if self.normalised:
-            weight = point.weight  # f = a x + kappa v, and x1 - f_T = kappa (c - u*): one kappa is left of the two
+        if self.normalised:  # f_S - f_T = kappa (s - u*), over kappa mean |u* - c|
+            weight = point.weight / point.kappa
         else:
             weight = point.path.alpha(point.t) * point.path.score_coefficients(point.t)[1]
-        g = expand_time(weight / (point.kappa if self.normalised else 1.0), apart) * apart
+        g = expand_time(weight, apart) * apart
         return 0.5 * rows_mean((point.x1 - (point.x1 - g).detach()).square())
 
 

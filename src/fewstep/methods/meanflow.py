@@ -130,7 +130,7 @@ class SelfGuidance:
         with full_precision(x):
             free = self.average(x, t, r=t, **{**cond, "label": None}).to(v)
             known = self.average(x, t, r=t, **cond).to(v)
-        guided = (1 - self.own) * (self.scale * v + (1 - self.scale) * free) + self.own * known
+        guided = free.lerp(v, self.scale).lerp(known, self.own)
         return where_rows(cond["label"] == self.null, v, guided)
 
 
