@@ -271,6 +271,24 @@ def test_the_online_model_learns_from_the_generator_as_it_is_and_the_generator_f
     assert large > 2 * small
 
 
+def test_the_generator_may_look_at_the_average_of_the_online_model() -> None:
+    """After n turns of either network, ``s' = (1 - d^n) s`` where s' began at zero; it is learned with s itself."""
+    online, generator = Affine(0.0, 1.0), generator_for("average")
+    objective, batch = game(FGM(), online=online, online_ema=0.8), latents(50, generator)
+    assert set(objective.state) == {"target.a", "target.b"}
+    with torch.no_grad():
+        online.a.fill_(2.0)
+    for _ in range(3):
+        objective.loss("student", batch, Draws(generator, 50))
+    made = objective.generate(batch.x0, {}, Draws(generator, 50))
+    point = objective.point(made, {}, Draws(generator, 50))
+    torch.testing.assert_close(point.online, torch.full_like(point.online, 2 * (1 - 0.8**3)))
+    (slope,) = torch.autograd.grad(objective.loss("online", batch, Draws(generator, 50))["loss"], online.a)
+    c = objective.learn(made, batch, Draws(generator_for("c"), 50))["loss"]
+    assert float(slope) != 0
+    assert c.requires_grad
+
+
 def test_several_calls_are_trained_where_they_are_made() -> None:
     """With the exact map to the data, samples of every call have its law, and later calls their noised states."""
     seen: dict[float, list[Tensor]] = {}
@@ -424,6 +442,25 @@ def test_a_smaller_generator_learns_from_scratch(trained: Path, tmp_path: Path) 
     run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
     small = load(tmp_path / "run" / "s")
     assert w1(small.sample(4000, steps=1)) < w1(load(trained / "teacher").sample(4000, steps=1)) / 4
+
+
+def test_a_generator_starts_from_a_one_step_map_which_others_may_not(trained: Path, tmp_path: Path) -> None:
+    data = {"path": str(trained.parent / "x.npy"), "scale": "none"}
+
+    def run(**stage: Any) -> Path:
+        stages = {"s": {"teacher": str(trained / "teacher"), "init": str(trained / "fgm"), "samples": 2560, **stage}}
+        run_recipe(
+            make_recipe({"data": data, "network": NETWORK, "stages": stages}, "x"), tmp_path, LocalWorld(quiet=True)
+        )
+        return tmp_path / "s"
+
+    noise = GaussianSource((1,)).sample(10, generator_for("noise"))
+    start, found = (load(path).sample(noise=noise) for path in (trained / "fgm", run(method="sid", lr=1e-9)))
+    torch.testing.assert_close(found, start, rtol=0, atol=1e-4)
+    with pytest.raises(UserError, match="is a one-step map, not a velocity"):
+        run(method="meanflow")
+    with pytest.raises(UserError, match="is a map of another network"):
+        run(method="dmd", network={"name": "mlp", "width": 32})
 
 
 def test_latents_of_a_run_are_the_bases(trained: Path) -> None:

@@ -187,7 +187,7 @@ STAGES: dict[str, dict[str, Any]] = {
     "consistency": {"method": "consistency", "samples": 40 * 128},
     "continuous": {"method": "consistency", "target": "continuous", "samples": 40 * 128},
     "consistency_fm": {"method": "consistency_fm", "teacher": None, "regression": 0.5, "samples": 40 * 128},
-    "fgm": {"method": "fgm", "samples": 40 * 128},
+    "fgm": {"method": "fgm", "online_ema": 0.9, "lr": 1e-4, "samples": 40 * 128},
     "alpha": {"method": "meanflow", "target": "alpha", "samples": 40 * 128},
 }
 

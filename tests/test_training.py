@@ -108,6 +108,25 @@ def test_a_role_learns_at_its_own_rate_and_with_its_own_betas() -> None:
     assert (groups["discriminator"]["betas"], groups["student"]["betas"]) == ((0.0, 0.9), (0.9, 0.999))
 
 
+def test_a_role_that_begins_later_warms_up_there() -> None:
+    game = TwoPlayers(Net())
+    game.learning = {"student": Learning(begins=6)}
+    run = start(game.modules["student"], lr=0.01, warmup=0.5)
+    rates: list[list[float]] = []
+
+    class Late(TwoPlayers):
+        def turns(self, step: int) -> tuple[str, ...]:
+            rates.append([optimiser.param_groups[0]["lr"] for optimiser in run.trainer.optimisers.values()])
+            return ("discriminator", "student") if step >= 6 else ("discriminator",)
+
+    game.__class__ = Late
+    run.trainer.train(0, 10 * BATCH, game, Noise(), "test")
+    student, other = (run.trainer.optimisers[role].param_groups[0]["lr"] for role in ("student", "discriminator"))
+    assert [rate[0] for rate in rates[7:]] == pytest.approx([0.0025, 0.0075, 0.01 * 0.5 * (1 + math.cos(math.pi / 4))])
+    assert student == pytest.approx(0.01 * 0.5 * (1 + math.cos(0.75 * math.pi)))  # the last of its own four steps
+    assert other == pytest.approx(0.01 * 0.5 * (1 + math.cos(0.9 * math.pi)))
+
+
 def test_checks_are_spread_over_the_phase_and_logged() -> None:
     class Checked(Regression):
         checks = 4

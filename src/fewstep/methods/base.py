@@ -107,10 +107,12 @@ class Learning:
     Attributes:
         lr: peak learning rate; None is the stage's. Warm-up and cosine are the stage's too.
         betas: of AdamW.
+        begins: optimiser steps of the phase before the role's first turn; its warm-up begins there.
     """
 
     lr: float | None = None
     betas: tuple[float, float] = (0.9, 0.999)
+    begins: int = 0
 
 
 @final
@@ -350,6 +352,7 @@ class Spec:
         makes: ``velocity``, which later stages can learn from, or ``map`` or ``features``, which they cannot.
         network: resolves the stage's network where that is no velocity network, from the options and the data.
         online_calls: the teacher's network calls for every sample seen in training, from the options.
+        starts_from_maps: whether ``init`` may name a one-step map, whose network is called as the student's.
     """
 
     options: type[Options]
@@ -362,3 +365,4 @@ class Spec:
     makes: Literal["velocity", "map", "features"] = "velocity"
     network: Callable[[Any, DataSet], dict[str, Any]] | None = None
     online_calls: Callable[[Any], int] = lambda options: 0
+    starts_from_maps: bool = False

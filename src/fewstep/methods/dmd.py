@@ -30,6 +30,9 @@ class DMDOptions(MatchingOptions):
         300_000, gt=0, description="samples the generator sees; the online model sees as many per turn"
     )
     online_lr: float = Field(2e-3, gt=0, description="peak learning rate of the online model")
+    online_ema: float = Field(
+        0.95, ge=0, lt=1, description="decay of the online model's average, at which the generator looks; 0: at itself"
+    )
     online_turns: int = Field(4, gt=0, description="updates of the online model per update of the generator")
     weight: Literal["normalised", "kl"] = Field("normalised", description="of times; kl: the divergence's own")
 
@@ -69,4 +72,5 @@ SPEC = Spec(
     makes="map",
     cite=("yin2024one", "yin2024improved"),
     online_calls=online_calls,
+    starts_from_maps=True,
 )

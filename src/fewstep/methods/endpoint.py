@@ -83,14 +83,15 @@ class Follower:
         decay: d.
 
     Attributes:
+        module: the average itself, frozen.
         state: its tensors, changed in place; a checkpoint must keep them.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.0) -> None:
         self.decay = decay
         self._leader = module
-        self._module = copy.deepcopy(module).train().requires_grad_(False)
-        self.state = {f"target.{name}": value for name, value in self._module.state_dict().items()}
+        self.module = copy.deepcopy(module).train().requires_grad_(False)
+        self.state = {f"target.{name}": value for name, value in self.module.state_dict().items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -104,7 +105,7 @@ class Follower:
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
         with full_precision(x), same_dropout(x.device):
-            out: Tensor = self._module(x, t, **cond).to(x)
+            out: Tensor = self.module(x, t, **cond).to(x)
         return out
 
 

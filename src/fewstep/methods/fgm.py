@@ -62,4 +62,5 @@ SPEC = Spec(
     makes="map",
     cite=("huang2024flow",),
     online_calls=online_calls,
+    starts_from_maps=True,
 )

@@ -56,12 +56,11 @@ from fewstep.methods.base import (
     require_teacher,
 )
 from fewstep.methods.batches import DataBatches
-from fewstep.methods.endpoint import neighbour
+from fewstep.methods.endpoint import Follower, neighbour
 from fewstep.methods.flow_map import LawOfTime, where_rows
 from fewstep.methods.watch import Watch
 
 BETAS = (0.0, 0.99)
-HEAD_START = 0.1  # share of the training in which the online model learns alone
 FEW = 256  # rows on which gap and lag are measured
 
 
@@ -75,7 +74,13 @@ class MatchingOptions(Options):
     warmup: float = Field(0.02, ge=0, lt=1, description="share of the samples in linear warm-up")
     ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the generator's weight average, per step")
     online_lr: float = Field(1e-3, gt=0, description="peak learning rate of the online model")
+    online_ema: float = Field(
+        0.0, ge=0, lt=1, description="decay of the online model's average, at which the generator looks; 0: at itself"
+    )
     online_turns: int = Field(2, gt=0, description="updates of the online model per update of the generator")
+    head_start: float = Field(
+        0.1, ge=0, lt=1, description="share of the samples in which the online model learns alone"
+    )
     steps: int = Field(1, gt=0, le=16, description="calls the generator is made for, with fresh noise between them")
     time: LawOfTime = Field("uniform", description="law of the path's times, shrunk to [0, latest]")
     latest: float = Field(0.98, gt=0, le=1, description="last time: nearer the data, velocities are all noise")
@@ -195,6 +200,7 @@ class Matching(Objective):
         turns: of the online model per turn of the generator.
         head_start: optimiser steps before the generator's first turn.
         online_lr: its learning rate.
+        online_ema: decay of its average.
         online_loss: its loss; None: flow matching's.
         checkpointing: recompute u* and s in the backward pass.
         watch: looks at the generator now and then.
@@ -214,24 +220,29 @@ class Matching(Objective):
         turns: int = 2,
         head_start: int = 0,
         online_lr: float | None = None,
+        online_ema: float = 0.0,
         online_loss: OnlineLoss | None = None,
         checkpointing: bool = False,
         watch: Watch | None = None,
     ) -> None:
         self.modules = {"student": student, "online": online}
-        self.learning = {"student": Learning(None, BETAS), "online": Learning(online_lr, BETAS)}
+        self.learning = {"student": Learning(None, BETAS, head_start), "online": Learning(online_lr, BETAS)}
         self.teacher, self.path, self.divergence, self.law = teacher, path, divergence, law
         self.latest, self.steps, self.checkpointing = latest, steps, checkpointing
         self._turns, self._head_start = turns, head_start
         self.online_loss = online_loss
+        self.follower = Follower(online, online_ema) if online_ema else None
+        self.state = {} if self.follower is None else self.follower.state
         self.watch = watch
         if watch is not None:
-            self.checks, self.state = watch.checks, watch.state
+            self.checks, self.state = watch.checks, {**self.state, **watch.state}
 
     def turns(self, step: int) -> tuple[str, ...]:
         return ("online",) * self._turns + (("student",) if step >= self._head_start else ())
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+        if self.follower is not None:
+            self.follower.update()
         if role == "online":
             with torch.no_grad():
                 made = self.generate(draws.normal(batch.x0.shape[1:]).to(batch.x0), batch.cond, draws)
@@ -257,9 +268,9 @@ class Matching(Objective):
         t = which / self.steps
         return Made(neighbour(x, student(x, t, **cond).to(x), t, torch.ones_like(t)), which)
 
-    def online(self, which: Tensor) -> Velocity:
-        """s of the calls that made the rows."""
-        model = self.modules["online"]
+    def online(self, which: Tensor, *, learns: bool = False) -> Velocity:
+        """s of the calls that made the rows: the model that learns, or what the generator looks at."""
+        model = self.modules["online"] if learns or self.follower is None else self.follower.module
         return model if self.steps == 1 else functools.partial(model, which=which)
 
     def noised(self, x1: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
@@ -284,7 +295,7 @@ class Matching(Objective):
     def learn(self, made: Made, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         """The online model's loss on samples of the generator."""
         t, x_t, c = self.noised(made.x1, draws)
-        online = self.online(made.which)
+        online = self.online(made.which, learns=True)
         s = online(x_t, t, **batch.cond).to(x_t)
         if self.online_loss is None:
             return {"loss": (s - c).square().mean()}
@@ -350,8 +361,9 @@ def plan_matching(
             latest=options.latest,
             steps=options.steps,
             turns=options.online_turns,
-            head_start=int(HEAD_START * options.samples / options.batch_size),
+            head_start=int(options.head_start * options.samples / options.batch_size),
             online_lr=options.online_lr,
+            online_ema=options.online_ema,
             online_loss=online_loss,
             checkpointing=options.checkpointing,
             watch=Watch(student, stage, advice),

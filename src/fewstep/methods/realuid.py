@@ -82,4 +82,5 @@ SPEC = Spec(
     makes="map",
     cite=("kornilov2025universal",),
     online_calls=online_calls,
+    starts_from_maps=True,
 )

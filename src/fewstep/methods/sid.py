@@ -57,4 +57,5 @@ SPEC = Spec(
     makes="map",
     cite=("zhou2024score",),
     online_calls=online_calls,
+    starts_from_maps=True,
 )

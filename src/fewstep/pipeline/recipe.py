@@ -318,21 +318,21 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: 
             if chosen in names and chosen != name:
                 raise UserError(f"{where}: its {role} {chosen!r} comes later: put that stage before this one.")
             _check_folder(where, role, chosen, earlier)
-        elif chosen is not None and (kind := find_method(earlier[chosen].method).makes) != "velocity":
-            raise UserError(f"{where}: the {role} {chosen!r} {NO_VELOCITY[kind]}")
+        if chosen is not None:
+            kind = find_method(earlier[chosen].method).makes if chosen in earlier else read_config(Path(chosen)).kind
+            if kind != "velocity" and not (role == "init" and kind == "map" and spec.starts_from_maps):
+                raise UserError(f"{where}: the {role} {chosen!r} {NO_VELOCITY[kind]}")
     return options
 
 
 def _check_folder(where: str, role: str, chosen: str, earlier: Mapping[str, Options]) -> None:
-    """A model from outside the recipe: its folder must be there and hold a velocity."""
+    """A model from outside the recipe: its folder must be there."""
     folder = Path(chosen)
     if not os.path.isfile(folder / "config.json"):
         raise UserError(
             f"{where}: unknown {role} {chosen!r}: {suggestion(chosen, earlier)}It must be an earlier stage "
             f"({', '.join(earlier) or 'there is none'}) or a model's folder."
         )
-    if (kind := read_config(folder).kind) != "velocity":
-        raise UserError(f"{where}: the {role} {chosen!r} {NO_VELOCITY[kind]}")
 
 
 def _check_guidance(recipe: Recipe) -> None:

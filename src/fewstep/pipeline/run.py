@@ -18,7 +18,7 @@ from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
 from fewstep.flow.noise import mix
-from fewstep.generator import Config, load, save_model
+from fewstep.generator import Config, Generator, load, save_model
 from fewstep.methods.base import Collapse, Options, Plan, Stage, Teacher
 from fewstep.methods.registry import find_method
 from fewstep.networks.two_time import take_weights
@@ -125,10 +125,11 @@ def check_models(run: Run) -> None:
     """Load every teacher and all features from outside the recipe once, before the first stage trains."""
     find_outside(run.recipe.stages, run.recipe.header.compare.features, run.data)
     for name, options in run.recipe.stages.items():
-        for chosen in (options.teacher, options.init):
-            if chosen is not None and chosen not in run.recipe.stages:
-                with naming_stage(name):
-                    load_teacher(run, chosen)
+        with naming_stage(name):
+            if options.teacher is not None and options.teacher not in run.recipe.stages:
+                load_teacher(run, options.teacher)
+            if options.init is not None and options.init not in run.recipe.stages:
+                load_initial(run, options.init, options)
 
 
 def check_begun(run: Run) -> None:
@@ -151,7 +152,7 @@ def run_stage(run: Run, name: str, options: Options) -> None:
     """Run one stage to its end, or leave it alone when it is finished."""
     folder = run.out / name
     teacher = load_teacher(run, options.teacher) if options.teacher else None
-    initial = load_teacher(run, options.init) if options.init else teacher
+    initial = load_initial(run, options.init, options) if options.init else teacher
     network = network_of(run, options)
     weights = {
         "teacher_weights": teacher.digest if teacher else None,
@@ -253,8 +254,33 @@ def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher
     return student
 
 
+def load_initial(run: Run, chosen: str, options: Options) -> Teacher:
+    """What the student starts from: a teacher, or a one-step map where the method's students are called as those.
+
+    Raises:
+        UserError: as :func:`load_teacher`; a map of another network.
+    """
+    if not find_method(options.method).starts_from_maps:
+        return load_teacher(run, chosen)
+    generator = load_model(run, chosen)
+    if generator.config.kind == "velocity":
+        return frozen(generator, chosen)
+    network = network_of(run, options)
+    if not same_weights(generator.config.network or {}, network):
+        raise UserError(
+            f"the init {chosen!r} is a map of another network ({generator.config.network}) than the student's "
+            f"({network}): give the stage that 'network', or start from another model."
+        )
+    return as_teacher(generator, chosen)
+
+
 def load_teacher(run: Run, chosen: str) -> Teacher:
-    """A stage of this run, or a model's folder."""
+    """A stage of this run, or a model's folder, frozen."""
+    return frozen(load_model(run, chosen), chosen)
+
+
+def load_model(run: Run, chosen: str) -> Generator:
+    """A stage of this run, or a model's folder, which fits the data."""
     folder = run.out / chosen if chosen in run.recipe.stages else Path(chosen)
     generator = load(folder, device=run.world.device)
     if generator.config.shape != run.data.shape:
@@ -263,7 +289,7 @@ def load_teacher(run: Run, chosen: str) -> Teacher:
         )
     if chosen not in run.recipe.stages:
         check_foreign(run, folder, generator.config)
-    return frozen(generator, chosen)
+    return generator
 
 
 def check_foreign(run: Run, folder: Path, config: Config) -> None:

@@ -215,14 +215,13 @@ class Trainer:
         batch = batches.batch(position.phase_samples, options.batch_size, self._generator)
         batch = _local(batch, self._rows, self.world.device)
         draws = Draws(self._generator, options.batch_size, self._rows)
-        rate = learning_rate(options, position.phase_samples, samples)
         for role in objective.turns(position.step):
-            self._turn(objective, role, batch, draws, rate)
+            self._turn(objective, role, batch, draws, samples)
         position.step += 1
         position.phase_samples += options.batch_size
         position.total_samples += options.batch_size
 
-    def _turn(self, objective: Objective, role: str, batch: Pair, draws: Draws, rate: float) -> None:
+    def _turn(self, objective: Objective, role: str, batch: Pair, draws: Draws, samples: int) -> None:
         """One role's forward, backward and update."""
         parameters, optimiser = self._parameters[role], self.optimisers[role]
         self._give_turn(objective, role)
@@ -242,8 +241,10 @@ class Trainer:
         self.position.bad_steps[role] = 0
         if norm > self.options.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.options.clip, total)
-        own = objective.learning.get(role, Learning()).lr
-        optimiser.param_groups[0]["lr"] = rate if own is None else rate * own / self.options.lr
+        own = objective.learning.get(role, Learning())
+        before = own.begins * self.options.batch_size
+        rate = learning_rate(self.options, self.position.phase_samples - before, samples - before)
+        optimiser.param_groups[0]["lr"] = rate if own.lr is None else rate * own.lr / self.options.lr
         optimiser.step()
         if role == "student":
             self.ema.update()
