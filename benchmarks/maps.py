@@ -1,4 +1,4 @@
-"""Few-step methods side by side: `python benchmarks/maps.py digits|fashion_mnist|mixtures`.
+"""Few-step methods side by side: `python benchmarks/maps.py digits|fashion_mnist|mixtures|modes`.
 
 ``digits`` and ``fashion_mnist``: every row is one model, trained from the same teacher (or from the data, where it says
 so) on as many samples, or with `--seconds S` for as many CPU seconds, and judged at the step counts it is made for.
@@ -8,6 +8,10 @@ Fashion-MNIST needs `--data` with the folder of its idx files, and takes the tea
 
 ``mixtures``: random mixtures on the line and in the plane, defaults with `teacher:` given. W1 to fresh samples of the
 law (in the plane the mean over directions), in units of one Euler step of the teacher.
+
+``modes``: 25 modes of width .08 on a grid of spacing 1, distribution matching with defaults. Energy distance of one
+call to 10,000 fresh samples in units of the teacher's at 100 steps, and how many of 10,000 samples the least mode has
+within three widths.
 
 Run with OMP_NUM_THREADS=1.
 """
@@ -31,10 +35,10 @@ from fewstep import closed_form
 from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.noise import generator_for
-from fewstep.generator import load
+from fewstep.generator import Generator, load
 from fewstep.methods.perceptual import FeatureDistance, find_features
 from fewstep.methods.registry import find_method
-from fewstep.metrics import sample_count
+from fewstep.metrics import energy, sample_count
 from fewstep.metrics.controls import moment_matched_gaussian
 from fewstep.training.world import set_threads
 
@@ -44,13 +48,14 @@ ANY, ONE = (1, 2, 4, 8), (1,)
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set, what is trained first, and the budget of every model."""
+    """A data set, what is trained first, the budget of every model, and what methods and models with a start change."""
 
     data: Any
     network: Row
     first: Row
     usual: Row
     changes: dict[str, Row] = field(default_factory=dict)
+    started: Row = field(default_factory=dict)
 
     def header(self, seed: int) -> Row:
         """What all recipes have."""
@@ -63,7 +68,8 @@ def digits() -> Setting:
         "teacher": {"method": "flow_matching", "samples": 800_000},
         "judge": {"method": "features", "samples": 200_000, "network": {"widths": [24, 48, 96]}},
     }
-    return Setting("digits", {"name": "mlp", "preset": "small"}, first, {"samples": 800_000})
+    started: Row = {"samples": 200_000, "lr": 3e-4, "warmup": 0.05, "head_start": 0.05, "time": "exponential:2"}
+    return Setting("digits", {"name": "mlp", "preset": "small"}, first, {"samples": 800_000}, started=started)
 
 
 def fashion_mnist(folder: Path) -> Setting:
@@ -72,7 +78,9 @@ def fashion_mnist(folder: Path) -> Setting:
     usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
     changes = {"reflow": pairs, "instaflow": pairs, **{name: {"lr": 2e-4} for name in ("fgm", "sid", "dmd", "realuid")}}
-    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes)
+    started: Row = {"batch_size": 64, "lr": 5e-5, "warmup": 0.1, "head_start": 0.04, "time": "exponential:2.5"}
+    started |= {"online_lr": 3e-4, "online_ema": 0.9, "online_turns": 2}
+    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes, started)
 
 
 @dataclass(frozen=True)
@@ -101,9 +109,9 @@ def models() -> dict[str, Model]:
         "sid": Model({"method": "sid", "samples": 400_000}, ONE),
         "dmd": Model({"method": "dmd", "samples": 300_000}, ONE),
         "realuid": Model({"method": "realuid", "samples": 400_000}, ONE),
-        "fgm, from reflow": Model({"method": "fgm", "samples": 400_000}, ONE, start="reflow"),
-        "sid, from reflow": Model({"method": "sid", "samples": 400_000}, ONE, start="reflow"),
-        "dmd, from reflow": Model({"method": "dmd", "samples": 300_000}, ONE, start="reflow"),
+        "fgm, from one step": Model({"method": "fgm"}, ONE, start="instaflow, regression"),
+        "sid, from one step": Model({"method": "sid"}, ONE, start="instaflow, regression"),
+        "dmd, from one step": Model({"method": "dmd"}, ONE, start="instaflow, regression"),
         "dmd, two calls": Model({"method": "dmd", "steps": 2, "samples": 400_000}, (1, 2)),
         "meanflow, from data": Model({"method": "meanflow"}, from_data=True),
         "lagrangian, from data": Model({"method": "lagrangian"}, from_data=True),
@@ -119,7 +127,7 @@ def stage_of(setting: Setting, model: Model, teacher: Path) -> Row:
     """The stage's fields."""
     method = model.stage["method"]
     known = find_method(method).options.model_fields
-    stage = setting.usual | setting.changes.get(method, {}) | model.stage
+    stage = setting.usual | setting.changes.get(method, {}) | (setting.started if model.start else {}) | model.stage
     if not model.from_data:
         stage = {"teacher": str(teacher), **stage}
     return {key: value for key, value in stage.items() if key in known or key in model.stage}
@@ -258,20 +266,59 @@ def distances(x: Tensor, law: Any, seed: int) -> dict[str, float]:
     return {"w1": float(apart.abs().mean()), "w2": float(apart.square().mean(0).sqrt().mean())}
 
 
+def trained(out: Path, samples: Tensor, seed: int) -> tuple[Row, Generator]:
+    """A teacher with defaults on the samples; the recipe's header, and the teacher."""
+    out.mkdir(parents=True, exist_ok=True)
+    np.save(out / "data.npy", samples.float().numpy())
+    header = {"data": str(out / "data.npy"), "seed": seed}
+    train({**header, "stages": {"teacher": {"method": "flow_matching"}}}, out, SCRIPT)
+    return header, load(out / "teacher")
+
+
+def modes(arguments: argparse.Namespace, base: Path) -> None:
+    """25 modes."""
+    rows, width = Rows(base / "rows.jsonl"), 0.08
+    centres = torch.cartesian_prod(*[torch.arange(-2.0, 3.0, dtype=torch.float64)] * 2)
+    law = closed_form.mixture(torch.full((25,), 0.04).to(centres), centres, torch.full((25,), width).to(centres))
+
+    def look(model: Generator, steps: int, seed: int) -> tuple[float, int]:
+        x, real = model.sample(10_000, steps=steps).double(), law.sample(10_000, generator_for("judge", seed))
+        near = torch.cdist(x, centres).min(1)
+        inside = torch.bincount(near.indices[near.values < 3 * width], minlength=25)
+        return float(energy(x, real.to(x))), int(inside.min())
+
+    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+        out = base / str(seed)
+        header, teacher = trained(out, law.sample(20_000, generator_for("modes", seed)), seed)
+        unit, least = look(teacher, 100, seed)
+        if ("teacher at 100", seed) not in rows:
+            rows.add({"name": "teacher at 100", "seed": seed, "energy": unit, "ratio": 1.0, "least": least})
+        for name in [name.strip() for name in (arguments.rows or "fgm; sid; dmd; realuid").split(";")]:
+            if (name, seed) in rows:
+                continue
+            stage = {"teacher": str(out / "teacher"), **models()[name].stage}
+            began = time.process_time()
+            train({**header, "stages": {"model": stage}}, out / name, SCRIPT)
+            seconds, (found, least) = time.process_time() - began, look(load(out / name / "model"), 1, seed)
+            line = {"name": name, "seed": seed, "energy": found, "ratio": found / unit, "least": least}
+            rows.add(line | {"seconds": seconds})
+    lines = [
+        [name, *(spread(rows.values(name, key), form) for key, form in (("ratio", ".2f"), ("least", ".0f")))]
+        for name in rows.names
+    ]
+    print(markdown(["energy / teacher's at 100", "least mode, of 400"], lines))
+
+
 def mixtures(arguments: argparse.Namespace, base: Path) -> None:
     """Random mixtures."""
     rows = Rows(base / "rows.jsonl")
-    known = {name: model for name, model in models().items() if not model.from_data}
+    known = {name: model for name, model in models().items() if not model.from_data and model.start is None}
     wanted = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(known)
     for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
         for dimension in (1, 2):
             law, samples = mixture(dimension, seed)
             out = base / f"{dimension}-{seed}"
-            out.mkdir(parents=True, exist_ok=True)
-            np.save(out / "data.npy", samples.float().numpy())
-            header = {"data": str(out / "data.npy"), "seed": seed}
-            train({**header, "stages": {"teacher": {"method": "flow_matching"}}}, out, SCRIPT)
-            teacher = load(out / "teacher")
+            header, teacher = trained(out, samples, seed)
             euler = distances(teacher.sample(20_000, steps=1), law, seed)["w1"]
             for name in wanted:
                 if (f"{name}, {dimension}-D", seed) in rows:
@@ -292,7 +339,7 @@ def mixtures(arguments: argparse.Namespace, base: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("setting", choices=["digits", "fashion_mnist", "mixtures"])
+    parser.add_argument("setting", choices=["digits", "fashion_mnist", "mixtures", "modes"])
     parser.add_argument("--data", type=Path, default=Path(), help="folder of the Fashion-MNIST files")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--seconds", type=float, help="CPU seconds of every model, instead of its samples")
@@ -305,6 +352,8 @@ def main() -> None:
     base.mkdir(parents=True, exist_ok=True)
     if arguments.setting == "mixtures":
         mixtures(arguments, base)
+    elif arguments.setting == "modes":
+        modes(arguments, base)
     else:
         images(digits() if arguments.setting == "digits" else fashion_mnist(arguments.data), arguments, base)
 
