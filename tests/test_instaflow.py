@@ -19,7 +19,7 @@ from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.generator import read_tensors
 from fewstep.methods.adversarial import find_adversarial
-from fewstep.methods.base import Learning
+from fewstep.methods.base import Collapse, Learning
 from fewstep.methods.distances import find_distance
 from fewstep.methods.instaflow import InstaflowOptions, phase_samples
 from fewstep.methods.monitor import Monitor
@@ -221,8 +221,13 @@ def test_the_monitor_measures_and_stops_a_collapse() -> None:
     weights["output.bias"] = torch.tensor([0.1, 0.15])
     assert monitor.look(weights, None)["rmse"] == pytest.approx(0.05 / 2**0.5, rel=1e-4)
     weights["output.weight"] = -0.9 * torch.eye(2)  # everything near one point
-    with pytest.raises(UserError, match=r"'onestep' is collapsing: recall .* fell from .* Raise gamma"):
+    with pytest.raises(Collapse, match=r"'onestep' is collapsing: recall .* fell from .* Raise gamma"):
         monitor.look(weights, None)
+    best = monitor.best()  # the last that passed
+    assert best is not None
+    assert best["output.bias"].tolist() == pytest.approx([0.1, 0.15])
+    assert not best["output.weight"].any()
+    assert Monitor(student, rows_of(x0, x0), "onestep", "").best() is None
     restored = Monitor(student, rows_of(x0, x0 + 0.1), "onestep", "Raise gamma.")
     restored.state["first"].copy_(monitor.state["first"])
     weights = {"output.weight": torch.zeros(2, 2), "output.bias": torch.tensor([0.1, 0.4])}
@@ -329,6 +334,7 @@ def test_a_discriminator_without_a_leash_is_stopped_with_advice(tmp_path: Path) 
         )  # fmt: skip
     assert list((tmp_path / "onestep/checkpoints").iterdir())
     assert not (tmp_path / "onestep/config.json").exists()
+    assert fs.load(tmp_path / "onestep/best").draw(10).nfe == 1
 
 
 def test_the_student_is_a_map_of_one_step_and_its_card_says_what_it_is(tmp_path: Path) -> None:

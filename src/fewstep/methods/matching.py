@@ -11,11 +11,19 @@ adds is one function of (x_t, c, u*, s), whose gradient in the generator's weigh
 
 Turns: ``online_turns`` updates of s, each on samples of its own, then one of the generator. Both have betas (0, .99):
 what they follow moves. s is taught by the generator as it is, not by its average. It starts as the teacher, where there
-is nothing to learn from the two, so it has a head start of a tenth of the training.
+is nothing to learn from the two, so it has a head start, and the generator's warm-up comes after that.
+
+Average: Adam's normalised steps leave noise in s that does not shrink with the gap. With ``online_ema`` the generator
+looks at the average of s instead, which has far less of it, and is late. Where the generator moves fast, as in its
+first steps from a teacher, and its gradient goes through s (FGM, SiD), lateness diverges: it is for near starts.
 
 Weights: with the teacher's data prediction ``f = a x_t + kappa u*``, rows are divided by ``mean |x1 - f| = kappa mean
 |u* - c|``, without gradient (arXiv:2404.04057, eq. 23; a mean over the entries of a sample). Without that, steep times
 near the data have all the weight.
+
+Times: a direction in which samples differ by about a is decided where the noise is as large, at ``t = 1/(1 + a)``. The
+brightness of an image, the mean of all its pixels, is read off x_t at all but the first times, where the two velocities
+say nothing of it. A uniform law hardly corrects it; ``exponential:2.5`` has a quarter of the rows below t = .1.
 
 With ``steps: k`` the generator is ``f(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, ..., and is sampled with fresh
 noise between its calls. It is trained on the states that its own earlier calls lead to (arXiv:2405.14867, sec. 4.5).

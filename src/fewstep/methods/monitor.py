@@ -6,7 +6,6 @@ adversarial term that wins drops modes: recall falls long before the loss tells 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import final
@@ -14,8 +13,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from fewstep.errors import UserError
-from fewstep.methods.straight_line import one_step
+from fewstep.methods.base import Collapse
+from fewstep.methods.watch import Beheld
 from fewstep.metrics.neighbours import prdc
 from fewstep.store.pairs import Columns, PairRows
 
@@ -33,7 +32,8 @@ class Monitor:
 
     Attributes:
         checks: how often in a phase.
-        state: recall and distance at the first look, which later ones are compared with.
+        state: recall and distance at the first look, which later ones are compared with, and the last weights that
+            passed.
 
     Args:
         student: copied; ``v(x, t, **cond)``.
@@ -44,8 +44,8 @@ class Monitor:
 
     def __init__(self, student: nn.Module, held_out: PairRows, name: str, advice: str) -> None:
         self.checks = CHECKS if len(held_out) >= LEAST else 0
-        self.state = {"first": torch.full((2,), math.nan, dtype=torch.float64)}
-        self._student = copy.deepcopy(student).eval().requires_grad_(False)
+        self._student = Beheld(student)
+        self.state = {"first": torch.full((2,), math.nan, dtype=torch.float64), **self._student.state}
         self._rows: Columns = held_out.columns(torch.arange(min(MOST, len(held_out))))
         self._name, self._advice = name, advice
 
@@ -54,23 +54,26 @@ class Monitor:
         """``rmse`` to the teacher per dimension, ``precision``, ``recall`` and the discriminator's ``gap``.
 
         Raises:
-            UserError: recall or distance have become so much worse that the student is lost.
+            Collapse: recall or distance have become so much worse that the student is lost.
         """
-        self._student.load_state_dict(weights)
-        device = next(iter(weights.values())).device
-        rows = {name: value.to(device) for name, value in self._rows.items()}
-        x0, x1 = rows.pop("x0"), rows.pop("x1")
-        x = one_step(self._student.to(device), x0, rows)
+        cond = {name: value for name, value in self._rows.items() if name not in ("x0", "x1")}
+        x = self._student.one_step(weights, self._rows["x0"], cond)
+        x1 = self._rows["x1"].to(x.device)
         rmse = float((x - x1).square().mean().sqrt())
         if not math.isfinite(rmse):
             return {"rmse": rmse}  # the trainer's own guard speaks of that
         near = prdc(x1, x, NEIGHBOURS)
         found = {"rmse": rmse, "precision": near.precision, "recall": near.recall}
         if judge is not None:
-            label = rows.get("label")
+            label = cond["label"].to(x.device) if "label" in cond else None
             found["gap"] = float((judge(x1, label) - judge(x, label)).mean())
         self._judge(found)
+        self._student.keep(weights)
         return found
+
+    def best(self) -> dict[str, Tensor] | None:
+        """The weights at the last look, None before the first."""
+        return self._student.best()
 
     def _judge(self, found: Mapping[str, float]) -> None:
         first = self.state["first"]
@@ -85,4 +88,4 @@ class Monitor:
             what = f"the distance to the teacher's endpoints rose from {rmse:.3g} to {found['rmse']:.3g} per dimension"
         else:
             return
-        raise UserError(f"stage {self._name!r} is collapsing: {what}{gap}. {self._advice}")
+        raise Collapse(f"stage {self._name!r} is collapsing: {what}{gap}. {self._advice}")

@@ -10,7 +10,7 @@ eq. 5), without which its scores grow without bound. ``lambda_adv`` follows the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -108,6 +108,9 @@ class MultiObjective(Objective):
         assert self.monitor is not None, "checks are the monitor's"
         judge = None if self.adversary is None else self.adversary.discriminator
         return self.monitor.look(ema, judge)
+
+    def best(self) -> Mapping[str, Tensor] | None:
+        return None if self.monitor is None else self.monitor.best()
 
     def _endpoint(self, batch: Pair) -> Tensor:
         return one_step(self.modules["student"], batch.x0, batch.cond)

@@ -33,6 +33,43 @@ SETTLED = 0.3  # recall that must have been reached before it says anything
 
 
 @final
+class Beheld:
+    """A copy of the student that is called with averaged weights, and keeps those that were best.
+
+    Attributes:
+        state: the weights that are kept, and whether any are.
+
+    Args:
+        student: copied; ``v(x, t, **cond)``.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._module = copy.deepcopy(student).eval().requires_grad_(False)
+        good = {f"good.{name}": value.detach().cpu().clone() for name, value in student.state_dict().items()}
+        self.state = {"kept": torch.zeros((), dtype=torch.bool), **good}
+
+    @torch.no_grad()
+    def one_step(self, weights: Mapping[str, Tensor], x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """What the student makes of the noise at its first call, with these weights and where they are."""
+        self._module.load_state_dict(weights)
+        device = next(iter(weights.values())).device
+        there = {name: value.to(device) for name, value in cond.items()}
+        return one_step(self._module.to(device), x0.to(device), there)
+
+    def keep(self, weights: Mapping[str, Tensor]) -> None:
+        """They are the best so far."""
+        for name, value in weights.items():
+            self.state[f"good.{name}"].copy_(value)
+        self.state["kept"].fill_(True)
+
+    def best(self) -> dict[str, Tensor] | None:
+        """The weights that were kept last."""
+        if not self.state["kept"]:
+            return None
+        return {name.removeprefix("good."): value for name, value in self.state.items() if name != "kept"}
+
+
+@final
 class Watch:
     """Looks at the averaged generator, at its first call.
 
@@ -54,9 +91,8 @@ class Watch:
         noise = stage.source.sample(len(chosen), self.generator())
         self.rows = Pair(noise, stage.data.network_rows(chosen), {} if labels is None else {"label": labels})
         self.checks = CHECKS if len(chosen) >= LEAST else 0
-        self._student = copy.deepcopy(student).eval().requires_grad_(False)
-        good = {f"good.{name}": value.detach().cpu().clone() for name, value in student.state_dict().items()}
-        self.state = {"best": torch.tensor([math.inf, 0.0, 0.0], dtype=torch.float64), **good}
+        self._student = Beheld(student)
+        self.state = {"best": torch.tensor([math.inf, 0.0, 0.0], dtype=torch.float64), **self._student.state}
         self._chance = float(energy_floor(self.rows.x1, len(chosen))) if self.checks else 0.0
         self._name, self._advice = stage.name, advice
 
@@ -71,10 +107,8 @@ class Watch:
         Raises:
             Collapse: they have become so much worse that the generator is lost.
         """
-        self._student.load_state_dict(weights)
-        device = next(iter(weights.values())).device
-        cond = {name: value.to(device) for name, value in self.rows.cond.items()}
-        x, real = one_step(self._student.to(device), self.rows.x0.to(device), cond), self.rows.x1.to(device)
+        x = self._student.one_step(weights, self.rows.x0, self.rows.cond)
+        real = self.rows.x1.to(x.device)
         if not bool(x.isfinite().all()):
             return {"energy": math.nan}  # the trainer's own guard speaks of that
         near = prdc(real, x, NEIGHBOURS)
@@ -91,8 +125,7 @@ class Watch:
             what = f"recall of the data fell from {recall:.2f} to {found['recall']:.2f}"
         else:
             if found["energy"] < best:
-                for name, value in weights.items():
-                    self.state[f"good.{name}"].copy_(value)
+                self._student.keep(weights)
             new = [min(best, found["energy"]), max(recall, found["recall"]), first]
             self.state["best"].copy_(torch.tensor(new, dtype=torch.float64))
             return
@@ -100,6 +133,4 @@ class Watch:
 
     def best(self) -> dict[str, Tensor] | None:
         """The weights at the least energy distance, None before the first look."""
-        if not math.isfinite(float(self.state["best"][0])):
-            return None
-        return {name.removeprefix("good."): value for name, value in self.state.items() if name != "best"}
+        return self._student.best()
