@@ -21,7 +21,8 @@ from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.generator import load
 from fewstep.methods.dmd import DMD
 from fewstep.methods.fgm import FGM
-from fewstep.methods.matching import Divergence, Matching, PerCall, Point, generator_rule, rows_mean
+from fewstep.methods.generators import generator_rule
+from fewstep.methods.matching import Divergence, Matching, PerCall, Point, rows_mean
 from fewstep.methods.realuid import RealUID, RealUIDOptions
 from fewstep.methods.sid import SiD
 from fewstep.pipeline.recipe import make_recipe

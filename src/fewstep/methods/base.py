@@ -137,7 +137,7 @@ class Objective(ABC):
     checks: int = 0
 
     def turns(self, step: int) -> tuple[str, ...]:
-        """The roles that learn at optimiser step ``step``, in order."""
+        """The roles that learn at optimiser step ``step`` of the phase, in order."""
         return ("student",)
 
     @abstractmethod

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fewstep.flow.paths import expand_time
 from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.matching import MatchingOptions, Point, online_calls, plan_matching, rows_mean
+from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.matching import Point, rows_mean
 
 
 class DMDOptions(MatchingOptions):
@@ -60,7 +61,7 @@ class DMD:
 
 
 def plan(options: DMDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.matching.plan_matching`."""
+    """As :func:`~fewstep.methods.generators.plan_matching`."""
     return plan_matching(options, stage, DMD(options.weight == "normalised"))
 
 

@@ -22,7 +22,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.matching import MatchingOptions, Point, online_calls, plan_matching, rows_mean
+from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.matching import Point, rows_mean
 
 
 class FGMOptions(MatchingOptions):
@@ -50,7 +51,7 @@ class FGM:
 
 
 def plan(options: FGMOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.matching.plan_matching`."""
+    """As :func:`~fewstep.methods.generators.plan_matching`."""
     return plan_matching(options, stage, FGM(options.weight == "normalised"))
 
 

@@ -36,69 +36,25 @@ import copy
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, final
+from typing import Any, NamedTuple, Protocol, final
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.errors import UserError
-from fewstep.flow.couplings import Facts, Independent, Pair
+from fewstep.flow.couplings import Pair
 from fewstep.flow.derivatives import rows_of
-from fewstep.flow.field import Velocity, calls_at
+from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
-from fewstep.flow.paths import AffinePath, make_path
-from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import (
-    Batches,
-    Learning,
-    Objective,
-    Options,
-    Phase,
-    Plan,
-    SampleRule,
-    Stage,
-    Teacher,
-    baked_in,
-    require_teacher,
-)
-from fewstep.methods.batches import DataBatches
+from fewstep.flow.paths import AffinePath
+from fewstep.flow.time_laws import TimeLaw
+from fewstep.methods.base import Learning, Objective
 from fewstep.methods.endpoint import Follower, neighbour
-from fewstep.methods.flow_map import LawOfTime, where_rows
+from fewstep.methods.flow_map import where_rows
 from fewstep.methods.watch import Watch
 
 BETAS = (0.0, 0.99)
 FEW = 256  # rows on which gap and lag are measured
-
-
-class MatchingOptions(Options):
-    """Options that the methods of this family share."""
-
-    samples: int = Field(
-        400_000, gt=0, description="samples the generator sees; the online model sees as many per turn"
-    )
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of the generator")
-    warmup: float = Field(0.02, ge=0, lt=1, description="share of the samples in linear warm-up")
-    ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the generator's weight average, per step")
-    online_lr: float = Field(1e-3, gt=0, description="peak learning rate of the online model")
-    online_ema: float = Field(
-        0.0, ge=0, lt=1, description="decay of the online model's average, at which the generator looks; 0: at itself"
-    )
-    online_turns: int = Field(2, gt=0, description="updates of the online model per update of the generator")
-    head_start: float = Field(
-        0.1, ge=0, lt=1, description="share of the samples in which the online model learns alone"
-    )
-    steps: int = Field(1, gt=0, le=16, description="calls the generator is made for, with fresh noise between them")
-    time: LawOfTime = Field("uniform", description="law of the path's times, shrunk to [0, latest]")
-    latest: float = Field(0.98, gt=0, le=1, description="last time: nearer the data, velocities are all noise")
-    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
-    checkpointing: bool = Field(False, description="recompute the frozen networks in the backward pass: less memory")
-
-    @model_validator(mode="after")
-    def _has_a_teacher(self) -> MatchingOptions:
-        require_teacher(self)
-        return self
 
 
 @final
@@ -325,73 +281,3 @@ class Matching(Objective):
 
     def best(self) -> Mapping[str, Tensor] | None:
         return None if self.watch is None else self.watch.best()
-
-
-def online_model(teacher: Teacher, steps: int) -> nn.Module:
-    """A copy of the teacher that learns, one for every call."""
-    assert isinstance(teacher.velocity, nn.Module), "a teacher is a network"
-    model = copy.deepcopy(teacher.velocity).train().requires_grad_(True)
-    return model if steps == 1 else PerCall(model, steps)
-
-
-def plan_matching(
-    options: MatchingOptions, stage: Stage, divergence: Divergence, online_loss: OnlineLoss | None = None
-) -> Plan:
-    """One phase on data rows, of which labels are used, and where the method says so the rows.
-
-    Raises:
-        UserError: a teacher whose states are not noised data, guidance it cannot take, or a base that is no Gaussian.
-    """
-    teacher = stage.teacher
-    assert teacher is not None
-    teacher.require_noised_data(options.method)
-    if not stage.source.gaussian:
-        raise UserError(
-            f"method {options.method!r} noises the generator's samples with fresh Gaussian noise, and this recipe has "
-            "another base: leave 'base' out, or distil with 'distill'."
-        )
-    student = stage.build()
-    advice = (
-        f"Raise online_turns (now {options.online_turns}), or lower lr (now {options.lr:g}) or online_lr (now "
-        f"{options.online_lr:g})."
-    )
-    path, velocity = make_path(teacher.path), teacher.guided(options.guidance)
-    coupling = Independent(stage.source)
-
-    def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-        objective = Matching(
-            student,
-            online_model(teacher, options.steps).to(stage.world.device),
-            velocity,
-            path,
-            divergence,
-            make_time_law(options.time),
-            latest=options.latest,
-            steps=options.steps,
-            turns=options.online_turns,
-            head_start=int(options.head_start * options.samples / options.batch_size),
-            online_lr=options.online_lr,
-            online_ema=options.online_ema,
-            online_loss=online_loss,
-            checkpointing=options.checkpointing,
-            watch=Watch(student, stage, advice),
-        )
-        key = (stage.seed, stage.name)
-        return objective, DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key)
-
-    facts = Facts(False, True, gaussian=True, teacher=teacher.digest, guidance=baked_in(options.guidance))
-    phases = [Phase("train", options.samples, prepare)]
-    return Plan(student, phases, generator_rule(options.steps), facts, path=teacher.path)
-
-
-def generator_rule(steps: int) -> SampleRule:
-    """A generator of k calls at 0, 1/k, ... is one of every divisor of k calls too."""
-    divisors = tuple(number for number in range(1, steps + 1) if steps % number == 0)
-    sampler: Literal["euler", "restart"] = "euler" if steps == 1 else "restart"
-    return SampleRule(kind="map", steps=divisors, default_steps=steps, sampler=sampler)
-
-
-def online_calls(options: MatchingOptions) -> int:
-    """Network calls of a sample seen beside the generator's own update, a backward pass counted as two."""
-    generated = options.online_turns * options.steps + (options.steps - 1)
-    return generated + 3 * (options.online_turns + 1 + calls_at(options.guidance))

@@ -23,7 +23,8 @@ from fewstep.flow.couplings import Pair
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.matching import MatchingOptions, Point, online_calls, plan_matching, rows_mean
+from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.matching import Point, rows_mean
 
 
 class RealUIDOptions(MatchingOptions):
@@ -69,7 +70,7 @@ class RealUID:
 
 
 def plan(options: RealUIDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.matching.plan_matching`."""
+    """As :func:`~fewstep.methods.generators.plan_matching`."""
     matching = RealUID(options.alpha, options.ratio)
     return plan_matching(options, stage, matching, matching.online)
 

@@ -18,7 +18,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.matching import MatchingOptions, Point, online_calls, plan_matching, rows_mean
+from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.matching import Point, rows_mean
 
 
 class SiDOptions(MatchingOptions):
@@ -45,7 +46,7 @@ class SiD:
 
 
 def plan(options: SiDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.matching.plan_matching`."""
+    """As :func:`~fewstep.methods.generators.plan_matching`."""
     return plan_matching(options, stage, SiD(options.alpha))
 
 

@@ -215,7 +215,7 @@ class Trainer:
         batch = batches.batch(position.phase_samples, options.batch_size, self._generator)
         batch = _local(batch, self._rows, self.world.device)
         draws = Draws(self._generator, options.batch_size, self._rows)
-        for role in objective.turns(position.step):
+        for role in objective.turns(position.phase_samples // options.batch_size):
             self._turn(objective, role, batch, draws, samples)
         position.step += 1
         position.phase_samples += options.batch_size
