@@ -77,10 +77,10 @@ def fashion_mnist(folder: Path) -> Setting:
     data = {"path": str(folder / "train-images-idx3-ubyte.gz"), "name": "fashion_mnist"}
     usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
-    changes = {"reflow": pairs, "instaflow": pairs, **{name: {"lr": 2e-4} for name in ("fgm", "sid", "dmd", "realuid")}}
-    started: Row = {"batch_size": 64, "lr": 5e-5, "warmup": 0.1, "head_start": 0.04, "time": "exponential:2.5"}
-    started |= {"online_lr": 3e-4, "online_ema": 0.9, "online_turns": 2}
-    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes, started)
+    game: Row = {"batch_size": 64, "start": 0.4, "start_lr": 5e-4, "lr": 5e-5, "time": "exponential:3.5"}
+    game |= {"online_lr": 3e-4, "online_ema": 0.9, "online_turns": 1}
+    changes = {"reflow": pairs, "instaflow": pairs, **dict.fromkeys(("fgm", "sid", "dmd", "realuid"), game)}
+    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes, {"start": 0, "warmup": 0.1})
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ def samples_in(setting: Setting, stage: Row, folder: Path, seed: int, seconds: f
         copy_pairs(folder.with_name(f"{folder.name}-first"), other)
         return seconds_of(setting, {**stage, "samples": batches * batch, "lr": 1e-6}, other, seed)
 
-    first, few, more = short(8, "first"), short(8, "few"), short(32, "more")
+    first, few, more = short(24, "first"), short(24, "few"), short(48, "more")
     made = (folder.with_name(f"{folder.name}-first") / "model" / "pairs").exists()
     pairs = max(0.0, first - few) if made else 0.0
     copy_pairs(folder.with_name(f"{folder.name}-first"), folder)

@@ -33,7 +33,7 @@ class MatchingOptions(MapOptions):
     samples: int = Field(400_000, gt=0, description="samples of the start and of the generator's part of the game")
     start: float = Field(0.25, ge=0, lt=1, description="share of them in a first phase of consistency distillation")
     start_lr: float = Field(2e-3, gt=0, description="peak learning rate of that phase")
-    lr: float = Field(1e-3, gt=0, description="peak learning rate of the generator")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate of the generator")
     ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the generator's weight average, per step")
     online_lr: float = Field(1e-3, gt=0, description="peak learning rate of the online model")
     online_ema: float = Field(
