@@ -19,7 +19,6 @@ Run with OMP_NUM_THREADS=1.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import time
 from dataclasses import dataclass, field
@@ -44,18 +43,18 @@ from fewstep.training.world import set_threads
 
 SCRIPT = "benchmarks/maps.py"
 ANY, ONE = (1, 2, 4, 8), (1,)
+GAMES = ("fgm", "sid", "dmd", "realuid")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set, what is trained first, the budget of every model, and what methods and models with a start change."""
+    """A data set, what is trained first, the budget of every model, and what some methods change."""
 
     data: Any
     network: Row
     first: Row
     usual: Row
     changes: dict[str, Row] = field(default_factory=dict)
-    started: Row = field(default_factory=dict)
 
     def header(self, seed: int) -> Row:
         """What all recipes have."""
@@ -68,8 +67,8 @@ def digits() -> Setting:
         "teacher": {"method": "flow_matching", "samples": 800_000},
         "judge": {"method": "features", "samples": 200_000, "network": {"widths": [24, 48, 96]}},
     }
-    started: Row = {"samples": 200_000, "lr": 3e-4, "warmup": 0.05, "head_start": 0.05, "time": "exponential:2"}
-    return Setting("digits", {"name": "mlp", "preset": "small"}, first, {"samples": 800_000}, started=started)
+    changes: dict[str, Row] = {name: {"samples": 400_000} for name in GAMES}
+    return Setting("digits", {"name": "mlp", "preset": "small"}, first, {"samples": 800_000}, changes)
 
 
 def fashion_mnist(folder: Path) -> Setting:
@@ -77,10 +76,17 @@ def fashion_mnist(folder: Path) -> Setting:
     data = {"path": str(folder / "train-images-idx3-ubyte.gz"), "name": "fashion_mnist"}
     usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
-    game: Row = {"batch_size": 64, "start": 0.4, "start_lr": 5e-4, "lr": 5e-5, "time": "exponential:3.5"}
+    game: Row = {
+        "samples": 240_000,
+        "batch_size": 64,
+        "start": 0.4,
+        "start_lr": 5e-4,
+        "lr": 5e-5,
+        "time": "exponential:3.5",
+    }
     game |= {"online_lr": 3e-4, "online_ema": 0.9, "online_turns": 1}
-    changes = {"reflow": pairs, "instaflow": pairs, **dict.fromkeys(("fgm", "sid", "dmd", "realuid"), game)}
-    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes, {"start": 0, "warmup": 0.1})
+    changes = {"reflow": pairs, "instaflow": pairs, **dict.fromkeys(GAMES, game)}
+    return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,6 @@ class Model:
     stage: Row
     steps: tuple[int, ...] = ANY
     from_data: bool = False
-    start: str | None = None  # another row, whose model it starts from
 
 
 def models() -> dict[str, Model]:
@@ -105,14 +110,11 @@ def models() -> dict[str, Model]:
         "consistency": Model({"method": "consistency"}),
         "consistency, continuous": Model({"method": "consistency", "target": "continuous"}),
         "consistency_fm, K = 2": Model({"method": "consistency_fm"}, (2,)),
-        "fgm": Model({"method": "fgm", "samples": 400_000}, ONE),
-        "sid": Model({"method": "sid", "samples": 400_000}, ONE),
-        "dmd": Model({"method": "dmd", "samples": 300_000}, ONE),
-        "realuid": Model({"method": "realuid", "samples": 400_000}, ONE),
-        "fgm, from one step": Model({"method": "fgm"}, ONE, start="instaflow, regression"),
-        "sid, from one step": Model({"method": "sid"}, ONE, start="instaflow, regression"),
-        "dmd, from one step": Model({"method": "dmd"}, ONE, start="instaflow, regression"),
-        "dmd, two calls": Model({"method": "dmd", "steps": 2, "samples": 400_000}, (1, 2)),
+        "fgm": Model({"method": "fgm"}, ONE),
+        "sid": Model({"method": "sid"}, ONE),
+        "dmd": Model({"method": "dmd"}, ONE),
+        "realuid": Model({"method": "realuid"}, ONE),
+        "dmd, two calls": Model({"method": "dmd", "steps": 2}, (1, 2)),
         "meanflow, from data": Model({"method": "meanflow"}, from_data=True),
         "lagrangian, from data": Model({"method": "lagrangian"}, from_data=True),
         "shortcut, from data": Model({"method": "shortcut"}, from_data=True),
@@ -127,7 +129,7 @@ def stage_of(setting: Setting, model: Model, teacher: Path) -> Row:
     """The stage's fields."""
     method = model.stage["method"]
     known = find_method(method).options.model_fields
-    stage = setting.usual | setting.changes.get(method, {}) | (setting.started if model.start else {}) | model.stage
+    stage = setting.usual | setting.changes.get(method, {}) | model.stage
     if not model.from_data:
         stage = {"teacher": str(teacher), **stage}
     return {key: value for key, value in stage.items() if key in known or key in model.stage}
@@ -160,15 +162,6 @@ def copy_pairs(source: Path, target: Path) -> None:
     """Equal requests make equal pairs: no need to make them again."""
     if source != target and (source / "model" / "pairs").exists() and not target.exists():
         shutil.copytree(source / "model" / "pairs", target / "model" / "pairs")
-
-
-def start_of(setting: Setting, name: str, out: Path, seed: int, teacher: Path) -> tuple[Path, float]:
-    """The model another one starts from, with the setting's usual samples; its folder and CPU seconds."""
-    folder = out / "starts" / name
-    if not (folder / "seconds.json").exists():
-        seconds = seconds_of(setting, stage_of(setting, models()[name], teacher), folder, seed)
-        (folder / "seconds.json").write_text(json.dumps(seconds))
-    return folder / "model", float(json.loads((folder / "seconds.json").read_text()))
 
 
 def scores(path: Path, steps: tuple[int, ...], data: Any, judge: FeatureDistance, **how: Any) -> Row:
@@ -229,15 +222,10 @@ def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
                 line |= scores(teacher, (4, 8), data, judge, solver="auto")
             else:
                 model, folder = known[name], out / "models" / "".join(c if c.isalnum() else "-" for c in name)
-                stage, before = stage_of(setting, model, teacher), 0.0
-                if model.start is not None:
-                    init, before = start_of(setting, model.start, out, seed, teacher)
-                    stage["init"] = str(init)
+                stage, pairs = stage_of(setting, model, teacher), 0.0
                 if arguments.seconds:
-                    left = arguments.seconds - before
-                    stage["samples"], pairs = samples_in(setting, stage, folder, seed, left)
-                    before += pairs
-                seconds = before + seconds_of(setting, stage, folder, seed)
+                    stage["samples"], pairs = samples_in(setting, stage, folder, seed, arguments.seconds)
+                seconds = pairs + seconds_of(setting, stage, folder, seed)
                 line |= {"samples": stage["samples"], "seconds": seconds}
                 line |= scores(folder / "model", model.steps, data, judge)
                 shutil.rmtree(folder / "model" / "pairs", ignore_errors=True)
@@ -312,7 +300,7 @@ def modes(arguments: argparse.Namespace, base: Path) -> None:
 def mixtures(arguments: argparse.Namespace, base: Path) -> None:
     """Random mixtures."""
     rows = Rows(base / "rows.jsonl")
-    known = {name: model for name, model in models().items() if not model.from_data and model.start is None}
+    known = {name: model for name, model in models().items() if not model.from_data}
     wanted = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(known)
     for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
         for dimension in (1, 2):

@@ -6,8 +6,8 @@ The gradient of the reverse Kullback-Leibler divergence between the noised laws,
 
 and the two networks give the scores. ``weight: kl`` is that; the default divides by ``mean |x1 - f_T|`` instead:
 ``(f_S - f_T) / mean |x1 - f_T|``. The networks are not differentiated, so a step is cheaper than flow generator
-matching's, and the online model gets twice the turns, at twice the rate. The divergence seeks modes: it forgives one
-that is missing more than a sample that is wrong.
+matching's, and no gradient goes through the online model's errors: it learns at twice the rate, and is averaged. The
+divergence seeks modes: it forgives one that is missing more than a sample that is wrong.
 """
 
 from __future__ import annotations
@@ -27,14 +27,10 @@ from fewstep.methods.matching import Point, rows_mean
 class DMDOptions(MatchingOptions):
     """Options of ``method: dmd``."""
 
-    samples: int = Field(
-        300_000, gt=0, description="samples the generator sees; the online model sees as many per turn"
-    )
     online_lr: float = Field(2e-3, gt=0, description="peak learning rate of the online model")
     online_ema: float = Field(
-        0.95, ge=0, lt=1, description="decay of the online model's average, at which the generator looks; 0: at itself"
+        0.8, ge=0, lt=1, description="decay of the online model's average, at which the generator looks; 0: at itself"
     )
-    online_turns: int = Field(4, gt=0, description="updates of the online model per update of the generator")
     weight: Literal["normalised", "kl"] = Field("normalised", description="of times; kl: the divergence's own")
 
 

@@ -42,7 +42,7 @@ class MatchingOptions(MapOptions):
     online_turns: int = Field(2, gt=0, description="updates of the online model per update of the generator")
     head_start: float = Field(0.05, ge=0, lt=1, description="share of the game in which the online model learns alone")
     steps: int = Field(1, gt=0, le=16, description="calls the generator is made for, with fresh noise between them")
-    time: LawOfTime = Field("uniform", description="law of the path's times, shrunk to [0, latest]")
+    time: LawOfTime = Field("exponential:1", description="law of the path's times, shrunk to [0, latest]")
     latest: float = Field(0.98, gt=0, le=1, description="last time: nearer the data, velocities are all noise")
     checkpointing: bool = Field(False, description="recompute the frozen networks in the backward pass: less memory")
 
