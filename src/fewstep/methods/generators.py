@@ -21,7 +21,7 @@ from fewstep.flow.time_laws import make_time_law
 from fewstep.methods.base import Batches, Learning, Objective, Phase, Plan, SampleRule, Stage, Teacher, require_teacher
 from fewstep.methods.consistency import Consistency
 from fewstep.methods.flow_map import LawOfTime, Lesson, MapOptions, lesson
-from fewstep.methods.matching import Divergence, Matching, OnlineLoss, PerCall
+from fewstep.methods.matching import Divergence, Matching, OnlineLoss, PerCall, flow_matching_loss
 from fewstep.methods.watch import Watch
 
 START_STAGES = 4  # halvings of the start's gap: a map that has all modes, not an exact one
@@ -65,7 +65,7 @@ def online_model(teacher: Teacher, steps: int) -> nn.Module:
 
 
 def plan_matching(
-    options: MatchingOptions, stage: Stage, divergence: Divergence, online_loss: OnlineLoss | None = None
+    options: MatchingOptions, stage: Stage, divergence: Divergence, online_loss: OnlineLoss = flow_matching_loss
 ) -> Plan:
     """The start and the game, on data rows, of which labels are used, and where the method says so the rows.
 
@@ -104,7 +104,7 @@ def game(
     student: nn.Module,
     taught: Lesson,
     divergence: Divergence,
-    online_loss: OnlineLoss | None,
+    online_loss: OnlineLoss,
     watch: Watch,
 ) -> Matching:
     """The objective of the second phase."""

@@ -114,7 +114,21 @@ class Made(NamedTuple):
     which: Tensor
 
 
-OnlineLoss = Callable[[Velocity, Point, Pair, Draws], Tensor]
+class Noised(NamedTuple):
+    """Samples of the generator noised, ``x_t``, their velocity c, (B, ...) each, and the times t (B,), on the path."""
+
+    x_t: Tensor
+    c: Tensor
+    t: Tensor
+    path: AffinePath
+
+
+OnlineLoss = Callable[[Velocity, Noised, Pair, Draws], Tensor]
+
+
+def flow_matching_loss(s: Velocity, noised: Noised, batch: Pair, draws: Draws) -> Tensor:
+    """``mean |s(x_t, t) - c|^2``."""
+    return (s(noised.x_t, noised.t, **batch.cond).to(noised.c) - noised.c).square().mean()
 
 
 def rows_mean(x: Tensor) -> Tensor:
@@ -165,7 +179,7 @@ class Matching(Objective):
         head_start: optimiser steps before the generator's first turn.
         online_lr: its learning rate.
         online_ema: decay of its average.
-        online_loss: its loss; None: flow matching's.
+        online_loss: its loss on noised samples of the generator.
         checkpointing: recompute u* and s in the backward pass.
         watch: looks at the generator now and then.
     """
@@ -185,7 +199,7 @@ class Matching(Objective):
         head_start: int = 0,
         online_lr: float | None = None,
         online_ema: float = 0.0,
-        online_loss: OnlineLoss | None = None,
+        online_loss: OnlineLoss = flow_matching_loss,
         checkpointing: bool = False,
         watch: Watch | None = None,
     ) -> None:
@@ -237,18 +251,18 @@ class Matching(Objective):
         model = self.modules["online"] if learns or self.follower is None else self.follower.module
         return model if self.steps == 1 else functools.partial(model, which=which)
 
-    def noised(self, x1: Tensor, draws: Draws) -> tuple[Tensor, Tensor, Tensor]:
-        """Times, ``x_t`` and its velocity c, with noise that nothing else has seen."""
+    def noised(self, x1: Tensor, draws: Draws) -> Noised:
+        """With times and noise that nothing else has seen."""
         t = self.latest * self.law.sample(draws.uniform()).to(x1)
         eps = draws.normal(x1.shape[1:]).to(x1)
-        return t, self.path.interpolate(eps, x1, t), self.path.target(eps, x1, t)
+        return Noised(self.path.interpolate(eps, x1, t), self.path.target(eps, x1, t), t, self.path)
 
     def point(self, made: Made, cond: Mapping[str, Any], draws: Draws) -> Point:
         """The samples noised, and both velocities there."""
-        t, x_t, c = self.noised(made.x1, draws)
+        x_t, c, t, path = self.noised(made.x1, draws)
         networks = self.teacher, self.online(made.which)
         teacher, online = (self._call(network, x_t, t, cond).to(x_t) for network in networks)
-        return Point(made.x1, x_t, c, teacher, online, t, self.path)
+        return Point(made.x1, x_t, c, teacher, online, t, path)
 
     def _call(self, network: Velocity, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         if not (self.checkpointing and x.requires_grad):
@@ -258,13 +272,8 @@ class Matching(Objective):
 
     def learn(self, made: Made, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         """The online model's loss on samples of the generator."""
-        t, x_t, c = self.noised(made.x1, draws)
         online = self.online(made.which, learns=True)
-        s = online(x_t, t, **batch.cond).to(x_t)
-        if self.online_loss is None:
-            return {"loss": (s - c).square().mean()}
-        point = Point(made.x1, x_t, c, s, s, t, self.path)
-        return {"loss": self.online_loss(online, point, batch, draws)}
+        return {"loss": self.online_loss(online, self.noised(made.x1, draws), batch, draws)}
 
     @torch.no_grad()
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.methods.base import Plan, Spec, Stage
 from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
-from fewstep.methods.matching import Point, rows_mean
+from fewstep.methods.matching import Noised, Point, rows_mean
 
 
 class RealUIDOptions(MatchingOptions):
@@ -59,14 +59,14 @@ class RealUID:
         rows = rows_mean((teacher - online) * (teacher + online - 2 * self.ratio * point.c))
         return self.alpha * point.weight * rows
 
-    def online(self, s: Velocity, point: Point, batch: Pair, draws: Draws) -> Tensor:
-        """The online model's loss: on the generator's samples, and on the batch's real rows at times of their own."""
-        t = point.t
+    def online(self, s: Velocity, noised: Noised, batch: Pair, draws: Draws) -> Tensor:
+        """The online model's loss: on the generator's samples, and on the batch's real rows at the same times."""
+        x_t, c, t, path = noised
         noise = draws.normal(batch.x1.shape[1:]).to(batch.x1)
-        y_t = point.path.interpolate(noise, batch.x1, t)
-        real = (1 - self.alpha * self.ratio) / (1 - self.alpha) * point.path.target(noise, batch.x1, t)
-        generated = (point.online - self.ratio * point.c).square().mean()
-        return self.alpha * generated + (1 - self.alpha) * (s(y_t, t, **batch.cond).to(y_t) - real).square().mean()
+        y_t, d = path.interpolate(noise, batch.x1, t), path.target(noise, batch.x1, t)
+        generated = (s(x_t, t, **batch.cond).to(x_t) - self.ratio * c).square().mean()
+        share = (1 - self.alpha * self.ratio) / (1 - self.alpha)
+        return self.alpha * generated + (1 - self.alpha) * (s(y_t, t, **batch.cond).to(y_t) - share * d).square().mean()
 
 
 def plan(options: RealUIDOptions, stage: Stage) -> Plan:
