@@ -20,7 +20,7 @@ from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.generator import load
 from fewstep.methods.dmd import DMD
-from fewstep.methods.fgm import FGM
+from fewstep.methods.fgm import FGM, FGMOptions
 from fewstep.methods.generators import generator_rule
 from fewstep.methods.matching import Divergence, Matching, PerCall, Point, rows_mean
 from fewstep.methods.realuid import RealUID, RealUIDOptions
@@ -443,6 +443,23 @@ def test_a_smaller_generator_learns_from_scratch(trained: Path, tmp_path: Path) 
     run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
     small = load(tmp_path / "run" / "s")
     assert w1(small.sample(4000, steps=1)) < w1(load(trained / "teacher").sample(4000, steps=1)) / 4
+
+
+def test_the_game_goes_on_from_a_consistency_model_or_from_the_teacher(trained: Path, tmp_path: Path) -> None:
+    data = {"path": str(trained.parent / "x.npy"), "scale": "none"}
+    common = {"method": "fgm", "teacher": str(trained / "teacher"), "samples": 40_000, "lr": 1e-9}
+    stages = {"started": {**common, "start": 0.8}, "bare": {**common, "start": 0}}
+    run_recipe(make_recipe({"data": data, "network": NETWORK, "stages": stages}, "x"), tmp_path, LocalWorld(quiet=True))
+    noise = GaussianSource((1,)).sample(4000, generator_for("noise"))
+    teacher, started, bare, start = (
+        load(path).sample(noise=noise, steps=1)
+        for path in (trained / "teacher", tmp_path / "started", tmp_path / "bare", tmp_path / "started/rounds/start")
+    )
+    torch.testing.assert_close(bare, teacher, rtol=0, atol=1e-4)
+    torch.testing.assert_close(started, start, rtol=0, atol=1e-4)
+    assert w1(start) < w1(teacher) / 3
+    assert FGMOptions(method="fgm", teacher="t", init="map").start == 0
+    assert FGMOptions(method="fgm", teacher="t", init="flow", start=0.3).start == 0.3
 
 
 def test_a_generator_starts_from_a_one_step_map_which_others_may_not(trained: Path, tmp_path: Path) -> None:
