@@ -26,8 +26,9 @@ CHECKS = 20  # per stage
 MOST = 512  # rows that are looked at: a look must cost little beside the steps between two of them
 NEIGHBOURS = 5
 LEAST = 32  # rows below which none of it says anything
-FURTHEST = 5.0  # energy as a multiple of the best so far, or of chance, above which training stops
-NEAR = 0.25  # energy as a share of the first one, below which it goes on: games oscillate before they settle
+FURTHEST = 5.0  # energy as a multiple of the best so far above which training stops,
+CHANCE = 25.0  # unless it is a smaller multiple of what two draws of the data have,
+NEAR = 0.25  # or a smaller share of the first one: games oscillate before they settle
 LOWEST = 0.5  # recall as a share of the best so far, below which it stops
 SETTLED = 0.3  # recall that must have been reached before it says anything
 
@@ -119,7 +120,7 @@ class Watch:
     def _judge(self, found: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
         best, recall, first = self.state["best"].tolist()
         first = first or found["energy"]
-        if found["energy"] > max(FURTHEST * best, FURTHEST * self._chance, NEAR * first):
+        if found["energy"] > max(FURTHEST * best, CHANCE * self._chance, NEAR * first):
             what = f"the energy distance to the data rose from {best:.3g} to {found['energy']:.3g}"
         elif found["recall"] < LOWEST * recall and recall > SETTLED:
             what = f"recall of the data fell from {recall:.2f} to {found['recall']:.2f}"
