@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fewstep.generator import load
 from fewstep.methods.dmd import DMD
 from fewstep.methods.fgm import FGM, FGMOptions
 from fewstep.methods.generators import generator_rule
-from fewstep.methods.matching import Divergence, Matching, PerCall, Point, rows_mean
+from fewstep.methods.matching import PRIOR, Divergence, Matching, PerCall, Point, rows_mean
 from fewstep.methods.realuid import RealUID, RealUIDOptions
 from fewstep.methods.sid import SiD
 from fewstep.pipeline.recipe import make_recipe
@@ -224,16 +225,41 @@ def test_sid_is_a_mixture_of_fgms_terms_and_at_a_half_half_of_it(alpha: float) -
         torch.testing.assert_close(SiD(alpha)(point), FGM()(point) / 2, rtol=1e-10, atol=1e-12)
 
 
-def test_sid_and_its_weight_are_the_papers_in_data_predictions() -> None:
-    """``w (f_T - f_S)((f_T - x1) - alpha (f_T - f_S))`` with ``w = 1 / mean |x1 - f_T|``."""
+def test_sid_is_the_papers_in_data_predictions_and_so_is_the_weight_of_many_entries() -> None:
+    """``w (f_T - f_S)((f_T - x1) - alpha (f_T - f_S))``; ``w = 1 / mean |x1 - f_T|``, and more than a few entries."""
     point = some_point()
     teacher, online = (Linear().velocity_to_data(v, point.x_t, point.t) for v in (point.teacher, point.online))
-    w = 1 / rows_mean((point.x1 - teacher).abs())
+    miss = rows_mean((point.x1 - teacher).abs())
+    t = point.t
+    gaussian = math.sqrt(2 / math.pi) * 0.7 * (1 - t) / ((0.7 * t) ** 2 + (1 - t) ** 2).sqrt()
+    w = (1 + PRIOR) / (miss + PRIOR * gaussian)
+    point = replace(point, spread=0.7)
     rows = w * rows_mean((teacher - online) * ((teacher - point.x1) - 1.2 * (teacher - online)))
     torch.testing.assert_close(SiD(1.2)(point), rows, rtol=1e-9, atol=1e-12)
-    x1 = point.x1
-    (pull,) = torch.autograd.grad(DMD()(point).sum(), x1, retain_graph=True)
+    (pull,) = torch.autograd.grad(DMD()(point).sum(), point.x1, retain_graph=True)
     torch.testing.assert_close(pull, (w[:, None] * (online - teacher)), rtol=1e-9, atol=1e-12)
+    wide = [part.expand(-1, 100_000) for part in (point.x1, point.x_t, point.c, point.teacher, point.online)]
+    torch.testing.assert_close(Point(*wide, t, point.path).weight, (1 - t) ** 2 / miss, rtol=0.02, atol=0)
+
+
+def test_the_weight_hardly_pulls_where_the_online_model_is_right() -> None:
+    """On a skewed law of one entry ``E w (s - c)`` is far from its zero with the paper's weight."""
+    law = fs.closed_form.mixture(torch.tensor([0.1, 0.9]), torch.tensor([[-0.1], [-1.8]]), torch.tensor([0.3, 0.13]))
+    generator, rows, path = generator_for("skewed"), 200_000, Linear()
+    x1 = law.sample(rows, generator, dtype=torch.float64)
+    t = 0.98 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    eps = torch.randn(rows, 1, generator=generator, dtype=torch.float64)
+    x_t, c = path.interpolate(eps, x1, t), path.target(eps, x1, t)
+    s = law.velocity(x_t, t)
+    point = Point(x1, x_t, c, s, s, t, path, float(x1.std()))
+
+    def pull(w: Tensor) -> float:
+        apart = w * (s - c).flatten()
+        return float(apart.mean().abs() / apart.abs().mean())
+
+    assert pull(torch.ones_like(t)) < 0.02
+    assert pull(point.weight) < 0.1
+    assert pull(point.kappa / rows_mean((s - c).abs())) > 0.3
 
 
 def test_realuid_without_its_changes_is_fgm() -> None:

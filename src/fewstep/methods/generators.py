@@ -118,6 +118,7 @@ def game(
         divergence,
         make_time_law(options.time),
         latest=options.latest,
+        spread=float(watch.rows.x1.std()),
         steps=options.steps,
         turns=options.online_turns,
         head_start=int(options.head_start * (1 - options.start) * options.samples / options.batch_size),

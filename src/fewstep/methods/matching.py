@@ -19,7 +19,9 @@ first steps from a teacher, and its gradient goes through s (FGM, SiD), lateness
 
 Weights: with the teacher's data prediction ``f = a x_t + kappa u*``, rows are divided by ``mean |x1 - f| = kappa mean
 |u* - c|``, without gradient (arXiv:2404.04057, eq. 23; a mean over the entries of a sample). Without that, steep times
-near the data have all the weight.
+near the data have all the weight. The mean of a few entries says more of c than of the time: a weight that goes with c
+turns ``E w (s - c)``, which is to vanish where s is right, into a pull of its own, under which samples on the line
+clump. So what Gaussian data would have at that time counts as PRIOR entries more.
 
 Times: a direction in which samples differ by about a is decided where the noise is as large, at ``t = 1/(1 + a)``. The
 brightness of an image, the mean of all its pixels, is read off x_t at all but the first times, where the two velocities
@@ -34,6 +36,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, final
@@ -54,6 +57,7 @@ from fewstep.methods.flow_map import where_rows
 from fewstep.methods.watch import Watch
 
 BETAS = (0.0, 0.99)
+PRIOR = 16  # entries that the weight's expected value counts as
 FEW = 256  # rows on which gap and lag are measured
 
 
@@ -69,6 +73,7 @@ class Point:
         teacher, online: u* and s at (x_t, t).
         t: the times.
         path: the affine path.
+        spread: standard deviation of the data's entries.
     """
 
     x1: Tensor
@@ -78,13 +83,17 @@ class Point:
     online: Tensor
     t: Tensor
     path: AffinePath
+    spread: float = 1.0
 
     @property
     def weight(self) -> Tensor:
-        """``kappa / mean |u* - c|`` of every row, (B,), without gradient: what f-space losses with the weight
-        ``1 / mean |x1 - f|`` have in terms of velocities."""
-        miss = (self.teacher - self.c).detach().flatten(1).abs().mean(1)
-        return self.kappa / miss.clamp(min=torch.finfo(miss.dtype).tiny)
+        """``kappa^2 / mean |x1 - f|`` of every row, (B,), without gradient: what f-space losses with the weight ``1 /
+        mean |x1 - f|`` have in terms of velocities. The mean has PRIOR entries more, of the value for Gaussian data."""
+        miss = self.kappa * rows_mean((self.teacher - self.c).detach().abs())
+        alpha, sigma = self.path.alpha(self.t), self.path.sigma(self.t)
+        expected = math.sqrt(2 / math.pi) * self.spread * sigma / (alpha * self.spread).hypot(sigma)
+        entries = self.c[0].numel()
+        return self.kappa**2 * (entries + PRIOR) / (entries * miss + PRIOR * expected)
 
     @property
     def kappa(self) -> Tensor:
@@ -174,6 +183,7 @@ class Matching(Objective):
         divergence: the generator's loss.
         law: law of t before it is shrunk.
         latest: last time.
+        spread: standard deviation of the data's entries.
         steps: calls of the generator.
         turns: of the online model per turn of the generator.
         head_start: optimiser steps before the generator's first turn.
@@ -194,6 +204,7 @@ class Matching(Objective):
         law: TimeLaw,
         *,
         latest: float = 0.98,
+        spread: float = 1.0,
         steps: int = 1,
         turns: int = 2,
         head_start: int = 0,
@@ -206,7 +217,7 @@ class Matching(Objective):
         self.modules = {"student": student, "online": online}
         self.learning = {"student": Learning(None, BETAS, head_start), "online": Learning(online_lr, BETAS)}
         self.teacher, self.path, self.divergence, self.law = teacher, path, divergence, law
-        self.latest, self.steps, self.checkpointing = latest, steps, checkpointing
+        self.latest, self.spread, self.steps, self.checkpointing = latest, spread, steps, checkpointing
         self._turns, self._head_start = turns, head_start
         self.online_loss = online_loss
         self.follower = Follower(online, online_ema) if online_ema else None
@@ -262,7 +273,7 @@ class Matching(Objective):
         x_t, c, t, path = self.noised(made.x1, draws)
         networks = self.teacher, self.online(made.which)
         teacher, online = (self._call(network, x_t, t, cond).to(x_t) for network in networks)
-        return Point(made.x1, x_t, c, teacher, online, t, path)
+        return Point(made.x1, x_t, c, teacher, online, t, path, self.spread)
 
     def _call(self, network: Velocity, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         if not (self.checkpointing and x.requires_grad):
