@@ -96,6 +96,7 @@ class Model:
     stage: Row
     steps: tuple[int, ...] = ANY
     from_data: bool = False
+    start: str | None = None  # another row, made before, whose model it starts from
 
 
 def models() -> dict[str, Model]:
@@ -114,6 +115,8 @@ def models() -> dict[str, Model]:
         "sid": Model({"method": "sid"}, ONE),
         "dmd": Model({"method": "dmd"}, ONE),
         "realuid": Model({"method": "realuid"}, ONE),
+        "sid, from instaflow": Model({"method": "sid", "samples": 100_000}, ONE, start="instaflow, regression"),
+        "dmd, from instaflow": Model({"method": "dmd", "samples": 100_000}, ONE, start="instaflow, regression"),
         "dmd, two calls": Model({"method": "dmd", "steps": 2}, (1, 2)),
         "meanflow, from data": Model({"method": "meanflow"}, from_data=True),
         "lagrangian, from data": Model({"method": "lagrangian"}, from_data=True),
@@ -162,6 +165,11 @@ def copy_pairs(source: Path, target: Path) -> None:
     """Equal requests make equal pairs: no need to make them again."""
     if source != target and (source / "model" / "pairs").exists() and not target.exists():
         shutil.copytree(source / "model" / "pairs", target / "model" / "pairs")
+
+
+def folder_of(out: Path, name: str) -> Path:
+    """Where a row's model is."""
+    return out / "models" / "".join(c if c.isalnum() else "-" for c in name)
 
 
 def scores(path: Path, steps: tuple[int, ...], data: Any, judge: FeatureDistance, **how: Any) -> Row:
@@ -221,11 +229,15 @@ def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
             elif name == "teacher, auto":
                 line |= scores(teacher, (4, 8), data, judge, solver="auto")
             else:
-                model, folder = known[name], out / "models" / "".join(c if c.isalnum() else "-" for c in name)
-                stage, pairs = stage_of(setting, model, teacher), 0.0
-                if arguments.seconds:
-                    stage["samples"], pairs = samples_in(setting, stage, folder, seed, arguments.seconds)
-                seconds = pairs + seconds_of(setting, stage, folder, seed)
+                model, folder = known[name], folder_of(out, name)
+                stage, before = stage_of(setting, model, teacher), 0.0
+                if model.start is not None:
+                    stage["init"] = str(folder_of(out, model.start) / "model")
+                    del stage["start"]
+                    before = rows.values(model.start, "seconds", seed)[0]
+                elif arguments.seconds:
+                    stage["samples"], before = samples_in(setting, stage, folder, seed, arguments.seconds)
+                seconds = before + seconds_of(setting, stage, folder, seed)
                 line |= {"samples": stage["samples"], "seconds": seconds}
                 line |= scores(folder / "model", model.steps, data, judge)
                 shutil.rmtree(folder / "model" / "pairs", ignore_errors=True)
@@ -300,7 +312,7 @@ def modes(arguments: argparse.Namespace, base: Path) -> None:
 def mixtures(arguments: argparse.Namespace, base: Path) -> None:
     """Random mixtures."""
     rows = Rows(base / "rows.jsonl")
-    known = {name: model for name, model in models().items() if not model.from_data}
+    known = {name: model for name, model in models().items() if not model.from_data and model.start is None}
     wanted = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(known)
     for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
         for dimension in (1, 2):

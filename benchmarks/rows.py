@@ -48,9 +48,10 @@ class Rows:
             file.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
 
-    def values(self, name: str, key: str) -> list[float]:
-        """A column of all seeds."""
-        return [line[key] for line in self.lines if line["name"] == name and key in line]
+    def values(self, name: str, key: str, seed: int | None = None) -> list[float]:
+        """A column of all seeds, or of one."""
+        lines = [line for line in self.lines if line["name"] == name and seed in (None, line["seed"])]
+        return [line[key] for line in lines if key in line]
 
     @property
     def names(self) -> list[str]:
