@@ -233,7 +233,7 @@ def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
                 stage, before = stage_of(setting, model, teacher), 0.0
                 if model.start is not None:
                     stage["init"] = str(folder_of(out, model.start) / "model")
-                    del stage["start"]
+                    stage.pop("start", None)
                     before = rows.values(model.start, "seconds", seed)[0]
                 elif arguments.seconds:
                     stage["samples"], before = samples_in(setting, stage, folder, seed, arguments.seconds)
