@@ -47,12 +47,12 @@ Make = Callable[[nn.Module, int], Objective]
 
 
 def two_phases(make: Make, folder: Path, lines: list[dict[str, Any]], kill: int = -1) -> int:
-    """Train two phases from wherever ``folder`` stands; return how many steps that took."""
+    """Train two phases from wherever ``folder`` stands, to step ``kill`` of both; return how many steps that took."""
     student = Net()
     run = start(student, folder, lines)
     before = run.trainer.position.step
     for number in range(run.trainer.position.phase, 2):
-        run.trainer.train(number, STEPS * BATCH, make(student, kill), Noise(), "test")
+        run.trainer.train(number, STEPS * BATCH, make(student, kill - number * STEPS), Noise(), "test")
         run.trainer.save(keep=2 - number)
     return run.trainer.position.step - before
 

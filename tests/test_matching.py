@@ -505,6 +505,11 @@ def test_a_generator_starts_from_a_one_step_map_which_others_may_not(trained: Pa
         run(method="meanflow")
     with pytest.raises(UserError, match="is a map of another network"):
         run(method="dmd", network={"name": "mlp", "width": 32})
+    stages = {"segments": {"method": "consistency_fm", "teacher": str(trained / "teacher"), "samples": 2560}}
+    recipe = make_recipe({"data": data, "network": NETWORK, "stages": stages}, "x")
+    run_recipe(recipe, tmp_path / "other", LocalWorld(quiet=True))
+    with pytest.raises(UserError, match="must know how to take one"):
+        run(method="dmd", init=str(tmp_path / "other/segments"))
 
 
 def test_latents_of_a_run_are_the_bases(trained: Path) -> None:

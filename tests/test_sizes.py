@@ -71,7 +71,7 @@ def test_a_size_that_is_no_share_is_refused(size: Any) -> None:
 
 def networks(stages: dict[str, Any], tmp_path: Path, **header: Any) -> dict[str, dict[str, Any]]:
     """The networks of a recipe's stages."""
-    from fewstep.pipeline.run import network_of
+    from fewstep.pipeline.opening import network_of
 
     fields = {"data": {"name": "moons", "samples": 500}, "stages": stages, **header}
     run = open_run(make_recipe(fields, "test"), tmp_path / "run", LocalWorld(quiet=True))

@@ -17,8 +17,9 @@ from fewstep.methods.reflow import ReflowOptions
 from fewstep.methods.registry import find_method
 from fewstep.networks import parameter_count
 from fewstep.pipeline.networks import build_network
+from fewstep.pipeline.opening import Run, network_of, open_run
 from fewstep.pipeline.recipe import Recipe
-from fewstep.pipeline.run import Run, check_begun, check_models, check_networks, network_of, open_run, stage_done
+from fewstep.pipeline.run import check_begun, check_models, check_networks, stage_done
 from fewstep.training.world import LocalWorld
 
 TIMED_STEPS = 4

@@ -3,86 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, final
+from typing import Any
 
 import torch
 import yaml
 from torch import Tensor, nn
 
-from fewstep.data.dataset import DataSet
-from fewstep.data.load import load_data
 from fewstep.errors import UserError
-from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
 from fewstep.flow.noise import mix
-from fewstep.generator import Config, Generator, load, save_model
+from fewstep.generator import Config, load, save_model
 from fewstep.methods.base import Collapse, Options, Plan, Stage, Teacher
 from fewstep.methods.registry import find_method
 from fewstep.networks.two_time import take_weights
-from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.environment import environment
 from fewstep.pipeline.features import features_config, find_outside
-from fewstep.pipeline.networks import build_network, same_weights, stage_network
+from fewstep.pipeline.networks import build_network, same_weights
+from fewstep.pipeline.opening import Run, network_of, open_run
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.statistics import Statistics
-from fewstep.pipeline.teachers import as_teacher, frozen
-from fewstep.store.files import clean_temporaries, make_folder, read_json, write_json, write_text
+from fewstep.pipeline.teachers import as_teacher, load_initial, load_teacher
+from fewstep.store.files import as_read, clean_temporaries, make_folder, read_json, write_json, write_text
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld
-
-DEQUANTISE = 0.025  # default noise on discrete data, network units
-
-
-@final
-@dataclass(frozen=True)
-class Run:
-    """What the stages of one run share."""
-
-    recipe: Recipe
-    out: Path
-    data: DataSet
-    source: Source
-    base_rows: Tensor | None
-    world: LocalWorld
-
-    @property
-    def dequantise(self) -> float:
-        """Noise added to discrete data so that its law has a density, and inverted data the base's law."""
-        if self.recipe.header.dequantise is not None:
-            return self.recipe.header.dequantise
-        return 0.0 if self.data.quantum is None else DEQUANTISE
-
-
-def open_run(recipe: Recipe, out: Path, world: LocalWorld) -> Run:
-    """Load the data and prepare the run folder.
-
-    Raises:
-        UserError: unreadable data, an output path that cannot be written, labels asked for that are not there.
-    """
-    header = recipe.header
-    data = load_data(header.data, seed=header.seed)
-    if recipe.conditional and data.labels is None:
-        raise UserError(
-            f"conditional: true, but the data {data.name!r} has no labels: name them, data: {{path: …, labels: …}}."
-        )
-    check_reference(data)
-    source, rows = make_source(header.base, data)
-    return Run(recipe, out, data, source, rows, world)
-
-
-def make_source(base: str | Mapping[str, Any], data: DataSet) -> tuple[Source, Tensor | None]:
-    """The base distribution: N(0, I), or the training rows of another data set of the same shape."""
-    if base == "gaussian":
-        return GaussianSource(data.shape), None
-    other = load_data(base)
-    if other.shape != data.shape:
-        raise UserError(f"base {other.name!r} has rows of shape {other.shape}, the data {data.shape}: they must agree.")
-    rows = other.train_rows()
-    return EmpiricalSource(rows), rows
 
 
 def run_recipe(recipe: Recipe, out: Path, world: LocalWorld | None = None) -> list[Path]:
@@ -141,11 +86,6 @@ def check_begun(run: Run) -> None:
             # the weights of a teacher that is still to be trained are checked when the stage begins
             later = {key: value for key, value in begun.items() if key.endswith("_weights")}
             check_inputs(run.out / name, inputs | later)
-
-
-def network_of(run: Run, options: Options) -> dict[str, Any]:
-    """The resolved network configuration of a stage."""
-    return stage_network(run.recipe, run.data, options)
 
 
 def run_stage(run: Run, name: str, options: Options) -> None:
@@ -254,62 +194,6 @@ def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher
     return student
 
 
-def load_initial(run: Run, chosen: str, options: Options) -> Teacher:
-    """What the student starts from: a teacher, or a one-step map where the method's students are called as those.
-
-    Raises:
-        UserError: as :func:`load_teacher`; a map of another network.
-    """
-    if not find_method(options.method).starts_from_maps:
-        return load_teacher(run, chosen)
-    generator = load_model(run, chosen)
-    if generator.config.kind == "velocity":
-        return frozen(generator, chosen)
-    network = network_of(run, options)
-    if not same_weights(generator.config.network or {}, network):
-        raise UserError(
-            f"the init {chosen!r} is a map of another network ({generator.config.network}) than the student's "
-            f"({network}): give the stage that 'network', or start from another model."
-        )
-    return as_teacher(generator, chosen)
-
-
-def load_teacher(run: Run, chosen: str) -> Teacher:
-    """A stage of this run, or a model's folder, frozen."""
-    return frozen(load_model(run, chosen), chosen)
-
-
-def load_model(run: Run, chosen: str) -> Generator:
-    """A stage of this run, or a model's folder, which fits the data."""
-    folder = run.out / chosen if chosen in run.recipe.stages else Path(chosen)
-    generator = load(folder, device=run.world.device)
-    if generator.config.shape != run.data.shape:
-        raise UserError(
-            f"the model {folder} has samples of shape {generator.config.shape}, and the data {run.data.shape}."
-        )
-    if chosen not in run.recipe.stages:
-        check_foreign(run, folder, generator.config)
-    return generator
-
-
-def check_foreign(run: Run, folder: Path, config: Config) -> None:
-    """Refuse a model from outside the recipe whose units, classes or base are not this run's."""
-    if config.scaling is not None and config.scaling != _plain(run.data.scaling.as_dict()):
-        raise UserError(
-            f"the model {folder} was trained on data scaled otherwise than {run.data.name!r} is here: use the same "
-            "data with the same 'scale', so that both speak of the same units."
-        )
-    classes = run.data.classes if run.recipe.conditional else 0
-    if len(config.class_weights) != classes and (classes or not config.class_weights):
-        raise UserError(
-            f"the model {folder} has {len(config.class_weights)} classes, and this recipe {classes}: set "
-            "'conditional' and the labels as they were when it was trained."
-        )
-    base = "gaussian" if run.base_rows is None else "empirical"
-    if config.base not in (base, "examples"):  # examples are refused as teachers, with their own reason
-        raise UserError(f"the model {folder} has a base of kind {config.base!r}, and this recipe {base!r}: set 'base'.")
-
-
 def stage_config(
     run: Run, name: str, options: Options, network: dict[str, Any], plan: Plan, teacher: Teacher | None
 ) -> Config:
@@ -376,7 +260,7 @@ def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
         write_json(path, {"inputs": inputs, "done": False})
         return
     found = _flat(read_json(path).get("inputs", {}))
-    wanted = _flat(_plain(inputs))
+    wanted = _flat(as_read(inputs))
     differs = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
     if differs:
         key = differs[0]
@@ -384,10 +268,6 @@ def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
             f"{folder} was begun with {key} = {found.get(key)!r}, and the recipe now says {wanted.get(key)!r}: "
             "use another --out, or delete that folder to begin the stage again."
         )
-
-
-def _plain(value: Any) -> Any:
-    return json.loads(json.dumps(value))
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

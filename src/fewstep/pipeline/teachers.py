@@ -1,10 +1,16 @@
-"""A finished model as a frozen teacher."""
+"""Finished models as frozen teachers, and as what a student starts from."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fewstep.errors import UserError
-from fewstep.generator import Generator, weights_digest
-from fewstep.methods.base import Teacher
+from fewstep.generator import Config, Generator, load, weights_digest
+from fewstep.methods.base import Options, Teacher
+from fewstep.methods.registry import find_method
+from fewstep.pipeline.networks import same_weights
+from fewstep.pipeline.opening import Run, network_of
+from fewstep.store.files import as_read
 
 
 def frozen(generator: Generator, name: str) -> Teacher:
@@ -33,3 +39,61 @@ def as_teacher(generator: Generator, name: str) -> Teacher:
         network=generator.config.network or {},
         independent=bool(generator.config.coupling.get("independent", True)),
     )
+
+
+def load_initial(run: Run, chosen: str, options: Options) -> Teacher:
+    """What the student starts from: a teacher, or a one-step map where the method's students are called as those.
+
+    Raises:
+        UserError: as :func:`load_teacher`; a map of another network, or of more steps than one.
+    """
+    if not find_method(options.method).starts_from_maps:
+        return load_teacher(run, chosen)
+    generator = load_model(run, chosen)
+    if generator.config.kind == "velocity":
+        return frozen(generator, chosen)
+    network, made_for = network_of(run, options), generator.config.steps
+    if not same_weights(generator.config.network or {}, network):
+        raise UserError(
+            f"the init {chosen!r} is a map of another network ({generator.config.network}) than the student's "
+            f"({network}): give the stage that 'network', or start from another model."
+        )
+    if made_for and 1 not in made_for:
+        raise UserError(f"the init {chosen!r} is made for {made_for} steps, and a start must know how to take one.")
+    return as_teacher(generator, chosen)
+
+
+def load_teacher(run: Run, chosen: str) -> Teacher:
+    """A stage of this run, or a model's folder, frozen."""
+    return frozen(load_model(run, chosen), chosen)
+
+
+def load_model(run: Run, chosen: str) -> Generator:
+    """A stage of this run, or a model's folder, which fits the data."""
+    folder = run.out / chosen if chosen in run.recipe.stages else Path(chosen)
+    generator = load(folder, device=run.world.device)
+    if generator.config.shape != run.data.shape:
+        raise UserError(
+            f"the model {folder} has samples of shape {generator.config.shape}, and the data {run.data.shape}."
+        )
+    if chosen not in run.recipe.stages:
+        check_foreign(run, folder, generator.config)
+    return generator
+
+
+def check_foreign(run: Run, folder: Path, config: Config) -> None:
+    """Refuse a model from outside the recipe whose units, classes or base are not this run's."""
+    if config.scaling is not None and config.scaling != as_read(run.data.scaling.as_dict()):
+        raise UserError(
+            f"the model {folder} was trained on data scaled otherwise than {run.data.name!r} is here: use the same "
+            "data with the same 'scale', so that both speak of the same units."
+        )
+    classes = run.data.classes if run.recipe.conditional else 0
+    if len(config.class_weights) != classes and (classes or not config.class_weights):
+        raise UserError(
+            f"the model {folder} has {len(config.class_weights)} classes, and this recipe {classes}: set "
+            "'conditional' and the labels as they were when it was trained."
+        )
+    base = "gaussian" if run.base_rows is None else "empirical"
+    if config.base not in (base, "examples"):  # examples are refused as teachers, with their own reason
+        raise UserError(f"the model {folder} has a base of kind {config.base!r}, and this recipe {base!r}: set 'base'.")

@@ -221,6 +221,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         ) from error
 
 
+def as_read(value: Any) -> Any:
+    """What reading it back from a JSON file gives: lists for tuples, text for keys."""
+    return json.loads(json.dumps(value))
+
+
 def clean_temporaries(folder: str | os.PathLike[str], *, older_than: float = 0.0) -> int:
     """Remove the temporary files that a killed process left in ``folder`` itself; return how many.
 
