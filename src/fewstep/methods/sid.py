@@ -6,7 +6,8 @@ With the data predictions ``f_T`` of the teacher and ``f_S`` of the online model
 
 the gradient going through x_t into both networks. In velocities, ``f_T - f_S = kappa (u* - s)`` and ``f_T - x1 =
 kappa (u* - c)``: L is ``kappa^2 w ((1 - alpha) L1 + L2 / 2)`` of flow generator matching's two terms. At alpha = 1/2
-it is half of that method's loss; at alpha = 1 it is the second term alone, and above, the first one is subtracted.
+it is half of that method's loss; at alpha = 1 it is the second term alone, and above, the first one is subtracted. The
+second term alone is the one that keeps variety, and with more of the early times it keeps more of it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.methods.base import Plan, Spec, Stage
+from fewstep.methods.flow_map import LawOfTime
 from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
 from fewstep.methods.matching import Point, rows_mean
 
@@ -25,6 +27,7 @@ from fewstep.methods.matching import Point, rows_mean
 class SiDOptions(MatchingOptions):
     """Options of ``method: sid``."""
 
+    time: LawOfTime = Field("exponential:2", description="law of the path's times, shrunk to [0, latest]")
     alpha: float = Field(1.0, ge=-1, le=2, description="1/2 is half of fgm; 1 to 1.2 are the paper's")
 
 
