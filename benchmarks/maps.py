@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,15 +77,8 @@ def fashion_mnist(folder: Path) -> Setting:
     data = {"path": str(folder / "train-images-idx3-ubyte.gz"), "name": "fashion_mnist"}
     usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
-    game: Row = {
-        "samples": 240_000,
-        "batch_size": 64,
-        "start": 0.4,
-        "start_lr": 5e-4,
-        "lr": 5e-5,
-        "time": "exponential:3.5",
-    }
-    game |= {"online_lr": 3e-4, "online_ema": 0.9, "online_turns": 1}
+    game: Row = {"samples": 240_000, "batch_size": 64, "start": 0.4, "start_lr": 5e-4, "lr": 5e-5}
+    game |= {"time": "exponential:3.5", "online_lr": 3e-4, "online_ema": 0.9, "online_turns": 1}
     changes = {"reflow": pairs, "instaflow": pairs, **dict.fromkeys(GAMES, game)}
     return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes)
 
@@ -167,6 +161,16 @@ def copy_pairs(source: Path, target: Path) -> None:
         shutil.copytree(source / "model" / "pairs", target / "model" / "pairs")
 
 
+def seeds_of(arguments: argparse.Namespace) -> list[int]:
+    """The seeds whose rows are to be made."""
+    return [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]
+
+
+def names_of(arguments: argparse.Namespace, every: Iterable[str]) -> list[str]:
+    """The rows that are to be made."""
+    return [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(every)
+
+
 def folder_of(out: Path, name: str) -> Path:
     """Where a row's model is."""
     return out / "models" / "".join(c if c.isalnum() else "-" for c in name)
@@ -206,8 +210,8 @@ def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
     """Digits and Fashion-MNIST."""
     rows, known = Rows(base / "rows.jsonl"), models()
     controls = ["Gaussian", "teacher", "teacher, auto"]
-    wanted = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else [*controls, *known]
-    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+    wanted = names_of(arguments, [*controls, *known])
+    for seed in seeds_of(arguments):
         out = base / str(seed)
         if setting.first:
             train(
@@ -287,13 +291,14 @@ def modes(arguments: argparse.Namespace, base: Path) -> None:
         inside = torch.bincount(near.indices[near.values < 3 * width], minlength=25)
         return float(energy(x, real.to(x))), int(inside.min())
 
-    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+    for seed in seeds_of(arguments):
         out = base / str(seed)
         header, teacher = trained(out, law.sample(20_000, generator_for("modes", seed)), seed)
-        unit, least = look(teacher, 100, seed)
         if ("teacher at 100", seed) not in rows:
-            rows.add({"name": "teacher at 100", "seed": seed, "energy": unit, "ratio": 1.0, "least": least})
-        for name in [name.strip() for name in (arguments.rows or "fgm; sid; dmd; realuid").split(";")]:
+            found, least = look(teacher, 100, seed)
+            rows.add({"name": "teacher at 100", "seed": seed, "energy": found, "ratio": 1.0, "least": least})
+        unit = rows.values("teacher at 100", "energy", seed)[0]
+        for name in names_of(arguments, GAMES):
             if (name, seed) in rows:
                 continue
             stage = {"teacher": str(out / "teacher"), **models()[name].stage}
@@ -313,8 +318,8 @@ def mixtures(arguments: argparse.Namespace, base: Path) -> None:
     """Random mixtures."""
     rows = Rows(base / "rows.jsonl")
     known = {name: model for name, model in models().items() if not model.from_data and model.start is None}
-    wanted = [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(known)
-    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+    wanted = names_of(arguments, known)
+    for seed in seeds_of(arguments):
         for dimension in (1, 2):
             law, samples = mixture(dimension, seed)
             out = base / f"{dimension}-{seed}"

@@ -218,7 +218,7 @@ class Matching(Objective):
         self.learning = {"student": Learning(None, BETAS, head_start), "online": Learning(online_lr, BETAS)}
         self.teacher, self.path, self.divergence, self.law = teacher, path, divergence, law
         self.latest, self.spread, self.steps, self.checkpointing = latest, spread, steps, checkpointing
-        self._turns, self._head_start = turns, head_start
+        self._turns = turns
         self.online_loss = online_loss
         self.follower = Follower(online, online_ema) if online_ema else None
         self.state = {} if self.follower is None else self.follower.state
@@ -227,7 +227,7 @@ class Matching(Objective):
             self.checks, self.state = watch.checks, {**self.state, **watch.state}
 
     def turns(self, step: int) -> tuple[str, ...]:
-        return ("online",) * self._turns + (("student",) if step >= self._head_start else ())
+        return ("online",) * self._turns + (("student",) if step >= self.learning["student"].begins else ())
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         if self.follower is not None:
