@@ -25,9 +25,9 @@ from rows import ASSETS, SCORES, Row, Rows, markdown, score, size_and_cost, spre
 
 from fewstep.data.load import load_data
 from fewstep.generator import Generator, load
-from fewstep.methods.perceptual import find_features
+from fewstep.methods.families.straight_line import one_step
 from fewstep.methods.registry import find_method
-from fewstep.methods.straight_line import one_step
+from fewstep.metrics.feature_distance import find_features
 from fewstep.store.pairs import PairStore
 from fewstep.training.world import set_threads
 

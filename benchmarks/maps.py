@@ -36,10 +36,10 @@ from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.noise import generator_for
 from fewstep.generator import Generator, load
-from fewstep.methods.perceptual import FeatureDistance, find_features
 from fewstep.methods.registry import find_method
 from fewstep.metrics import energy, sample_count
 from fewstep.metrics.controls import moment_matched_gaussian
+from fewstep.metrics.feature_distance import FeatureDistance, find_features
 from fewstep.training.world import set_threads
 
 SCRIPT = "benchmarks/maps.py"

@@ -29,9 +29,9 @@ from fewstep.data.load import load_data
 from fewstep.flow.couplings import GaussianSource, Independent
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import Uniform
-from fewstep.methods.base import Options
-from fewstep.methods.batches import DataBatches
-from fewstep.methods.straight_line import VelocityRegression
+from fewstep.methods.contract.options import Options
+from fewstep.methods.families.straight_line import VelocityRegression
+from fewstep.methods.training_pairs.batches import DataBatches
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld
 

@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fewstep.generator import Generator
-from fewstep.methods.perceptual import FeatureDistance
 from fewstep.metrics import evaluate, sample_count
+from fewstep.metrics.feature_distance import FeatureDistance
 from fewstep.networks import parameter_count
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe

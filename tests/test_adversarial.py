@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.methods.adversarial import LOSSES, find_adversarial, slope
-from fewstep.methods.balance import RunningRatio, joined, last_layer, pulled
+from fewstep.methods.families.adversarial import LOSSES, find_adversarial, slope
+from fewstep.methods.families.gradient_balance import RunningRatio, combine_terms, last_layer, term_gradients
 from fewstep.networks import build, resolve
 from fewstep.networks.discriminator import Discriminator
 from fewstep.training.world import LocalWorld
@@ -113,11 +113,11 @@ def test_pulls_and_the_joint_gradient_are_those_of_the_plain_sum() -> None:
 
     output = module.output(z)
     terms = {"near a": (output - a).square().mean(), "near b": 5 * (output - b).square().mean()}
-    found = pulled(output, [weight], terms, WORLD)
+    found = term_gradients(output, [weight], terms, WORLD)
     for name, gradient in gradients.items():
         assert found.pulls[name] == pytest.approx(gradient.norm().item(), rel=1e-12)
     assert found.rest == pytest.approx(gradients["near a"].norm().item(), rel=1e-12)
-    loss = joined(output, found, {"near b": 0.25})
+    loss = combine_terms(output, found, {"near b": 0.25})
     assert loss["loss"].item() == pytest.approx((terms["near a"] + 0.25 * terms["near b"]).item(), rel=1e-12)
     loss["loss"].backward()
     torch.testing.assert_close(weight.grad, gradients["near a"] + 0.25 * gradients["near b"])

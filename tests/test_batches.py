@@ -14,8 +14,8 @@ from fewstep.data.dataset import DataSet
 from fewstep.data.load import from_array
 from fewstep.flow.couplings import Facts, GaussianSource, Independent, Pair
 from fewstep.flow.noise import generator_for
-from fewstep.methods.batches import DataBatches, EpochOrder, MixedBatches, StoredBatches
 from fewstep.methods.reflow import share_law
+from fewstep.methods.training_pairs.batches import DataBatches, EpochOrder, MixedBatches, StoredBatches
 from fewstep.store.pairs import PairStore
 
 

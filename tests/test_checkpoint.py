@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.methods.base import Objective
+from fewstep.methods.contract.objective import Objective
 from fewstep.training import trainer as training
 from fewstep.training.checkpoint import Checkpoints, read_checkpoint
 from fewstep.training.ema import EMA

@@ -12,14 +12,7 @@ from torch import Tensor
 from torch.func import jvp
 
 from fewstep.errors import UserError
-from fewstep.flow.closed_form import (
-    CoupledGaussian,
-    Gaussian,
-    Mixture,
-    coupled_gaussian,
-    gaussian,
-    mixture,
-)
+from fewstep.flow.closed_form import CoupledGaussian, Gaussian, Mixture, coupled_gaussian, gaussian, mixture
 from fewstep.flow.coupled_gaussian import joint_gaussian_velocity
 from fewstep.flow.paths import VP, AffinePath, Cosine, Linear
 

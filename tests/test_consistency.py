@@ -21,15 +21,16 @@ from fewstep.flow.paths import Linear, make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
 from fewstep.generator.config import Config
-from fewstep.generator.maps import Fresh
-from fewstep.methods.base import Objective
 from fewstep.methods.consistency import Consistency, ContinuousConsistency, gap_at
 from fewstep.methods.consistency_fm import ConsistencyFM, segment_end
-from fewstep.methods.endpoint import Follower, Steps, consistent, neighbour, step_velocity
-from fewstep.methods.flow_map import Lesson
+from fewstep.methods.contract.objective import Objective
+from fewstep.methods.families.consistency_target import Steps, consistent, neighbour, step_velocity
+from fewstep.methods.families.target_average import TargetAverage
+from fewstep.methods.families.velocity_source import VelocitySource
 from fewstep.networks import build, resolve
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
+from fewstep.solvers.maps import Fresh
 from fewstep.training.world import LocalWorld
 
 GAUSSIAN = fs.closed_form.gaussian(torch.tensor([0.5]), torch.tensor([0.3]))
@@ -38,10 +39,10 @@ TARGETS: dict[str, Any] = {"gaussian": GAUSSIAN, "mixture": MIXTURE}
 UNIFORM = make_time_law("uniform")
 
 
-def taught(teacher: Any = None) -> Lesson:
+def taught(teacher: Any = None) -> VelocitySource:
     """From a velocity, or from data pairs."""
     velocity = None if teacher is None else teacher.velocity
-    return Lesson(Linear(), velocity, Facts(independent=True, deterministic=False), lambda: None)  # type: ignore[arg-type, return-value]
+    return VelocitySource(Linear(), velocity, Facts(independent=True, deterministic=False), lambda: None)  # type: ignore[arg-type, return-value]
 
 
 class ToEnd(nn.Module):
@@ -188,7 +189,7 @@ def test_the_target_follows_the_student_and_drops_what_the_student_drops() -> No
     net = build(resolve({"name": "mlp", "width": 16, "blocks": 2, "embedding": 8, "dropout": 0.5}, (3,), 0)).train()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.3)
-    follower = Follower(net, 0.75)
+    follower = TargetAverage(net, 0.75)
     x, t = torch.randn(50, 3), torch.rand(50)
     torch.testing.assert_close(follower(x, t), net(x, t), rtol=0, atol=0)
     assert not torch.equal(net(x, t), net(x, t))
@@ -387,7 +388,7 @@ def test_guidance_is_baked_in_and_known(labelled_run: Path, tmp_path: Path) -> N
 
 def test_guidance_of_a_teacher_is_in_the_steps() -> None:
     """The step's velocity is the guided one: ``v_0 + 3 (v_c - v_0)``."""
-    from fewstep.methods.base import Teacher
+    from fewstep.methods.contract.teacher import Teacher
 
     def velocity(x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
         return torch.ones_like(x) * (1.0 if label is None else 2.0)

@@ -22,16 +22,10 @@ from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.generator import Config, Generator, load, read_tensors, weights_digest
 from fewstep.methods.features import Blur, Denoising, accuracy, shifted, wanted
-from fewstep.methods.perceptual import FeatureDistance, LpipsNet, find_features
 from fewstep.metrics import frechet_distance
+from fewstep.metrics.feature_distance import FeatureDistance, LpipsNet, find_features
 from fewstep.networks import build, parameter_count, resolve
-from fewstep.networks.features import (
-    CifarResNet,
-    FeatureNet,
-    build_features,
-    cifar_resnet,
-    resolve_features,
-)
+from fewstep.networks.extractors import CifarResNet, FeatureNet, build_features, cifar_resnet, resolve_features
 from fewstep.pipeline.compare import compare, table
 from fewstep.pipeline.recipe import make_recipe
 

@@ -23,25 +23,19 @@ from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
-from fewstep.generator.maps import run_map
-from fewstep.methods.base import Objective
-from fewstep.methods.flow_map import (
-    EndDerivative,
-    Lesson,
-    Times,
-    composition_target,
-    derivative_target,
-    draw_times,
-    weighted_square,
-)
+from fewstep.methods.contract.objective import Objective
+from fewstep.methods.families.end_derivative import EndDerivative
+from fewstep.methods.families.flow_map import Times, composition_target, derivative_target, draw_times, weighted_square
+from fewstep.methods.families.velocity_source import VelocitySource
 from fewstep.methods.lagrangian import Lagrangian, LagrangianOptions
 from fewstep.methods.meanflow import MeanFlow, MeanflowOptions, SelfGuidance, alpha_at, changes
 from fewstep.methods.shortcut import Shortcut, draw_steps
 from fewstep.networks import build, resolve
 from fewstep.networks.two_time import take_weights
-from fewstep.pipeline.networks import same_weights
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
+from fewstep.pipeline.stage_networks import same_weights
+from fewstep.solvers.maps import run_map
 from fewstep.training.world import LocalWorld
 from mixture_cases import MIXTURE, NETWORK, train_beside_a_teacher, w1
 
@@ -271,9 +265,9 @@ DIRECTIONS: dict[str, Callable[..., Tensor]] = {
 SHAPES = {"gaussian": (2,), "mixture": (1,)}
 
 
-def taught(target: Any, teacher: bool) -> Lesson:
+def taught(target: Any, teacher: bool) -> VelocitySource:
     facts = Facts(independent=True, deterministic=False)
-    return Lesson(Linear(), target.velocity if teacher else None, facts, lambda: None)  # type: ignore[arg-type, return-value]
+    return VelocitySource(Linear(), target.velocity if teacher else None, facts, lambda: None)  # type: ignore[arg-type, return-value]
 
 
 def batch_of(target: Any, rows: int, generator: torch.Generator) -> Pair:
@@ -323,16 +317,16 @@ def test_meanflow_from_pairs_is_stationary_at_the_mixtures_map(way: Any) -> None
 def test_losses_from_an_exact_teacher_vanish_at_the_exact_map() -> None:
     generator = generator_for("vanish")
     batch = batch_of(GAUSSIAN, 400, generator)
-    net, lesson = Perturbed(GAUSSIAN, DIRECTIONS["x"]), taught(GAUSSIAN, True)
+    net, source = Perturbed(GAUSSIAN, DIRECTIONS["x"]), taught(GAUSSIAN, True)
     for objective in (
-        MeanFlow(net, lesson, UNIFORM, way="forward"),
-        MeanFlow(net, lesson, UNIFORM, target="split"),
-        Lagrangian(net, lesson, UNIFORM),
+        MeanFlow(net, source, UNIFORM, way="forward"),
+        MeanFlow(net, source, UNIFORM, target="split"),
+        Lagrangian(net, source, UNIFORM),
     ):
         assert objective.loss("student", batch, Draws(generator, 400))["loss"].item() < 1e-12
     with torch.no_grad():
         net.epsilon += 0.1
-    assert Lagrangian(net, lesson, UNIFORM).loss("student", batch, Draws(generator, 400))["loss"].item() > 1e-3
+    assert Lagrangian(net, source, UNIFORM).loss("student", batch, Draws(generator, 400))["loss"].item() > 1e-3
 
 
 def alpha_residual(student: nn.Module, alpha: float, teacher: bool = True) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from fewstep.diagnostics.grids import DISCOUNT, cheapest_path, dp_grid, model_grid
+from fewstep.diagnostics.model_grids import DISCOUNT, cheapest_path, dp_grid, model_grid
 from fewstep.errors import UserError
 from fewstep.flow import closed_form
 

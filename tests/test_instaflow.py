@@ -18,12 +18,12 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.generator import read_tensors
-from fewstep.methods.adversarial import find_adversarial
-from fewstep.methods.base import Collapse, Learning
-from fewstep.methods.distances import find_distance
+from fewstep.methods.contract.objective import Collapse, Learning
+from fewstep.methods.families.adversarial import find_adversarial
+from fewstep.methods.families.adversarial_distillation import Adversary, MultiObjective, Real, real_rows
+from fewstep.methods.families.distances import find_distance
+from fewstep.methods.guards.coverage import CoverageGuard
 from fewstep.methods.instaflow import InstaflowOptions, phase_samples
-from fewstep.methods.monitor import Monitor
-from fewstep.methods.multi_objective import Adversary, MultiObjective, Real, real_rows
 from fewstep.networks import build, resolve
 from fewstep.networks.discriminator import Discriminator
 from fewstep.pipeline.recipe import make_recipe
@@ -61,7 +61,9 @@ def adversary(**fields: Any) -> Adversary:
     return Adversary(**{**usual, **fields})
 
 
-def objective(student: nn.Module, rival: Adversary | None = None, monitor: Monitor | None = None) -> MultiObjective:
+def objective(
+    student: nn.Module, rival: Adversary | None = None, monitor: CoverageGuard | None = None
+) -> MultiObjective:
     return MultiObjective(student, find_distance("l2"), None, rival, monitor, WORLD)
 
 
@@ -214,7 +216,7 @@ def test_the_monitor_measures_and_stops_a_collapse() -> None:
     x0 = torch.randn(400, 2, generator=generator)
     student = Affine()
     weights = {"output.weight": torch.zeros(2, 2), "output.bias": torch.zeros(2)}
-    monitor = Monitor(student, rows_of(x0, x0 + 0.1), "onestep", "Raise gamma.")
+    monitor = CoverageGuard(student, rows_of(x0, x0 + 0.1), "onestep", "Raise gamma.")
     found = monitor.look(weights, None)
     assert found["rmse"] == pytest.approx(0.1, rel=1e-5)
     assert found["recall"] > 0.95
@@ -227,8 +229,8 @@ def test_the_monitor_measures_and_stops_a_collapse() -> None:
     assert best is not None
     assert best["output.bias"].tolist() == pytest.approx([0.1, 0.15])
     assert not best["output.weight"].any()
-    assert Monitor(student, rows_of(x0, x0), "onestep", "").best() is None
-    restored = Monitor(student, rows_of(x0, x0 + 0.1), "onestep", "Raise gamma.")
+    assert CoverageGuard(student, rows_of(x0, x0), "onestep", "").best() is None
+    restored = CoverageGuard(student, rows_of(x0, x0 + 0.1), "onestep", "Raise gamma.")
     restored.state["first"].copy_(monitor.state["first"])
     weights = {"output.weight": torch.zeros(2, 2), "output.bias": torch.tensor([0.1, 0.4])}
     with pytest.raises(UserError, match=r"distance to the teacher's endpoints rose from 0\.1 to 0\.2"):

@@ -21,9 +21,9 @@ from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.generator import load
 from fewstep.methods.dmd import DMD
+from fewstep.methods.families.distribution import PRIOR, DistributionMatching, Divergence, PerCall, Point, rows_mean
+from fewstep.methods.families.distribution_stage import generator_rule
 from fewstep.methods.fgm import FGM, FGMOptions
-from fewstep.methods.generators import generator_rule
-from fewstep.methods.matching import PRIOR, Divergence, Matching, PerCall, Point, rows_mean
 from fewstep.methods.realuid import RealUID, RealUIDOptions
 from fewstep.methods.sid import SiD
 from fewstep.pipeline.recipe import make_recipe
@@ -85,7 +85,9 @@ class Only:
         return rows_mean(apart**2 if self.term == 1 else 2 * apart * (point.online - point.c))
 
 
-def game(divergence: Divergence, student: nn.Module | None = None, cut: bool = False, **options: Any) -> Matching:
+def game(
+    divergence: Divergence, student: nn.Module | None = None, cut: bool = False, **options: Any
+) -> DistributionMatching:
     """The Gaussian game with the exact online model; ``cut``: the networks do not see where x_t comes from."""
     student = Affine() if student is None else student
     own = fs.closed_form.gaussian(torch.tensor([SHIFT]), torch.tensor([SCALE]))
@@ -95,7 +97,7 @@ def game(divergence: Divergence, student: nn.Module | None = None, cut: bool = F
 
     online = options.pop("online", Exact(seen(own.velocity)))
     options = {"latest": 1.0, **options}
-    return Matching(student, online, seen(TEACHER.velocity), Linear(), divergence, Listed(), **options)
+    return DistributionMatching(student, online, seen(TEACHER.velocity), Linear(), divergence, Listed(), **options)
 
 
 def latents(rows: int, generator: torch.Generator, size: int = 1) -> Pair:
@@ -103,7 +105,7 @@ def latents(rows: int, generator: torch.Generator, size: int = 1) -> Pair:
     return Pair(z, torch.zeros_like(z))
 
 
-def monte_carlo(objective: Matching, blocks: int = 8, rows: int = 500_000) -> np.ndarray[Any, Any]:
+def monte_carlo(objective: DistributionMatching, blocks: int = 8, rows: int = 500_000) -> np.ndarray[Any, Any]:
     """Gradient of the generator's loss in (a, b)."""
     student, found = objective.modules["student"], []
     for block in range(blocks):

@@ -18,9 +18,9 @@ from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
-from fewstep.methods.distances import l1, l2, pseudo_huber
+from fewstep.methods.families.distances import l1, l2, pseudo_huber
+from fewstep.methods.families.straight_line import EndpointRegression, VelocityRegression, drop_labels
 from fewstep.methods.reflow import ReflowOptions, share_law
-from fewstep.methods.straight_line import EndpointRegression, VelocityRegression, drop_labels
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
@@ -173,7 +173,7 @@ def test_reflow_keeps_the_many_step_law(gaussian_run: Path, stage: str) -> None:
 
 
 def test_guidance_is_not_baked_in_twice() -> None:
-    from fewstep.methods.base import Teacher
+    from fewstep.methods.contract.teacher import Teacher
 
     teacher = Teacher(velocity=lambda x, t: x, digest="d", guidance=2.0, name="straight")
     with pytest.raises(UserError, match=r"already has guidance 2.0 baked in.*Leave guidance out"):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.metrics import Estimate, energy, energy_floor, mmd, sliced_w2, sliced_w2_floor
-from fewstep.metrics.distances import median_distance, squared_w2
 from fewstep.metrics.rows import as_rows, half_tiles, pick, squared_distances, tiles
+from fewstep.metrics.sample_distances import median_distance, squared_w2
 
 
 def normal(*shape: int, seed: int = 0, mean: float = 0.0, std: float = 1.0) -> Tensor:

@@ -18,9 +18,11 @@ from fewstep.data.load import from_array
 from fewstep.errors import UserError
 from fewstep.flow.closed_form import gaussian
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource
-from fewstep.methods import pairs as making
-from fewstep.methods.base import PairOptions, Stage, Teacher
-from fewstep.methods.pairs import PairRequest, build_pairs, has_base_law, noise_law, relative_error
+from fewstep.methods.contract.options import PairOptions
+from fewstep.methods.contract.stage import Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.training_pairs import generate as making
+from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, has_base_law, noise_law, relative_error
 from fewstep.store import pairs as storing
 from fewstep.store.pairs import PairStore, held_out_mask
 from fewstep.training.world import LocalWorld

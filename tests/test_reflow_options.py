@@ -23,7 +23,7 @@ from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import Config, load
-from fewstep.methods.distances import (
+from fewstep.methods.families.distances import (
     Distance,
     Loss,
     Normalised,
@@ -35,9 +35,9 @@ from fewstep.methods.distances import (
     identity,
     pseudo_huber_rows,
 )
-from fewstep.methods.perceptual import find_features
+from fewstep.methods.families.straight_line import VelocityRegression
 from fewstep.methods.reflow import LEAST_NORMALISER, ReflowOptions, normaliser
-from fewstep.methods.straight_line import VelocityRegression
+from fewstep.metrics.feature_distance import find_features
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.solvers.solve import plan

@@ -26,10 +26,10 @@ from fewstep.pipeline.compare import compare
 from fewstep.report import scatter_sheet, sheet, write_report, write_sheet
 from fewstep.report.curves import error_curves, read_statistics, smoothed
 from fewstep.report.drawing import spread
+from fewstep.report.html_tables import comparison
 from fewstep.report.page import METRIC_CITATIONS
 from fewstep.report.samples import COLUMNS, Plane, frame, label_argument, real_columns, reference_units
 from fewstep.report.sheets import principal_directions
-from fewstep.report.tables import comparison
 from fewstep.report.trajectories import LINES, follow
 from fewstep.report.words import headline, number, warnings
 from fewstep.store.files import read_json, write_json

@@ -15,7 +15,7 @@ from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import generator_for
 from fewstep.flow.semidiscrete import BALANCED, Potentials, assign, imbalance
 from fewstep.generator import load
-from fewstep.methods.semidiscrete import SemidiscreteBatches
+from fewstep.methods.training_pairs.semidiscrete_batches import SemidiscreteBatches
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld

@@ -21,16 +21,10 @@ from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
-from fewstep.methods.base import Stage, Teacher
-from fewstep.methods.slimflow import (
-    AnnealedBatches,
-    GuidedEndpoint,
-    SlimflowOptions,
-    guided_target,
-    noise_law,
-    plan,
-)
-from fewstep.methods.straight_line import VelocityRegression
+from fewstep.methods.contract.stage import Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.straight_line import VelocityRegression
+from fewstep.methods.slimflow import AnnealedBatches, GuidedEndpoint, SlimflowOptions, guided_target, noise_law, plan
 from fewstep.metrics import energy
 from fewstep.networks import build, parameter_count, resolve
 from fewstep.pipeline.recipe import make_recipe

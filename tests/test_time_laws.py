@@ -8,15 +8,7 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
-from fewstep.flow.time_laws import (
-    TIME_LAWS,
-    Exponential,
-    LogitNormal,
-    TimeLaw,
-    Uniform,
-    UShaped,
-    make_time_law,
-)
+from fewstep.flow.time_laws import TIME_LAWS, Exponential, LogitNormal, TimeLaw, Uniform, UShaped, make_time_law
 
 LAWS = [
     Uniform(),

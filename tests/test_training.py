@@ -18,8 +18,8 @@ from fewstep.flow.couplings import Facts, GaussianSource, Independent, Pair
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import Uniform
-from fewstep.methods.base import Learning, Objective
-from fewstep.methods.straight_line import VelocityRegression
+from fewstep.methods.contract.objective import Learning, Objective
+from fewstep.methods.families.straight_line import VelocityRegression
 from fewstep.training import trainer as training
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.trainer import MAX_BAD_STEPS, learning_rate

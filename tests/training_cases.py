@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fewstep.flow.couplings import Facts, Pair
 from fewstep.flow.noise import Draws
-from fewstep.methods.base import Objective, Options
+from fewstep.methods.contract.objective import Objective
+from fewstep.methods.contract.options import Options
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld

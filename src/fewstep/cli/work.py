@@ -33,7 +33,7 @@ def demo(options: arguments.Demo) -> int:
 def run(options: arguments.Run) -> int:
     """Run a recipe and compare its stages."""
     from fewstep.pipeline.dry import show_plan
-    from fewstep.pipeline.features import models_among
+    from fewstep.pipeline.feature_checks import models_among
     from fewstep.pipeline.finish import finish_run
     from fewstep.pipeline.recipe import load_recipe
     from fewstep.pipeline.run import run_recipe
@@ -63,7 +63,7 @@ def run(options: arguments.Run) -> int:
 
 def sample(options: arguments.Sample) -> int:
     """Draw samples into a file."""
-    from fewstep.cli import diagnosis
+    from fewstep.cli import diagnose as diagnosis
     from fewstep.diagnostics.tune import KINDS
     from fewstep.generator import load
     from fewstep.generator.choose import TUNED_CALLS
@@ -117,7 +117,7 @@ def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
 
 def diagnose(options: arguments.Diagnose) -> int:
     """Measure a velocity model along its trajectories, and find its best samplers."""
-    from fewstep.cli import diagnosis
+    from fewstep.cli import diagnose as diagnosis
     from fewstep.diagnostics.diagnose import diagnose as measure
     from fewstep.generator import load
 
@@ -158,7 +158,7 @@ def compare(options: arguments.Compare) -> int:
     from fewstep.generator import load
     from fewstep.pipeline.compare import compare as measure
     from fewstep.pipeline.compare import name_apart, table
-    from fewstep.pipeline.features import find_judge, models_among
+    from fewstep.pipeline.feature_checks import find_judge, models_among
     from fewstep.pipeline.finish import write_comparison
 
     set_threads()

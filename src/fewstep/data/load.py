@@ -22,8 +22,8 @@ from numpy.typing import ArrayLike, NDArray
 from fewstep.data.arrays import arrange_rows, read_npy, read_npz
 from fewstep.data.builtin import DATA
 from fewstep.data.dataset import DataSet
-from fewstep.data.folder import IMAGE_SUFFIXES, read_folder
 from fewstep.data.idx import is_idx, read_idx
+from fewstep.data.image_folder import IMAGE_SUFFIXES, read_folder
 from fewstep.data.labels import check_labels
 from fewstep.data.rules import choose_scaling, refuse_non_finite
 from fewstep.data.scaling import Layout, Scaling

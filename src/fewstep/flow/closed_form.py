@@ -25,14 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.flow.coupled_gaussian import (
-    CoupledGaussian,
-    as_float64,
-    broadcast,
-    coupled_gaussian,
-    fits,
-    normal,
-)
+from fewstep.flow.coupled_gaussian import CoupledGaussian, as_float64, broadcast, coupled_gaussian, fits, normal
 from fewstep.flow.paths import AffinePath, Linear, expand_time
 
 __all__ = ["Gaussian", "Mixture", "coupled_gaussian", "gaussian", "mixture"]

@@ -36,6 +36,7 @@ from fewstep.errors import UserError, unknown
 from fewstep.flow.field import Velocity
 
 Mode = Literal["auto", "forward", "double_vjp", "finite_difference"]
+Way = Literal["auto", "forward", "finite_difference"]
 WAYS: tuple[Mode, ...] = ("forward", "double_vjp", "finite_difference")
 STEP = {torch.float64: 1e-5}  # of finite differences; values in single precision carry errors of 1e-6 or so
 COARSE_STEP = 5e-3

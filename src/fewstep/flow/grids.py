@@ -122,7 +122,7 @@ GRIDS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-# grids that are made from a model, with what they are; :mod:`fewstep.diagnostics.grids` makes them
+# grids that are made from a model, with what they are; :mod:`fewstep.diagnostics.model_grids` makes them
 FROM_MODEL = {
     "error": "Equal shares of Euler's endpoint error in every step, from the model's own profile of it.",
     "dp": "Least sum of the steps' errors along the model's own trajectories, by dynamic programming.",
@@ -204,7 +204,7 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
     if name in FROM_MODEL:
         raise UserError(
             f"grid {name!r} is made from a model, and here is none: take model.sample(…, grid={name!r}), or the times "
-            f"of fewstep.diagnostics.grids.model_grid({name!r}, v, x0, steps)."
+            f"of fewstep.diagnostics.model_grids.model_grid({name!r}, v, x0, steps)."
         )
     if name not in GRIDS:
         raise unknown("grid", name, [*GRIDS, *FROM_MODEL])

@@ -7,9 +7,9 @@ it is a folder with ``config.json``, ``model.safetensors`` (EMA weights) and a c
 from __future__ import annotations
 
 from fewstep.generator.config import FORMAT, Config, read_config
-from fewstep.generator.folder import model_card, save_model
-from fewstep.generator.labels import Label
+from fewstep.generator.label_draws import Label
 from fewstep.generator.model import Draw, Generator, load
+from fewstep.generator.model_folder import model_card, save_model
 from fewstep.store.tensors import read_tensors, weights_digest
 
 __all__ = [

@@ -7,7 +7,7 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, require_independent
 from fewstep.flow.grids import FROM_MODEL, Grid, GridSpec, explicit_times
 from fewstep.generator.config import Config
-from fewstep.generator.folder import words
+from fewstep.generator.model_folder import words
 from fewstep.solvers.tables import ADAPTIVE_NAMES, find_solver
 
 TUNED_CALLS = 8  # network evaluations of a tuned sampler when the user names no number

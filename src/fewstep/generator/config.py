@@ -28,7 +28,7 @@ class Config:
         steps: step counts a map was made for; None is any for ``chain`` and ``restart``, else 1.
         multiple: whether multiples of ``steps`` are right too.
         default_steps: steps when the user names none.
-        sampler: of a map: ``euler``, called as a velocity is; ``chain``, ``restart`` (:mod:`fewstep.generator.maps`).
+        sampler: of a map: ``euler``, called as a velocity is; ``chain``, ``restart`` (:mod:`fewstep.solvers.maps`).
         solver, grid: how a velocity is sampled when the user names none.
         network: resolved network configuration, None for a module fewstep did not build.
         scaling: from network units to data units, None when they are the same.

@@ -23,11 +23,11 @@ from fewstep.flow.noise import integer_rows, noise_rows
 from fewstep.flow.paths import make_path
 from fewstep.generator.choose import choose
 from fewstep.generator.config import Config, read_config, sample_shape
-from fewstep.generator.folder import read_base, save_model
-from fewstep.generator.labels import Label, draw_labels
-from fewstep.generator.maps import Fresh, run_map
+from fewstep.generator.label_draws import Label, draw_labels
+from fewstep.generator.model_folder import read_base, save_model
 from fewstep.generator.samplers import Pilot, Samplers
 from fewstep.networks import build
+from fewstep.solvers.maps import Fresh, run_map
 from fewstep.solvers.solve import check_start, solve
 from fewstep.solvers.tables import Table
 from fewstep.store.tensors import read_tensors, weights_digest

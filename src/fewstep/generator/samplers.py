@@ -13,7 +13,7 @@ from typing import Any, final
 
 from torch import Tensor
 
-from fewstep.diagnostics.grids import model_grid
+from fewstep.diagnostics.model_grids import model_grid
 from fewstep.diagnostics.pick import Choice, restore
 from fewstep.diagnostics.tune import noises_for, tune
 from fewstep.errors import UserError

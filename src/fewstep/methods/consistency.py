@@ -37,38 +37,29 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
-from fewstep.flow.derivatives import Derivative
+from fewstep.flow.derivatives import Derivative, Way
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import expand_time
+from fewstep.flow.precision import full_precision
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.distances import Distance, find_distance, pseudo_huber_rows
-from fewstep.methods.endpoint import (
-    Follower,
-    Progress,
-    Steps,
-    consistent,
-    in_full,
-    neighbour,
-    step_calls,
-    step_velocity,
-)
-from fewstep.methods.flow_map import (
-    Announcement,
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.consistency_target import Steps, consistent, neighbour, step_calls, step_velocity
+from fewstep.methods.families.distances import Distance, find_distance, pseudo_huber_rows
+from fewstep.methods.families.flow_map import Announcement, Times, caller, derivative_target
+from fewstep.methods.families.target_average import Progress, TargetAverage, in_full
+from fewstep.methods.families.velocity_source import (
     LawOfTime,
-    Lesson,
     MapOptions,
-    Times,
-    Way,
-    caller,
-    derivative_target,
-    full_precision,
-    lesson,
+    VelocitySource,
     refuse_dropout,
     teacher_calls,
     two_time,
+    velocity_source,
 )
 from fewstep.methods.meanflow import FEW_VALUES
+from fewstep.solvers.maps import SampleRule
 
 SHRINKING = 0.5  # share of the training in which the gap shrinks
 WARMING = 0.5  # share of the training in which the derivative's weight rises
@@ -122,7 +113,7 @@ class Consistency(Objective):
 
     Args:
         student: ``v(x, t, **cond)``.
-        taught: where the steps come from.
+        source: where the steps come from.
         law: the law of t.
         total: optimiser steps of the training.
         stages: halvings of the gap.
@@ -134,7 +125,7 @@ class Consistency(Objective):
     def __init__(
         self,
         student: nn.Module,
-        taught: Lesson,
+        source: VelocitySource,
         law: TimeLaw,
         total: int,
         stages: int = 6,
@@ -144,16 +135,16 @@ class Consistency(Objective):
         distance: str = "l2",
     ) -> None:
         self.modules = {"student": student}
-        self.taught, self.law, self.stages, self.steps = taught, law, stages, steps
+        self.source, self.law, self.stages, self.steps = source, law, stages, steps
         self.rows = ROWS[distance]
-        self.follower, self.progress = Follower(student, target_ema), Progress(total)
+        self.follower, self.progress = TargetAverage(student, target_ema), Progress(total)
         self.state = {**self.follower.state, **self.progress.state}
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         self.follower.update()
         gap = gap_at(self.progress.step(), self.stages)
         t = self.law.sample(draws.uniform()).to(batch.x1)
-        x_t = self.taught.path.interpolate(batch.x0, batch.x1, t)
+        x_t = self.source.path.interpolate(batch.x0, batch.x1, t)
         target = self.target(batch, x_t, t, gap)
         v = in_full(self.modules["student"], x_t, t, **batch.cond)
         share = gap / (1 - t).clamp(min=gap)
@@ -163,7 +154,7 @@ class Consistency(Objective):
     def target(self, batch: Pair, x_t: Tensor, t: Tensor, gap: float) -> Tensor:
         """``a w + (1 - a) v(x_r, r)``, (B, ...), without a graph."""
         r = (t + gap).clamp(max=1.0)
-        w = step_velocity(self.taught, batch, x_t, t, r, self.steps)
+        w = step_velocity(self.source, batch, x_t, t, r, self.steps)
         if gap == 1.0:
             return w
         v_r = self.follower(neighbour(x_t, w, t, r), r, **batch.cond)
@@ -176,7 +167,7 @@ class ContinuousConsistency(Objective):
 
     Args:
         student: ``u(x, t, r=r, **cond)``.
-        taught: where the velocity comes from.
+        source: where the velocity comes from.
         law: the law of t.
         total: optimiser steps of the training.
         anchor: share of rows with r = t.
@@ -188,7 +179,7 @@ class ContinuousConsistency(Objective):
     def __init__(
         self,
         student: nn.Module,
-        taught: Lesson,
+        source: VelocitySource,
         law: TimeLaw,
         total: int,
         anchor: float = 0.5,
@@ -198,7 +189,7 @@ class ContinuousConsistency(Objective):
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.modules = {"student": student}
-        self.taught, self.law, self.anchor = taught, law, anchor
+        self.source, self.law, self.anchor = source, law, anchor
         self.distance = find_distance(distance)
         self.derivative = Derivative(caller(self.modules), way)
         self.announce, self.progress = Announcement(say), Progress(total)
@@ -209,14 +200,14 @@ class ContinuousConsistency(Objective):
         t = self.law.sample(draws.uniform()).to(batch.x1)
         anchored = (draws.uniform() < self.anchor).to(t.device)
         times = Times(t, torch.where(anchored, t, 1.0), anchored)
-        x_t = self.taught.path.interpolate(batch.x0, batch.x1, t)
+        x_t = self.source.path.interpolate(batch.x0, batch.x1, t)
         target = self.target(batch, x_t, times, rise)
         u = in_full(self.modules["student"], x_t, t, r=times.r, **batch.cond)
         return {"loss": self.distance(u, target)}
 
     def target(self, batch: Pair, x_t: Tensor, times: Times, rise: float) -> Tensor:
         """``w + rho (r - t) du/dt``, (B, ...), without a graph."""
-        w = self.taught.velocity_at(batch, x_t, times.t)
+        w = self.source.velocity_at(batch, x_t, times.t)
         with full_precision(x_t):
             full = derivative_target(self.derivative, x_t, times, w, batch.cond)
         self.announce(self.derivative.used)
@@ -227,29 +218,30 @@ def plan(options: ConsistencyOptions, stage: Stage) -> Plan:
     """One phase on data rows.
 
     Raises:
-        UserError: as :func:`~fewstep.methods.flow_map.lesson`; finite differences of a network with dropout.
+        UserError: as :func:`~fewstep.methods.families.velocity_source.velocity_source`; finite differences of a
+            network with dropout.
     """
-    taught, student = lesson(options, stage), stage.build()
+    source, student = velocity_source(options, stage), stage.build()
     refuse_dropout(stage, options.derivative)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-        return make_objective(options, stage, student, taught), taught.batches()
+        return make_objective(options, stage, student, source), source.batches()
 
     rule = SampleRule(kind="map", default_steps=1, sampler="restart")
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, taught.facts, path=taught.path_name)
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, source.facts, path=source.path_name)
 
 
-def make_objective(options: ConsistencyOptions, stage: Stage, student: nn.Module, taught: Lesson) -> Objective:
+def make_objective(options: ConsistencyOptions, stage: Stage, student: nn.Module, source: VelocitySource) -> Objective:
     """The loss that the options name."""
     law, total = make_time_law(options.time), -(-options.samples // options.batch_size)
     if options.target == "continuous":
         way, say = options.derivative, stage.world.say
         return ContinuousConsistency(
-            student, taught, law, total, options.anchor, distance=options.loss, way=way, say=say
+            student, source, law, total, options.anchor, distance=options.loss, way=way, say=say
         )
     return Consistency(
         student.to(stage.world.device),
-        taught,
+        source,
         law,
         total,
         options.stages,

@@ -26,10 +26,14 @@ from torch import Tensor, nn
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import expand_time
-from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.endpoint import Follower, Steps, consistent, in_full, neighbour, step_calls, step_velocity
-from fewstep.methods.flow_map import Lesson, MapOptions, lesson
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.consistency_target import Steps, consistent, neighbour, step_calls, step_velocity
+from fewstep.methods.families.target_average import TargetAverage, in_full
+from fewstep.methods.families.velocity_source import MapOptions, VelocitySource, velocity_source
 from fewstep.methods.piecewise import window_start
+from fewstep.solvers.maps import SampleRule
 
 
 class ConsistencyFMOptions(MapOptions):
@@ -54,7 +58,7 @@ class ConsistencyFM(Objective):
 
     Args:
         student: ``v(x, t, **cond)``.
-        taught: where the steps come from.
+        source: where the steps come from.
         segments: K.
         gap: r - t, where it stays within the segment; 1 is regression of the segments' ends.
         alpha: weight of velocity consistency.
@@ -65,7 +69,7 @@ class ConsistencyFM(Objective):
     def __init__(
         self,
         student: nn.Module,
-        taught: Lesson,
+        source: VelocitySource,
         segments: int = 2,
         gap: float = 0.05,
         *,
@@ -74,8 +78,8 @@ class ConsistencyFM(Objective):
         steps: Steps = "heun",
     ) -> None:
         self.modules = {"student": student}
-        self.taught, self.segments, self.gap, self.alpha, self.steps = taught, segments, gap, alpha, steps
-        self.follower = Follower(student, target_ema)
+        self.source, self.segments, self.gap, self.alpha, self.steps = source, segments, gap, alpha, steps
+        self.follower = TargetAverage(student, target_ema)
         self.state = self.follower.state
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
@@ -83,8 +87,8 @@ class ConsistencyFM(Objective):
         t = draws.uniform().to(batch.x1)
         end = segment_end(t, self.segments)
         r = (t + self.gap).minimum(end)
-        x_t = self.taught.path.interpolate(batch.x0, batch.x1, t)
-        w = step_velocity(self.taught, batch, x_t, t, r, self.steps)
+        x_t = self.source.path.interpolate(batch.x0, batch.x1, t)
+        w = step_velocity(self.source, batch, x_t, t, r, self.steps)
         v_r = w  # of no weight where every r is an end
         if self.gap < 1 / self.segments:
             v_r = self.follower(neighbour(x_t, w, t, r), r, **batch.cond)
@@ -98,9 +102,9 @@ def plan(options: ConsistencyFMOptions, stage: Stage) -> Plan:
     """Regression of the segments' ends, then consistency; the second alone with a teacher.
 
     Raises:
-        UserError: as :func:`~fewstep.methods.flow_map.lesson`.
+        UserError: as :func:`~fewstep.methods.families.velocity_source.velocity_source`.
     """
-    taught, student = lesson(options, stage), stage.build()
+    source, student = velocity_source(options, stage), stage.build()
 
     def preparer(gap: float) -> Callable[[Teacher | None], tuple[Objective, Batches]]:
         def prepare(previous: Teacher | None) -> tuple[Objective, Batches]:
@@ -108,22 +112,22 @@ def plan(options: ConsistencyFMOptions, stage: Stage) -> Plan:
                 student.load_state_dict(previous.state)  # its average, not its last weights
             objective = ConsistencyFM(
                 student.to(stage.world.device),
-                taught,
+                source,
                 options.segments,
                 gap,
                 alpha=options.alpha,
                 target_ema=options.target_ema,
                 steps=options.steps,
             )
-            return objective, taught.batches()
+            return objective, source.batches()
 
         return prepare
 
-    first = 0 if taught.velocity is not None else round(options.regression * options.samples)
+    first = 0 if source.velocity is not None else round(options.regression * options.samples)
     phases = [Phase("regression", first, preparer(1.0))] if first else []
     phases.append(Phase("consistency", max(1, options.samples - first), preparer(options.gap)))
     rule = SampleRule(kind="map", steps=(options.segments,), default_steps=options.segments)
-    return Plan(student, phases, rule, taught.facts, path=taught.path_name)
+    return Plan(student, phases, rule, source.facts, path=source.path_name)
 
 
 SPEC = Spec(

@@ -34,21 +34,15 @@ from fewstep.flow.couplings import Independent, Pair
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear
-from fewstep.methods.base import (
-    Batches,
-    Objective,
-    PairOptions,
-    Phase,
-    Plan,
-    SampleRule,
-    Spec,
-    Stage,
-    Teacher,
-)
-from fewstep.methods.batches import DataBatches, StoredBatches
-from fewstep.methods.distances import find_distance
-from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
-from fewstep.methods.straight_line import EndpointRegression
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.options import PairOptions
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.distances import find_distance
+from fewstep.methods.families.straight_line import EndpointRegression
+from fewstep.methods.training_pairs.batches import DataBatches, StoredBatches
+from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, pair_facts
+from fewstep.solvers.maps import SampleRule
 
 
 class DistillOptions(PairOptions):
@@ -80,7 +74,7 @@ class GridRegression(Objective):
     Args:
         student: the network.
         steps: k; t is uniform on {0, 1/k, ..., (k-1)/k}.
-        distance: by name (:func:`~fewstep.methods.distances.find_distance`).
+        distance: by name (:func:`~fewstep.methods.families.distances.find_distance`).
     """
 
     def __init__(self, student: nn.Module, steps: int, distance: str = "l2") -> None:
@@ -109,7 +103,7 @@ class Halving(Objective):
         student: the network.
         flow: the frozen flow, sampled with ``2 steps`` Euler steps.
         steps: the student's.
-        distance: by name (:func:`~fewstep.methods.distances.find_distance`).
+        distance: by name (:func:`~fewstep.methods.families.distances.find_distance`).
     """
 
     def __init__(self, student: nn.Module, flow: Velocity, steps: int, distance: str = "l2") -> None:
@@ -158,7 +152,7 @@ def plan(options: DistillOptions, stage: Stage) -> Plan:
     return Plan(student, phases, rule, facts)
 
 
-def numbers(options: DistillOptions) -> list[int]:
+def halving_schedule(options: DistillOptions) -> list[int]:
     """The steps of the students on the way from ``progressive`` to ``steps``; none without ``progressive``."""
     count = 0 if options.progressive is None else round(math.log2(options.progressive // options.steps))
     return [options.steps * 2**power for power in reversed(range(count))]
@@ -166,13 +160,13 @@ def numbers(options: DistillOptions) -> list[int]:
 
 def online_calls(options: DistillOptions) -> int:
     """Network calls per sample of the flow that is halved: two per step on the way to a step drawn at random."""
-    halved = numbers(options)
+    halved = halving_schedule(options)
     return round(sum(number + 1 for number in halved) / len(halved)) if halved else 0
 
 
 def halvings(options: DistillOptions, stage: Stage, student: nn.Module) -> list[Phase]:
     """A phase for every number of steps from half of ``progressive`` down to ``steps``, of equal length; else none."""
-    halved = numbers(options)
+    halved = halving_schedule(options)
     ends = [options.samples * place // len(halved) for place in range(1, len(halved) + 1)]
     return [
         Phase(f"steps-{number}", max(1, end - begin), _halver(options, stage, student, number))

@@ -19,9 +19,9 @@ from pydantic import Field
 from torch import Tensor
 
 from fewstep.flow.paths import expand_time
-from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
-from fewstep.methods.matching import Point, rows_mean
+from fewstep.methods.contract.stage import Plan, Spec, Stage
+from fewstep.methods.families.distribution import Point, rows_mean
+from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
 
 
 class DMDOptions(MatchingOptions):
@@ -57,7 +57,7 @@ class DMD:
 
 
 def plan(options: DMDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.generators.plan_matching`."""
+    """As :func:`~fewstep.methods.families.distribution_stage.plan_matching`."""
     return plan_matching(options, stage, DMD(options.weight == "normalised"))
 
 

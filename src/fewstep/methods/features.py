@@ -30,9 +30,13 @@ from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Coupling, Facts, Pair
 from fewstep.flow.noise import Draws
-from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.batches import DataBatches
-from fewstep.networks.features import is_image, resolve_features
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.options import Options
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.training_pairs.batches import DataBatches
+from fewstep.networks.extractors import is_image, resolve_features
+from fewstep.solvers.maps import SampleRule
 
 NOISE = {"labels": 0.2, "noise": 1.0}  # largest standard deviation, network units
 DENOISED_SIDE = 16  # most pixels of a side that are asked for

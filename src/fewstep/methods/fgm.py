@@ -9,8 +9,8 @@ at ``s = v_theta``, with s's weights held and the gradient going through x_t int
 ``E f(x_t) v_theta(x_t) = E f(x_t) c`` for every f, differentiated.) The value of L is zero in the mean of c where
 ``s = u*``, and may be negative.
 
-``weight: normalised`` divides every row as :mod:`~fewstep.methods.matching` says: without it (``none``) the gradient is
-the goal's exactly, and on digits training is slow and starves classes (energy .3 instead of .012).
+``weight: normalised`` divides every row as :mod:`~fewstep.methods.families.distribution` says: without it (``none``)
+the gradient is the goal's exactly, and on digits training is slow and starves classes (energy .3 instead of .012).
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing import Literal, final
 from pydantic import Field
 from torch import Tensor
 
-from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
-from fewstep.methods.matching import Point, rows_mean
+from fewstep.methods.contract.stage import Plan, Spec, Stage
+from fewstep.methods.families.distribution import Point, rows_mean
+from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
 
 
 class FGMOptions(MatchingOptions):
@@ -51,7 +51,7 @@ class FGM:
 
 
 def plan(options: FGMOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.generators.plan_matching`."""
+    """As :func:`~fewstep.methods.families.distribution_stage.plan_matching`."""
     return plan_matching(options, stage, FGM(options.weight == "normalised"))
 
 

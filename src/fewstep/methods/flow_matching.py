@@ -26,10 +26,14 @@ from fewstep.flow.couplings import (
 from fewstep.flow.noise import generator_for
 from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
-from fewstep.methods.base import Batches, Objective, Options, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.batches import DataBatches
-from fewstep.methods.semidiscrete import SemidiscreteBatches
-from fewstep.methods.straight_line import VelocityRegression
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.options import Options
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.straight_line import VelocityRegression
+from fewstep.methods.training_pairs.batches import DataBatches
+from fewstep.methods.training_pairs.semidiscrete_batches import SemidiscreteBatches
+from fewstep.solvers.maps import SampleRule
 
 LATENT = (
     "path 'interpolant' has a latent noise beside x0, and the two are one noise only where x0 is Gaussian and "

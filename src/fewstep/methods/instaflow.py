@@ -21,26 +21,19 @@ from torch import Tensor, nn
 
 from fewstep.flow.couplings import Independent
 from fewstep.flow.noise import mix
-from fewstep.methods.adversarial import find_adversarial
-from fewstep.methods.base import (
-    Batches,
-    Learning,
-    Objective,
-    PairOptions,
-    Phase,
-    Plan,
-    SampleRule,
-    Spec,
-    Stage,
-    Teacher,
-)
-from fewstep.methods.batches import BesideBatches, DataBatches, StoredBatches
-from fewstep.methods.distances import find_distance
-from fewstep.methods.monitor import Monitor
-from fewstep.methods.multi_objective import Adversary, MultiObjective, Real
-from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
-from fewstep.methods.perceptual import FeatureDistance, find_features
+from fewstep.methods.contract.objective import Batches, Learning, Objective
+from fewstep.methods.contract.options import PairOptions
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.adversarial import find_adversarial
+from fewstep.methods.families.adversarial_distillation import Adversary, MultiObjective, Real
+from fewstep.methods.families.distances import find_distance
+from fewstep.methods.guards.coverage import CoverageGuard
+from fewstep.methods.training_pairs.batches import BesideBatches, DataBatches, StoredBatches
+from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, pair_facts
+from fewstep.metrics.feature_distance import FeatureDistance, find_features
 from fewstep.networks.discriminator import Discriminator
+from fewstep.solvers.maps import SampleRule
 
 PHASES = ("regression", "perceptual", "adversarial")
 
@@ -143,7 +136,7 @@ def _preparer(
             if adversary
             else f"Lower lr (now {options.lr:g})."
         )
-        monitor = Monitor(student, store.held_out_rows(), stage.name, advice)
+        monitor = CoverageGuard(student, store.held_out_rows(), stage.name, advice)
         weighted = None
         if features is not None and options.perceptual > 0 and phase != "regression":
 

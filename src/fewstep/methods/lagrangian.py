@@ -20,26 +20,24 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
+from fewstep.flow.derivatives import Way
 from fewstep.flow.noise import Draws
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.endpoint import Follower
-from fewstep.methods.flow_map import (
-    Announcement,
-    EndDerivative,
-    Lesson,
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.end_derivative import EndDerivative
+from fewstep.methods.families.flow_map import Announcement, Times, caller, draw_times, weighted_square, where_rows
+from fewstep.methods.families.target_average import TargetAverage
+from fewstep.methods.families.velocity_source import (
     PairOfTimesOptions,
-    Times,
-    Way,
-    caller,
-    draw_times,
-    lesson,
+    VelocitySource,
     refuse_dropout,
     teacher_calls,
     two_time,
-    weighted_square,
-    where_rows,
+    velocity_source,
 )
+from fewstep.solvers.maps import SampleRule
 
 
 class LagrangianOptions(PairOfTimesOptions):
@@ -60,7 +58,7 @@ class Lagrangian(Objective):
 
     Args:
         student: ``u(x, t, r=r, **cond)``.
-        taught: where the velocity comes from.
+        source: where the velocity comes from.
         law: the law of both times.
         diagonal: share of rows with r = t.
         target_ema: decay of the average that is the target without a teacher.
@@ -71,7 +69,7 @@ class Lagrangian(Objective):
     def __init__(
         self,
         student: nn.Module,
-        taught: Lesson,
+        source: VelocitySource,
         law: TimeLaw,
         diagonal: float = 0.5,
         *,
@@ -80,18 +78,18 @@ class Lagrangian(Objective):
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.modules = {"student": student}
-        self.taught, self.law, self.diagonal = taught, law, diagonal
+        self.source, self.law, self.diagonal = source, law, diagonal
         self.average = caller(self.modules)
         self.end = EndDerivative(self.average, way)
         self.announce = Announcement(say)
-        self.follower = Follower(student, target_ema) if taught.velocity is None else None
+        self.follower = TargetAverage(student, target_ema) if source.velocity is None else None
         self.state = {} if self.follower is None else self.follower.state
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         if self.follower is not None:
             self.follower.update()
         times = draw_times(self.law, self.diagonal, draws, batch.x1)
-        x_t = self.taught.path.interpolate(batch.x0, batch.x1, times.t)
+        x_t = self.source.path.interpolate(batch.x0, batch.x1, times.t)
         with torch.autocast(x_t.device.type, enabled=False):
             end, speed = self.end(x_t, times, batch.cond)
         self.announce(self.end.used)
@@ -100,35 +98,36 @@ class Lagrangian(Objective):
     def target(self, batch: Pair, end: Tensor, times: Times) -> Tensor:
         """The velocity at the map's end, (B, ...), without a graph."""
         if self.follower is None:
-            return self.taught.velocity_at(batch, end, times.r)
+            return self.source.velocity_at(batch, end, times.r)
         own = self.follower(end, times.r, r=times.r, **batch.cond)
-        return where_rows(times.diagonal, self.taught.velocity_at(batch, end, times.t), own)
+        return where_rows(times.diagonal, self.source.velocity_at(batch, end, times.t), own)
 
 
 def plan(options: LagrangianOptions, stage: Stage) -> Plan:
     """One phase on data rows.
 
     Raises:
-        UserError: as :func:`~fewstep.methods.flow_map.lesson`; finite differences of a network with dropout.
+        UserError: as :func:`~fewstep.methods.families.velocity_source.velocity_source`; finite differences of a
+            network with dropout.
     """
-    taught, student = lesson(options, stage), stage.build()
+    source, student = velocity_source(options, stage), stage.build()
     refuse_dropout(stage, options.derivative)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         law, say = make_time_law(options.time), stage.world.say
         objective = Lagrangian(
             student.to(stage.world.device),
-            taught,
+            source,
             law,
             options.diagonal,
             target_ema=options.target_ema,
             way=options.derivative,
             say=say,
         )
-        return objective, taught.batches()
+        return objective, source.batches()
 
     rule = SampleRule(kind="map", default_steps=1, sampler="chain")
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, taught.facts, path=taught.path_name)
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, source.facts, path=source.path_name)
 
 
 SPEC = Spec(

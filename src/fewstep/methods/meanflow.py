@@ -42,33 +42,39 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
-from fewstep.flow.derivatives import Derivative
+from fewstep.flow.derivatives import Derivative, Way
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import expand_time
+from fewstep.flow.precision import full_precision
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher, baked_in
-from fewstep.methods.endpoint import Progress, consistent, in_full, neighbour
-from fewstep.methods.flow_map import (
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.options import baked_in
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.consistency_target import consistent, neighbour
+from fewstep.methods.families.flow_map import (
     Announcement,
-    Lesson,
-    PairOfTimesOptions,
     Times,
-    Way,
     caller,
     composition_target,
     derivative_target,
     draw_times,
-    full_precision,
-    lesson,
     off_diagonal,
-    refuse_dropout,
-    teacher_calls,
-    two_time,
     weighted_square,
     where_rows,
 )
-from fewstep.methods.straight_line import drop_labels
+from fewstep.methods.families.straight_line import drop_labels
+from fewstep.methods.families.target_average import Progress, in_full
+from fewstep.methods.families.velocity_source import (
+    PairOfTimesOptions,
+    VelocitySource,
+    refuse_dropout,
+    teacher_calls,
+    two_time,
+    velocity_source,
+)
+from fewstep.solvers.maps import SampleRule
 
 FEW_VALUES = 50  # below, a robust weight on noisy targets changes the solution
 STEEPNESS, FLOOR = 25.0, 5e-3  # of the sigmoid along which a falls, and where it stops; it is 1 above 1 - FLOOR
@@ -140,7 +146,7 @@ class MeanFlow(Objective):
 
     Args:
         student: ``u(x, t, r=r, **cond)``.
-        taught: where the velocity comes from.
+        source: where the velocity comes from.
         law: the law of both times.
         diagonal: share of rows with r = t.
         target: which of the targets.
@@ -154,7 +160,7 @@ class MeanFlow(Objective):
     def __init__(
         self,
         student: nn.Module,
-        taught: Lesson,
+        source: VelocitySource,
         law: TimeLaw,
         diagonal: float = 0.5,
         *,
@@ -167,7 +173,7 @@ class MeanFlow(Objective):
         say: Callable[[str], None] | None = None,
     ) -> None:
         self.modules = {"student": student}
-        self.taught, self.law, self.diagonal, self.kind, self.p, self.c = taught, law, diagonal, target, p, c
+        self.source, self.law, self.diagonal, self.kind, self.p, self.c = source, law, diagonal, target, p, c
         self.average = caller(self.modules)
         self.guide = None if guide is None else guide(self.average)
         self.derivative, self.announce = Derivative(self.average, way), Announcement(say)
@@ -178,7 +184,7 @@ class MeanFlow(Objective):
         if self.guide is not None:
             batch = self.guide.drop(batch, draws)
         times = draw_times(self.law, self.diagonal, draws, batch.x1)
-        x_t = self.taught.path.interpolate(batch.x0, batch.x1, times.t)
+        x_t = self.source.path.interpolate(batch.x0, batch.x1, times.t)
         if self.kind != "alpha":
             target = self.target(batch, x_t, times, draws)
             u = self.modules["student"](x_t, times.t, r=times.r, **batch.cond)
@@ -191,7 +197,7 @@ class MeanFlow(Objective):
 
     def target(self, batch: Pair, x_t: Tensor, times: Times, draws: Draws, alpha: float = 1.0) -> Tensor:
         """What u is drawn to: v on the diagonal, y elsewhere; without a graph."""
-        v = self.taught.velocity_at(batch, x_t, times.t)
+        v = self.source.velocity_at(batch, x_t, times.t)
         if self.guide is not None:
             v = self.guide(v, x_t, times.t, batch.cond)
         share = draws.uniform().to(x_t) if self.kind == "split" else None
@@ -216,15 +222,15 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
     """One phase on data rows.
 
     Raises:
-        UserError: as :func:`~fewstep.methods.flow_map.lesson`; finite differences of a network with dropout; guidance
-            without labels.
+        UserError: as :func:`~fewstep.methods.families.velocity_source.velocity_source`; finite differences of a
+            network with dropout; guidance without labels.
     """
-    taught, student = lesson(options, stage), stage.build()
+    source, student = velocity_source(options, stage), stage.build()
     refuse_dropout(stage, options.derivative)
     alone = options.teacher is None and options.guidance != 1.0
     if alone and not stage.conditional:
         raise UserError(f"guidance {options.guidance:g} compares with and without labels: set 'conditional: true'.")
-    facts = replace(taught.facts, guidance=baked_in(options.guidance)) if alone else taught.facts
+    facts = replace(source.facts, guidance=baked_in(options.guidance)) if alone else source.facts
 
     def guide(average: Velocity) -> SelfGuidance:
         null = stage.data.classes
@@ -233,7 +239,7 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         objective = MeanFlow(
             student,
-            taught,
+            source,
             make_time_law(options.time),
             options.diagonal,
             target=options.target,
@@ -244,10 +250,10 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
             way=options.derivative,
             say=stage.world.say,
         )
-        return objective, taught.batches()
+        return objective, source.batches()
 
     rule = SampleRule(kind="map", default_steps=1, sampler="chain")
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, facts, path=taught.path_name)
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, facts, path=source.path_name)
 
 
 def changes(options: MeanflowOptions, shape: tuple[int, ...]) -> dict[str, Any]:

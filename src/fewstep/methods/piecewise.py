@@ -32,22 +32,13 @@ from fewstep.flow.couplings import Facts, Independent, Pair
 from fewstep.flow.field import Velocity, calls_at
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import AffinePath, expand_time, make_path
-from fewstep.methods.base import (
-    Batches,
-    Objective,
-    Options,
-    Phase,
-    Plan,
-    SampleRule,
-    Spec,
-    Stage,
-    Teacher,
-    baked_in,
-    require_teacher,
-    require_whole_steps,
-)
-from fewstep.methods.batches import DataBatches
-from fewstep.methods.pairs import PILOT, relative_error
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.options import Options, baked_in, require_teacher, require_whole_steps
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.training_pairs.batches import DataBatches
+from fewstep.methods.training_pairs.generate import PILOT, relative_error
+from fewstep.solvers.maps import SampleRule
 from fewstep.solvers.solve import solve
 from fewstep.solvers.tables import find_solver
 

@@ -22,9 +22,9 @@ from torch import Tensor
 from fewstep.flow.couplings import Pair
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
-from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
-from fewstep.methods.matching import Noised, Point, rows_mean
+from fewstep.methods.contract.stage import Plan, Spec, Stage
+from fewstep.methods.families.distribution import Noised, Point, rows_mean
+from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
 
 
 class RealUIDOptions(MatchingOptions):
@@ -70,7 +70,7 @@ class RealUID:
 
 
 def plan(options: RealUIDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.generators.plan_matching`."""
+    """As :func:`~fewstep.methods.families.distribution_stage.plan_matching`."""
     matching = RealUID(options.alpha, options.ratio)
     return plan_matching(options, stage, matching, matching.online)
 

@@ -37,20 +37,11 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.noise import generator_for
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.base import (
-    Batches,
-    Objective,
-    PairOptions,
-    Phase,
-    Plan,
-    SampleRule,
-    Spec,
-    Stage,
-    Teacher,
-    baked_in,
-)
-from fewstep.methods.batches import DataBatches, MixedBatches, StoredBatches
-from fewstep.methods.distances import (
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.options import PairOptions, baked_in
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.distances import (
     DISTANCES,
     STRENGTH,
     VALUED,
@@ -65,9 +56,11 @@ from fewstep.methods.distances import (
     high_pass,
     identity,
 )
-from fewstep.methods.pairs import PairRequest, build_pairs, has_base_law, pair_facts
-from fewstep.methods.perceptual import FeatureDistance, find_features
-from fewstep.methods.straight_line import VelocityRegression
+from fewstep.methods.families.straight_line import VelocityRegression
+from fewstep.methods.training_pairs.batches import DataBatches, MixedBatches, StoredBatches
+from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, has_base_law, pair_facts
+from fewstep.metrics.feature_distance import FeatureDistance, find_features
+from fewstep.solvers.maps import SampleRule
 
 PERCEPTUAL = "perceptual"
 NORMALISER_ROWS = 512  # pairs on which the constant of the normalised loss is set

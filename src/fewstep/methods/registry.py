@@ -21,7 +21,7 @@ from fewstep.methods import (
     sid,
     slimflow,
 )
-from fewstep.methods.base import Spec
+from fewstep.methods.contract.stage import Spec
 
 METHODS: dict[str, Spec] = {
     "flow_matching": flow_matching.SPEC,

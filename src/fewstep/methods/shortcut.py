@@ -22,19 +22,18 @@ from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws
-from fewstep.methods.base import Batches, Objective, Phase, Plan, SampleRule, Spec, Stage, Teacher
-from fewstep.methods.flow_map import (
-    Lesson,
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.flow_map import Times, caller, composition_target, off_diagonal, weighted_square
+from fewstep.methods.families.velocity_source import (
     MapOptions,
-    Times,
-    caller,
-    composition_target,
-    lesson,
-    off_diagonal,
+    VelocitySource,
     teacher_calls,
     two_time,
-    weighted_square,
+    velocity_source,
 )
+from fewstep.solvers.maps import SampleRule
 
 
 class ShortcutOptions(MapOptions):
@@ -59,19 +58,19 @@ class Shortcut(Objective):
 
     Args:
         student: ``u(x, t, r=r, **cond)``.
-        taught: where the velocity comes from.
+        source: where the velocity comes from.
         levels: K.
         share: share of the rows that learn from two smaller steps.
     """
 
-    def __init__(self, student: nn.Module, taught: Lesson, levels: int = 5, share: float = 0.25) -> None:
+    def __init__(self, student: nn.Module, source: VelocitySource, levels: int = 5, share: float = 0.25) -> None:
         self.modules = {"student": student}
-        self.taught, self.levels, self.share = taught, levels, share
+        self.source, self.levels, self.share = source, levels, share
         self.average = caller(self.modules)
 
     def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
         steps = draw_steps(self.levels, self.share, draws, batch.x1)
-        x_t = self.taught.path.interpolate(batch.x0, batch.x1, steps.t)
+        x_t = self.source.path.interpolate(batch.x0, batch.x1, steps.t)
         u = self.modules["student"](x_t, steps.t, r=steps.r, **batch.cond)
         return {"loss": weighted_square(u - self.target(batch, x_t, steps))}
 
@@ -81,23 +80,23 @@ class Shortcut(Objective):
         def make(_: Tensor, x: Tensor, apart: Times, cond: Mapping[str, Any]) -> Tensor:
             return composition_target(self.average, x, apart, (apart.t + apart.r) / 2, cond)
 
-        return off_diagonal(self.taught.velocity_at(batch, x_t, steps.t), x_t, steps, batch.cond, make)
+        return off_diagonal(self.source.velocity_at(batch, x_t, steps.t), x_t, steps, batch.cond, make)
 
 
 def plan(options: ShortcutOptions, stage: Stage) -> Plan:
     """One phase on data rows.
 
     Raises:
-        UserError: as :func:`~fewstep.methods.flow_map.lesson`.
+        UserError: as :func:`~fewstep.methods.families.velocity_source.velocity_source`.
     """
-    taught, student = lesson(options, stage), stage.build()
+    source, student = velocity_source(options, stage), stage.build()
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-        return Shortcut(student, taught, options.levels, options.share), taught.batches()
+        return Shortcut(student, source, options.levels, options.share), source.batches()
 
     steps = tuple(2**level for level in range(options.levels + 1))
     rule = SampleRule(kind="map", steps=steps, default_steps=1, sampler="chain")
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, taught.facts, path=taught.path_name)
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, source.facts, path=source.path_name)
 
 
 SPEC = Spec(

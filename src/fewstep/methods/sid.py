@@ -18,10 +18,10 @@ from typing import final
 from pydantic import Field
 from torch import Tensor
 
-from fewstep.methods.base import Plan, Spec, Stage
-from fewstep.methods.flow_map import LawOfTime
-from fewstep.methods.generators import MatchingOptions, online_calls, plan_matching
-from fewstep.methods.matching import Point, rows_mean
+from fewstep.methods.contract.stage import Plan, Spec, Stage
+from fewstep.methods.families.distribution import Point, rows_mean
+from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.families.velocity_source import LawOfTime
 
 
 class SiDOptions(MatchingOptions):
@@ -49,7 +49,7 @@ class SiD:
 
 
 def plan(options: SiDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.generators.plan_matching`."""
+    """As :func:`~fewstep.methods.families.distribution_stage.plan_matching`."""
     return plan_matching(options, stage, SiD(options.alpha))
 
 

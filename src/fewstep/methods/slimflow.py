@@ -36,21 +36,15 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear, expand_time
 from fewstep.flow.time_laws import make_time_law
-from fewstep.methods.base import (
-    Batches,
-    Objective,
-    PairOptions,
-    Phase,
-    Plan,
-    SampleRule,
-    Spec,
-    Stage,
-    Teacher,
-)
-from fewstep.methods.batches import StoredBatches
-from fewstep.methods.distances import find_distance
-from fewstep.methods.pairs import PairRequest, build_pairs, pair_facts
-from fewstep.methods.straight_line import VelocityRegression, one_step
+from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.options import PairOptions
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.distances import find_distance
+from fewstep.methods.families.straight_line import VelocityRegression, one_step
+from fewstep.methods.training_pairs.batches import StoredBatches
+from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, pair_facts
+from fewstep.solvers.maps import SampleRule
 
 STEEPNESS = 5.0  # of the exponential schedule: b falls by e within a fifth of the annealing
 FIRST_STEP = (0.2, 0.8)  # least and largest t of the guided term's first step
@@ -127,7 +121,7 @@ class GuidedEndpoint(Objective):
         flow: the straight flow that guides it, frozen.
         source: the base that fresh noise is drawn from.
         weight: of the guided term.
-        distance: by name (:func:`~fewstep.methods.distances.find_distance`).
+        distance: by name (:func:`~fewstep.methods.families.distances.find_distance`).
     """
 
     def __init__(

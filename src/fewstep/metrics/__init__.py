@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from fewstep.metrics.controls import data_rows, moment_matched_gaussian
-from fewstep.metrics.distances import Estimate, energy, energy_floor, mmd, sliced_w2, sliced_w2_floor
 from fewstep.metrics.evaluate import Scores, evaluate, sample_count
 from fewstep.metrics.frechet import Frechet, frechet_distance
 from fewstep.metrics.memorisation import Memorisation, nearest_neighbour_check
 from fewstep.metrics.neighbours import PRDC, expected_coverage, prdc
+from fewstep.metrics.sample_distances import Estimate, energy, energy_floor, mmd, sliced_w2, sliced_w2_floor
 
 __all__ = [
     "PRDC",

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, unknown
-from fewstep.metrics.distances import (
+from fewstep.metrics.frechet import frechet_distance
+from fewstep.metrics.memorisation import Memorisation, nearest_neighbour_check
+from fewstep.metrics.neighbours import expected_coverage, prdc
+from fewstep.metrics.rows import Samples, as_pair, as_rows, as_tensor, pick
+from fewstep.metrics.sample_distances import (
     Estimate,
     distance,
     energy_from_moments,
@@ -27,10 +31,6 @@ from fewstep.metrics.distances import (
     sliced_w2,
     sliced_w2_floor,
 )
-from fewstep.metrics.frechet import frechet_distance
-from fewstep.metrics.memorisation import Memorisation, nearest_neighbour_check
-from fewstep.metrics.neighbours import expected_coverage, prdc
-from fewstep.metrics.rows import Samples, as_pair, as_rows, as_tensor, pick
 from fewstep.metrics.two_sample import Within, between, within
 
 Features = Callable[[Tensor], Tensor]

@@ -37,9 +37,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fewstep.metrics.distances import Estimate
 from fewstep.metrics.neighbours import nearest
 from fewstep.metrics.rows import TIE, Samples, as_pair
+from fewstep.metrics.sample_distances import Estimate
 
 QUANTILE = 0.05
 """Share of held-out samples that count as near to the training data."""

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-from fewstep.networks.registry import (
-    NETWORKS,
-    Architecture,
-    build,
-    default_network,
-    parameter_count,
-    resolve,
-)
+from fewstep.networks.registry import NETWORKS, Architecture, build, default_network, parameter_count, resolve
 
 __all__ = ["NETWORKS", "Architecture", "build", "default_network", "parameter_count", "resolve"]

@@ -17,10 +17,10 @@ from fewstep.diagnostics.diagnose import diagnose
 from fewstep.errors import UserError
 from fewstep.flow.grids import GridSpec, explicit_times
 from fewstep.generator import Draw, Generator
-from fewstep.methods.perceptual import FeatureDistance
 from fewstep.metrics import Scores, data_rows, evaluate, moment_matched_gaussian, sample_count
+from fewstep.metrics.feature_distance import FeatureDistance
 from fewstep.networks import parameter_count
-from fewstep.pipeline.features import check_judge, remembered
+from fewstep.pipeline.feature_checks import cached_features, check_judge
 
 GAUSSIAN, TRAINING = "moment-matched Gaussian", "training data"
 LEAST_ROWS = 6  # k-nearest-neighbour metrics (k = 5) need more rows than neighbours
@@ -111,7 +111,7 @@ def scorer(
     if features is None:
         return lambda x: evaluate(x, train, beside)
     check_judge(models, features)
-    pooled, name = remembered(features), features.name
+    pooled, name = cached_features(features), features.name
     return lambda x: evaluate(x, train, beside, pooled, features_name=name)
 
 

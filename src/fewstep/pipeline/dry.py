@@ -10,16 +10,16 @@ import torch
 from torch import nn
 
 from fewstep.flow.field import calls_at
-from fewstep.methods.base import Options, PairOptions
+from fewstep.methods.contract.options import Options, PairOptions
 from fewstep.methods.distill import DistillOptions
-from fewstep.methods.pairs import LADDER
 from fewstep.methods.reflow import ReflowOptions
 from fewstep.methods.registry import find_method
+from fewstep.methods.training_pairs.generate import LADDER
 from fewstep.networks import parameter_count
-from fewstep.pipeline.networks import build_network
 from fewstep.pipeline.opening import Run, network_of, open_run
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.run import check_begun, check_models, check_networks, stage_done
+from fewstep.pipeline.stage_networks import build_network
 from fewstep.training.world import LocalWorld
 
 TIMED_STEPS = 4

@@ -12,7 +12,7 @@ from fewstep.data.load import load_data
 from fewstep.generator import Generator, load
 from fewstep.pipeline.compare import compare, table
 from fewstep.pipeline.environment import environment
-from fewstep.pipeline.features import find_judge, models_among
+from fewstep.pipeline.feature_checks import find_judge, models_among
 from fewstep.pipeline.recipe import Recipe
 from fewstep.store.files import write_json, write_text
 from fewstep.training.world import default_device

@@ -13,10 +13,10 @@ from fewstep.data.dataset import DataSet
 from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
-from fewstep.methods.base import Options
+from fewstep.methods.contract.options import Options
 from fewstep.pipeline.compare import check_reference
-from fewstep.pipeline.networks import stage_network
 from fewstep.pipeline.recipe import Recipe
+from fewstep.pipeline.stage_networks import stage_network
 from fewstep.training.world import LocalWorld
 
 DEQUANTISE = 0.025  # default noise on discrete data, network units

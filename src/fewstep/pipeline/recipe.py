@@ -17,9 +17,9 @@ from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError, suggestion, unknown
 from fewstep.flow.grids import explicit_times, make_grid
 from fewstep.generator import read_config
-from fewstep.methods.base import Options
+from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import METHODS, find_method
-from fewstep.pipeline.features import NO_VELOCITY, check_features
+from fewstep.pipeline.feature_checks import NO_VELOCITY, check_features
 from fewstep.solvers.tables import find_solver
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

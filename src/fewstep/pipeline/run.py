@@ -14,14 +14,17 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.flow.noise import mix
 from fewstep.generator import Config, load, save_model
-from fewstep.methods.base import Collapse, Options, Plan, Stage, Teacher
+from fewstep.methods.contract.objective import Collapse
+from fewstep.methods.contract.options import Options
+from fewstep.methods.contract.stage import Plan, Stage
+from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.registry import find_method
 from fewstep.networks.two_time import take_weights
 from fewstep.pipeline.environment import environment
-from fewstep.pipeline.features import features_config, find_outside
-from fewstep.pipeline.networks import build_network, same_weights
+from fewstep.pipeline.feature_checks import features_config, find_outside
 from fewstep.pipeline.opening import Run, network_of, open_run
 from fewstep.pipeline.recipe import Recipe
+from fewstep.pipeline.stage_networks import build_network, same_weights
 from fewstep.pipeline.statistics import Statistics
 from fewstep.pipeline.teachers import as_teacher, load_initial, load_teacher
 from fewstep.store.files import as_read, clean_temporaries, make_folder, read_json, write_json, write_text

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from fewstep.errors import UserError
 from fewstep.generator import Config, Generator, load, weights_digest
-from fewstep.methods.base import Options, Teacher
+from fewstep.methods.contract.options import Options
+from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.registry import find_method
-from fewstep.pipeline.networks import same_weights
 from fewstep.pipeline.opening import Run, network_of
+from fewstep.pipeline.stage_networks import same_weights
 from fewstep.store.files import as_read
 
 

@@ -27,7 +27,7 @@ from fewstep.report.drawing import (
     plain,
     tidy,
 )
-from fewstep.report.tables import value_of
+from fewstep.report.html_tables import value_of
 from fewstep.report.words import Row, control_rows, diagnoses, model_rows
 
 MARKERS = "osD^vP"

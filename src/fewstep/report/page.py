@@ -17,8 +17,8 @@ from fewstep.generator import Generator
 from fewstep.methods.registry import METHODS
 from fewstep.report.curves import energy_curve, error_curves, fidelity_curves, loss_curves, straightness_curves
 from fewstep.report.drawing import model_colours
+from fewstep.report.html_tables import comparison, facts, straightness, timing
 from fewstep.report.samples import samples
-from fewstep.report.tables import comparison, facts, straightness, timing
 from fewstep.report.trajectories import open_pairs, trajectories
 from fewstep.report.words import headline, model_rows, number, warnings
 from fewstep.store.files import write_text

@@ -18,18 +18,7 @@ from fewstep.data.dataset import DataSet
 from fewstep.data.scaling import Scaling
 from fewstep.flow.noise import generator_for
 from fewstep.generator import Generator
-from fewstep.report.drawing import (
-    DATA,
-    FAINT,
-    SOFT,
-    WIDE,
-    Array,
-    Picture,
-    bare,
-    panels,
-    picture,
-    png_bytes,
-)
+from fewstep.report.drawing import DATA, FAINT, SOFT, WIDE, Array, Picture, bare, panels, picture, png_bytes
 from fewstep.report.sheets import bins_of, channels_last, dot_size, principal_directions, tile, to_bytes
 from fewstep.report.words import Row, calls, energy_of, model_rows, number
 

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, mix
-from fewstep.methods.base import Batches, Collapse, Learning, Objective, Options
+from fewstep.methods.contract.objective import Batches, Collapse, Learning, Objective
+from fewstep.methods.contract.options import Options
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
 from fewstep.training.state import load_module, load_optimiser, optimiser_tensors, strip

@@ -13,8 +13,8 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from fewstep.methods.base import Collapse
-from fewstep.methods.watch import Beheld
+from fewstep.methods.contract.objective import Collapse
+from fewstep.methods.guards.best_weights import StudentSnapshot
 from fewstep.metrics.neighbours import prdc
 from fewstep.store.pairs import Columns, PairRows
 
@@ -27,7 +27,7 @@ FURTHEST = 2.0  # distance to the teacher, likewise, above which it stops
 
 
 @final
-class Monitor:
+class CoverageGuard:
     """Looks at the averaged student on held-out pairs.
 
     Attributes:
@@ -44,7 +44,7 @@ class Monitor:
 
     def __init__(self, student: nn.Module, held_out: PairRows, name: str, advice: str) -> None:
         self.checks = CHECKS if len(held_out) >= LEAST else 0
-        self._student = Beheld(student)
+        self._student = StudentSnapshot(student)
         self.state = {"first": torch.full((2,), math.nan, dtype=torch.float64), **self._student.state}
         self._rows: Columns = held_out.columns(torch.arange(min(MOST, len(held_out))))
         self._name, self._advice = name, advice

@@ -12,7 +12,7 @@ from torch import Tensor
 from fewstep.data.dataset import DataSet
 from fewstep.flow.couplings import Coupling, Facts, Pair
 from fewstep.flow.noise import generator_for
-from fewstep.methods.base import Batches
+from fewstep.methods.contract.objective import Batches
 from fewstep.store.pairs import PairStore
 
 

@@ -18,7 +18,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from fewstep.methods.base import World
+from fewstep.methods.contract.stage import World
 
 LARGEST = 20.0  # of the ratio of pulls
 MEMORY = 0.95  # of its running mean, per step
@@ -37,7 +37,7 @@ def last_layer(module: nn.Module) -> list[nn.Parameter]:
 
 @final
 @dataclass(frozen=True)
-class Pulled:
+class TermGradients:
     """The terms of a loss at one output.
 
     Attributes:
@@ -53,7 +53,9 @@ class Pulled:
     rest: float
 
 
-def pulled(output: Tensor, layer: list[nn.Parameter], terms: Mapping[str, Tensor], world: World) -> Pulled:
+def term_gradients(
+    output: Tensor, layer: list[nn.Parameter], terms: Mapping[str, Tensor], world: World
+) -> TermGradients:
     """Differentiate every term once, down to ``output``, and measure its pull on ``layer``."""
     gradients = {name: torch.autograd.grad(term, output, retain_graph=True)[0] for name, term in terms.items()}
 
@@ -64,10 +66,10 @@ def pulled(output: Tensor, layer: list[nn.Parameter], terms: Mapping[str, Tensor
     pulls = {name: norm(gradient) for name, gradient in gradients.items()}
     first = list(gradients.values())[:-1]
     rest = norm(torch.stack(first).sum(0)) if first else 0.0
-    return Pulled({name: term.detach() for name, term in terms.items()}, gradients, pulls, rest)
+    return TermGradients({name: term.detach() for name, term in terms.items()}, gradients, pulls, rest)
 
 
-def joined(output: Tensor, found: Pulled, scales: Mapping[str, float]) -> dict[str, Tensor]:
+def combine_terms(output: Tensor, found: TermGradients, scales: Mapping[str, float]) -> dict[str, Tensor]:
     """The loss ``sum_k scale_k L_k``, whose backward pass goes through the generator once.
 
     Returns:

@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, Pair
 from fewstep.flow.noise import generator_for
 from fewstep.flow.semidiscrete import BALANCED, Potentials, assign
-from fewstep.methods.base import Stage
+from fewstep.methods.contract.stage import Stage
 from fewstep.store.files import atomic_file, make_folder
 from fewstep.store.tensors import read_tensors
 

@@ -5,7 +5,8 @@
 with ``x_T`` the teacher's endpoint of the noise ``z``. The two players take turns: the discriminator ``D`` learns
 first, on samples of the student as it is; its slope is held down by R1 and R2 (arXiv:1801.04406, eq. 9; 2501.05441,
 eq. 5), without which its scores grow without bound. ``lambda_adv`` follows the pulls of the terms
-(:mod:`fewstep.methods.balance`) and starts from zero, so that an untrained discriminator pulls at nothing.
+(:mod:`fewstep.methods.families.gradient_balance`) and starts from zero, so that an untrained discriminator pulls at
+nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws
-from fewstep.methods.adversarial import AdversarialLoss, slope
-from fewstep.methods.balance import RunningRatio, joined, last_layer, pulled
-from fewstep.methods.base import Learning, Objective, World
-from fewstep.methods.distances import Distance
-from fewstep.methods.monitor import Monitor
-from fewstep.methods.straight_line import one_step
+from fewstep.methods.contract.objective import Learning, Objective
+from fewstep.methods.contract.stage import World
+from fewstep.methods.families.adversarial import AdversarialLoss, slope
+from fewstep.methods.families.distances import Distance
+from fewstep.methods.families.gradient_balance import RunningRatio, combine_terms, last_layer, term_gradients
+from fewstep.methods.families.straight_line import one_step
+from fewstep.methods.guards.coverage import CoverageGuard
 
 Real = Literal["teacher", "data", "both"]
 
@@ -76,7 +78,7 @@ class MultiObjective(Objective):
         distance: Distance,
         perceptual: Callable[[Tensor, Tensor], Tensor] | None,
         adversary: Adversary | None,
-        monitor: Monitor | None,
+        monitor: CoverageGuard | None,
         world: World,
     ) -> None:
         self.modules = {"student": student}
@@ -126,13 +128,13 @@ class MultiObjective(Objective):
                 return {"loss": terms["reconstruction"]}
             if self.adversary is not None:
                 terms["adversarial"] = self._deceive(self.adversary, fake, batch, draws)
-            found = pulled(fake, self.last, terms, self.world)
+            found = term_gradients(fake, self.last, terms, self.world)
             if self.adversary is None:
-                return joined(fake, found, {})
+                return combine_terms(fake, found, {})
             share = self.adversary.share * min(1.0, int(self.turn) / max(1, self.adversary.ramp))
             self.turn.add_(1)
             scale = share * self.ratio.update(found.rest, found.pulls["adversarial"])
-            return {**joined(fake, found, {"adversarial": scale}), "weight/adversarial": fake.new_tensor(scale)}
+            return {**combine_terms(fake, found, {"adversarial": scale}), "weight/adversarial": fake.new_tensor(scale)}
 
     def _deceive(self, adversary: Adversary, fake: Tensor, batch: Pair, draws: Draws) -> Tensor:
         """The generator's side of the adversarial term."""

@@ -11,10 +11,10 @@ from torch import nn
 from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.generator import read_config
-from fewstep.methods.base import Options
+from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
 from fewstep.networks import build, default_network, resolve
-from fewstep.networks.features import NAME, build_features
+from fewstep.networks.extractors import NAME, build_features
 from fewstep.networks.registry import FRAME
 from fewstep.networks.sizes import read_size, shrink
 from fewstep.pipeline.recipe import Recipe

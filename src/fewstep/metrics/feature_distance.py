@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UserError, require_extra, unknown
-from fewstep.networks.features import Extractor, build_features, cifar_resnet, pool
+from fewstep.networks.extractors import Extractor, build_features, cifar_resnet, pool
 from fewstep.store.files import read_json
 from fewstep.store.tensors import read_tensors, weights_digest
 

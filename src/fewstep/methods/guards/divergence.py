@@ -7,7 +7,6 @@ and what was best is kept.
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from typing import final
@@ -17,10 +16,11 @@ from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import generator_for
-from fewstep.methods.base import Collapse, Stage
-from fewstep.methods.straight_line import one_step
-from fewstep.metrics.distances import energy, energy_floor
+from fewstep.methods.contract.objective import Collapse
+from fewstep.methods.contract.stage import Stage
+from fewstep.methods.guards.best_weights import StudentSnapshot
 from fewstep.metrics.neighbours import prdc
+from fewstep.metrics.sample_distances import energy, energy_floor
 
 CHECKS = 20  # per stage
 MOST = 512  # rows that are looked at: a look must cost little beside the steps between two of them
@@ -34,44 +34,7 @@ SETTLED = 0.3  # recall that must have been reached before it says anything
 
 
 @final
-class Beheld:
-    """A copy of the student that is called with averaged weights, and keeps those that were best.
-
-    Attributes:
-        state: the weights that are kept, and whether any are.
-
-    Args:
-        student: copied; ``v(x, t, **cond)``.
-    """
-
-    def __init__(self, student: nn.Module) -> None:
-        self._module = copy.deepcopy(student).eval().requires_grad_(False)
-        good = {f"good.{name}": value.detach().cpu().clone() for name, value in student.state_dict().items()}
-        self.state = {"kept": torch.zeros((), dtype=torch.bool), **good}
-
-    @torch.no_grad()
-    def one_step(self, weights: Mapping[str, Tensor], x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """What the student makes of the noise at its first call, with these weights and where they are."""
-        self._module.load_state_dict(weights)
-        device = next(iter(weights.values())).device
-        there = {name: value.to(device) for name, value in cond.items()}
-        return one_step(self._module.to(device), x0.to(device), there)
-
-    def keep(self, weights: Mapping[str, Tensor]) -> None:
-        """They are the best so far."""
-        for name, value in weights.items():
-            self.state[f"good.{name}"].copy_(value)
-        self.state["kept"].fill_(True)
-
-    def best(self) -> dict[str, Tensor] | None:
-        """The weights that were kept last."""
-        if not self.state["kept"]:
-            return None
-        return {name.removeprefix("good."): value for name, value in self.state.items() if name != "kept"}
-
-
-@final
-class Watch:
+class DivergenceGuard:
     """Looks at the averaged generator, at its first call.
 
     Attributes:
@@ -92,7 +55,7 @@ class Watch:
         noise = stage.source.sample(len(chosen), self.generator())
         self.rows = Pair(noise, stage.data.network_rows(chosen), {} if labels is None else {"label": labels})
         self.checks = CHECKS if len(chosen) >= LEAST else 0
-        self._student = Beheld(student)
+        self._student = StudentSnapshot(student)
         self.state = {"best": torch.tensor([math.inf, 0.0, 0.0], dtype=torch.float64), **self._student.state}
         self._chance = float(energy_floor(self.rows.x1, len(chosen))) if self.checks else 0.0
         self._name, self._advice = stage.name, advice

@@ -20,6 +20,27 @@ from fewstep.solvers.solve import FIRST_DRAW
 Sampler = Literal["euler", "chain", "restart"]
 
 
+@final
+@dataclass(frozen=True)
+class SampleRule:
+    """How a finished network is sampled.
+
+    Attributes:
+        kind: ``velocity`` (any solver, any number of steps), ``map`` (its own sampler), or ``features`` (no sampler).
+        steps: the step counts it was made for; None for any.
+        multiple: multiples of these step counts are right too.
+        default_steps: steps when the user names none.
+        sampler: of a map: ``euler``: one call ``v(x, t)`` per step; ``chain``: one call ``u(x, t, r)`` per step, to the
+            step's end; ``restart``: to the data and back to fresh noise.
+    """
+
+    kind: Literal["velocity", "map", "features"] = "velocity"
+    steps: tuple[int, ...] | None = None
+    default_steps: int = 50
+    multiple: bool = False
+    sampler: Sampler = "euler"
+
+
 def chain(u: Field, x: Tensor, times: Grid, cond: Mapping[str, Any]) -> Tensor:
     """``x <- x + (t_{i+1} - t_i) u(x, t_i, t_{i+1})``, one call per step.
 

@@ -20,8 +20,8 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath
 from fewstep.flow.time_laws import TimeLaw
-from fewstep.methods.base import Objective
-from fewstep.methods.distances import Loss, Plain, Residual, find_distance
+from fewstep.methods.contract.objective import Objective
+from fewstep.methods.families.distances import Loss, Plain, Residual, find_distance
 
 
 def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> dict[str, Any]:
@@ -47,8 +47,8 @@ class VelocityRegression(Objective):
         student: the network.
         path: the affine path; the target is its time derivative.
         law: the law of t.
-        distance: a distance of the velocities by name (:func:`~fewstep.methods.distances.find_distance`), or a loss of
-            the whole residual.
+        distance: a distance of the velocities by name, as :func:`~fewstep.methods.families.distances.find_distance`, or
+            a loss of the whole residual.
         label_dropout: share of labels replaced by the null label.
         null: index of the null label.
     """

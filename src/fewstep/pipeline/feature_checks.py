@@ -13,9 +13,9 @@ from torch import Tensor
 from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError, suggestion, unknown
 from fewstep.generator import Config, Generator, read_config
-from fewstep.methods.base import Options
-from fewstep.methods.perceptual import LPIPS, LPIPS_NETS, WAYS, FeatureDistance, find_features
+from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
+from fewstep.metrics.feature_distance import LPIPS, LPIPS_NETS, WAYS, FeatureDistance, find_features
 
 NO_VELOCITY = {
     "map": "is a one-step map, not a velocity field: learn from the flow it was distilled from.",
@@ -105,7 +105,7 @@ def check_judge(models: Sequence[Generator], judge: FeatureDistance) -> None:
             )
 
 
-def remembered(judge: FeatureDistance) -> Callable[[Tensor], Tensor]:
+def cached_features(judge: FeatureDistance) -> Callable[[Tensor], Tensor]:
     """The judge's pooled features; a batch that was seen before, as the reference is, is not computed again."""
     seen: dict[bytes, Tensor] = {}
 

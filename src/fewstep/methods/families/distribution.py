@@ -51,10 +51,11 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath
 from fewstep.flow.time_laws import TimeLaw
-from fewstep.methods.base import Learning, Objective
-from fewstep.methods.endpoint import Follower, neighbour
-from fewstep.methods.flow_map import where_rows
-from fewstep.methods.watch import Watch
+from fewstep.methods.contract.objective import Learning, Objective
+from fewstep.methods.families.consistency_target import neighbour
+from fewstep.methods.families.flow_map import where_rows
+from fewstep.methods.families.target_average import TargetAverage
+from fewstep.methods.guards.divergence import DivergenceGuard
 
 BETAS = (0.0, 0.99)
 PRIOR = 16  # entries that the weight's expected value counts as
@@ -172,7 +173,7 @@ class PerCall(nn.Module):
 
 
 @final
-class Matching(Objective):
+class DistributionMatching(Objective):
     """The game described above.
 
     Args:
@@ -212,7 +213,7 @@ class Matching(Objective):
         online_ema: float = 0.0,
         online_loss: OnlineLoss = flow_matching_loss,
         checkpointing: bool = False,
-        watch: Watch | None = None,
+        watch: DivergenceGuard | None = None,
     ) -> None:
         self.modules = {"student": student, "online": online}
         self.learning = {"student": Learning(None, BETAS, head_start), "online": Learning(online_lr, BETAS)}
@@ -220,7 +221,7 @@ class Matching(Objective):
         self.latest, self.spread, self.steps, self.checkpointing = latest, spread, steps, checkpointing
         self._turns = turns
         self.online_loss = online_loss
-        self.follower = Follower(online, online_ema) if online_ema else None
+        self.follower = TargetAverage(online, online_ema) if online_ema else None
         self.state = {} if self.follower is None else self.follower.state
         self.watch = watch
         if watch is not None:

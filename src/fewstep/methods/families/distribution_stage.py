@@ -1,4 +1,4 @@
-"""What a stage of distribution matching is: its options, a start, and the game of :mod:`~fewstep.methods.matching`.
+"""A stage of distribution matching: its options, its start, and :mod:`~fewstep.methods.families.distribution`.
 
 The game pulls a generator's samples to where the teacher would have them: modes that no sample is near stay empty for
 long. The teacher's own first call, the natural start otherwise, has all its samples in one place. So a first phase
@@ -18,11 +18,21 @@ from torch import nn
 from fewstep.errors import UserError
 from fewstep.flow.field import calls_at
 from fewstep.flow.time_laws import make_time_law
-from fewstep.methods.base import Batches, Learning, Objective, Phase, Plan, SampleRule, Stage, Teacher, require_teacher
 from fewstep.methods.consistency import Consistency
-from fewstep.methods.flow_map import LawOfTime, Lesson, MapOptions, lesson
-from fewstep.methods.matching import Divergence, Matching, OnlineLoss, PerCall, flow_matching_loss
-from fewstep.methods.watch import Watch
+from fewstep.methods.contract.objective import Batches, Learning, Objective
+from fewstep.methods.contract.options import require_teacher
+from fewstep.methods.contract.stage import Phase, Plan, Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.distribution import (
+    DistributionMatching,
+    Divergence,
+    OnlineLoss,
+    PerCall,
+    flow_matching_loss,
+)
+from fewstep.methods.families.velocity_source import LawOfTime, MapOptions, VelocitySource, velocity_source
+from fewstep.methods.guards.divergence import DivergenceGuard
+from fewstep.solvers.maps import SampleRule
 
 START_STAGES = 4  # halvings of the start's gap: a map that has all modes, not an exact one
 
@@ -72,7 +82,7 @@ def plan_matching(
     Raises:
         UserError: a teacher whose states are not noised data, guidance it cannot take, or a base that is no Gaussian.
     """
-    taught, teacher = lesson(options, stage), stage.teacher
+    source, teacher = velocity_source(options, stage), stage.teacher
     assert teacher is not None
     if not stage.source.gaussian:
         raise UserError(
@@ -83,38 +93,38 @@ def plan_matching(
 
     def begin(_: Teacher | None) -> tuple[Objective, Batches]:
         total = -(-first // options.batch_size)
-        objective = Consistency(student.to(stage.world.device), taught, make_time_law("uniform"), total, START_STAGES)
+        objective = Consistency(student.to(stage.world.device), source, make_time_law("uniform"), total, START_STAGES)
         objective.learning = {"student": Learning(options.start_lr)}
-        return objective, taught.batches()
+        return objective, source.batches()
 
     def play(previous: Teacher | None) -> tuple[Objective, Batches]:
         if previous is not None:
             student.load_state_dict(previous.state)  # its average, not its last weights
-        watch = Watch(student, stage, advice(options))
-        return game(options, stage, student, taught, divergence, online_loss, watch), taught.batches()
+        watch = DivergenceGuard(student, stage, advice(options))
+        return game(options, stage, student, source, divergence, online_loss, watch), source.batches()
 
     phases = [Phase("start", first, begin)] if first else []
     phases.append(Phase("game", options.samples - first, play))
-    return Plan(student, phases, generator_rule(options.steps), taught.facts, path=taught.path_name)
+    return Plan(student, phases, generator_rule(options.steps), source.facts, path=source.path_name)
 
 
 def game(
     options: MatchingOptions,
     stage: Stage,
     student: nn.Module,
-    taught: Lesson,
+    source: VelocitySource,
     divergence: Divergence,
     online_loss: OnlineLoss,
-    watch: Watch,
-) -> Matching:
+    watch: DivergenceGuard,
+) -> DistributionMatching:
     """The objective of the second phase."""
     assert stage.teacher is not None
-    assert taught.velocity is not None
-    return Matching(
+    assert source.velocity is not None
+    return DistributionMatching(
         student,
         online_model(stage.teacher, options.steps).to(stage.world.device),
-        taught.velocity,
-        taught.path,
+        source.velocity,
+        source.path,
         divergence,
         make_time_law(options.time),
         latest=options.latest,

@@ -22,8 +22,10 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, GaussianSource
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import BLOCK, generator_for, integer_rows, mix, noise_rows
-from fewstep.methods.base import PairOptions, Stage, Teacher, baked_in
-from fewstep.methods.batches import EpochOrder
+from fewstep.methods.contract.options import PairOptions, baked_in
+from fewstep.methods.contract.stage import Stage
+from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.training_pairs.batches import EpochOrder
 from fewstep.solvers.solve import invert, solve
 from fewstep.solvers.tables import find_solver
 from fewstep.store.pairs import Columns, PairRows, PairStore

@@ -1,0 +1,1 @@
+"""What every method is made of: options, objective, teacher, stage and plan."""

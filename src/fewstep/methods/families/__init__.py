@@ -1,0 +1,1 @@
+"""Loss functions that several methods call; a method's file says which."""

@@ -1,0 +1,136 @@
+r"""The flow-map family: regress the average velocity ``u(x, t, r) = (X(x, t, r) - x) / (r - t)`` of a two-time network.
+
+Three equations each have the flow map X as their only solution, with ``u(x, t, t) = v`` (t = 0 is noise, t <= r):
+
+    derivative    (r - t) u = int_t^r v(x_s, s) ds, differentiated in t along the flow:  u = v + (r - t) du/dt,
+                  du/dt = ∂_t u + (∂_x u) v                          (arXiv:2505.13447, eq. 6, there in time 1 - t)
+    composition   (r - t) u(x, t, r) = (q - t) u(x, t, q) + (r - q) u(x_q, q, r),  x_q = x + (q - t) u(x, t, q)
+                                                            (arXiv:2507.16884; q in the middle: arXiv:2410.12557)
+    Lagrangian    ∂_r X(x, t, r) = v(X(x, t, r), r)                  (arXiv:2406.07507)
+
+The velocity is a teacher's, or that of the data pair, ``d/dt x_t``, whose mean given x_t is v. The derivative equation
+is linear in it (the tangent of du/dt included), so there a pair's velocity may stand for v in every place. In the other
+two it may only stand on the diagonal r = t, where they ask ``u = v``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.flow.derivatives import Derivative, Mode, rows_of
+from fewstep.flow.field import Velocity
+from fewstep.flow.noise import Draws
+from fewstep.flow.paths import expand_time
+from fewstep.flow.precision import full_precision
+from fewstep.flow.time_laws import TimeLaw
+
+LARGEST = 5.0  # root mean square of a target's change from the velocity
+
+
+class Times(NamedTuple):
+    """Starts t and ends r >= t, (B,) each, and whether r = t was meant."""
+
+    t: Tensor
+    r: Tensor
+    diagonal: Tensor
+
+
+def draw_times(law: TimeLaw, diagonal: float, draws: Draws, like: Tensor) -> Times:
+    """Two draws of the law, the smaller one first; with probability ``diagonal``, r = t (arXiv:2505.13447, alg. 1)."""
+    one, two = (law.sample(draws.uniform()).to(like) for _ in range(2))
+    t, r = torch.minimum(one, two), torch.maximum(one, two)
+    same = (draws.uniform() < diagonal).to(t.device)
+    return Times(t, torch.where(same, t, r), same)
+
+
+def derivative_target(
+    derivative: Derivative, x: Tensor, times: Times, v: Tensor, cond: Mapping[str, Any], along: Tensor | None = None
+) -> Tensor:
+    """``v + (r - t) du/dt`` with ``du/dt = ∂_t u + (∂_x u) w``, without a graph.
+
+    Args:
+        derivative: of ``u(x, t, r=r, **cond)``.
+        x: (B, ...) at ``times.t``.
+        times: t and r.
+        v: a velocity at (x, t), or a pair's whose mean it is.
+        cond: further keyword arguments of u.
+        along: w, v itself by default.
+
+    Rows whose ``(r - t) du/dt`` has a root mean square above 5, in units where data have one of about 1, are shortened
+    to that: the target depends on the network, and one batch of steep rows could otherwise end a training.
+    """
+    _, slope = derivative(x, times.t, v if along is None else along, torch.ones_like(times.t), r=times.r, **cond)
+    change = expand_time(times.r - times.t, x) * slope
+    size = change.flatten(1).square().mean(1).sqrt()
+    return v + expand_time(LARGEST / size.clamp(min=LARGEST), x) * change
+
+
+def composition_target(u: Velocity, x: Tensor, times: Times, q: Tensor, cond: Mapping[str, Any]) -> Tensor:
+    """``a u(x, t, q) + (1 - a) u(x_q, q, r)``, ``a = (q - t) / (r - t)``, ``x_q = x + (q - t) u(x, t, q)``.
+
+    On the diagonal it is ``u(x, t, t)``.
+    """
+    t, r, _ = times
+    width = torch.where(r == t, 1.0, r - t)
+    share = expand_time((q - t) / width, x)
+    first = u(x, t, r=q, **cond).to(x)
+    return share * first + (1 - share) * u(x + expand_time(q - t, x) * first, q, r=r, **cond).to(x)
+
+
+def where_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
+    """Rows of ``yes`` where the mask (B,) is true, of ``no`` elsewhere."""
+    return torch.where(mask.reshape(-1, *(1,) * (yes.ndim - 1)), yes, no)
+
+
+Target = Callable[[Tensor, Tensor, Times, Mapping[str, Any]], Tensor]
+
+
+def off_diagonal(target: Tensor, x: Tensor, times: Times, cond: Mapping[str, Any], make: Target) -> Tensor:
+    """The target with the rows whose r is not t made otherwise.
+
+    Args:
+        target: (B, ...), kept on the diagonal.
+        x: (B, ...) at ``times.t``.
+        times: t, r and where they are the same.
+        cond: conditions of all rows.
+        make: ``make(rows, x, times, cond)``, of those rows alone; called in full precision, without a graph.
+    """
+    rows = (~times.diagonal).nonzero()[:, 0]
+    if not len(rows):
+        return target
+    apart = Times(*(part[rows] for part in times))
+    with full_precision(x):
+        found = make(rows, x[rows], apart, rows_of(cond, len(x), rows))
+    return target.index_copy(0, rows, found.to(target))
+
+
+def weighted_square(e: Tensor, p: float = 0.0, c: float = 1e-3) -> Tensor:
+    """Mean over rows of ``w |e|^2 / D``, ``w = (|e|^2 + c)^-p`` without gradient; p = 0 is the mean square.
+
+    (arXiv:2505.13447, sec. 4.3.) With p > 0 the optimum is no longer the mean of noisy targets.
+    """
+    size = e.flatten(1).square().sum(1)
+    return ((size.detach() + c) ** -p * size).mean() / e[0].numel()
+
+
+@final
+class Announcement:
+    """Says once by which way derivatives are taken, where it is not the expected one."""
+
+    def __init__(self, say: Callable[[str], None] | None) -> None:
+        self._say = say
+
+    def __call__(self, used: Mode | None) -> None:
+        if self._say is not None and used not in (None, "forward"):
+            self._say(f"  note: this network has no forward-mode derivative: {used} is taken instead")
+        if used is not None:
+            self._say = None
+
+
+def caller(modules: Mapping[str, nn.Module]) -> Velocity:
+    """The student as a function, whatever module the trainer has put in its place."""
+    return lambda x, t, **cond: modules["student"](x, t, **cond)

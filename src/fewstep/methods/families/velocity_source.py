@@ -1,0 +1,118 @@
+"""Where a learned map's velocity comes from: a teacher, or the data pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, ClassVar, final
+
+from pydantic import AfterValidator, Field, model_validator
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Facts, Independent, Pair
+from fewstep.flow.derivatives import Way
+from fewstep.flow.field import Velocity, calls_at
+from fewstep.flow.paths import AffinePath, Linear, make_path
+from fewstep.flow.precision import full_precision
+from fewstep.flow.time_laws import make_time_law
+from fewstep.methods.contract.options import Options, baked_in
+from fewstep.methods.contract.stage import Stage
+from fewstep.methods.training_pairs.batches import DataBatches
+
+
+class MapOptions(Options):
+    """Options of the methods that learn a two-time map, from data or from a teacher's velocity."""
+
+    guides_itself: ClassVar[bool] = False  # whether guidance can be learned without a teacher
+
+    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
+
+    @model_validator(mode="after")
+    def _guidance_has_a_teacher(self) -> MapOptions:
+        if self.guidance != 1.0 and self.teacher is None and not self.guides_itself:
+            raise ValueError("guidance is the teacher's, baked in: add 'teacher: STAGE', or leave it out")
+        return self
+
+
+def known_law(spec: str) -> str:
+    """A law of t by its words, refused where there is none of that name."""
+    make_time_law(spec)
+    return spec
+
+
+LawOfTime = Annotated[str, AfterValidator(known_law)]
+
+
+class PairOfTimesOptions(MapOptions):
+    """Options of the methods that draw two times."""
+
+    time: LawOfTime = Field("uniform", description="law of both times: uniform, logit_normal:m,s, …")
+    diagonal: float = Field(0.5, gt=0, le=1, description="share of rows with r = t, which learn the velocity")
+    derivative: Way = Field("auto", description="forward mode, or finite differences where that fails; or one of them")
+
+
+@final
+@dataclass(frozen=True)
+class VelocitySource:
+    """What a stage learns a map from.
+
+    Attributes:
+        path: the affine path: the teacher's, the line without one.
+        velocity: the teacher's, guided; None: that of the data pair.
+        facts: of the coupling.
+        batches: makes the batches of data rows and independent noise.
+        path_name: the path's name.
+    """
+
+    path: AffinePath
+    velocity: Velocity | None
+    facts: Facts
+    batches: Callable[[], DataBatches]
+    path_name: str = "linear"
+
+    def velocity_at(self, batch: Pair, x: Tensor, t: Tensor) -> Tensor:
+        """The teacher's ``v(x_t, t)`` in full precision, or the pair's ``d/dt x_t``; no graph."""
+        if self.velocity is None:
+            return self.path.target(batch.x0, batch.x1, t)
+        with full_precision(x):
+            return self.velocity(x, t, **batch.cond).to(x)
+
+
+def velocity_source(options: MapOptions, stage: Stage) -> VelocitySource:
+    """From the options and the stage.
+
+    Raises:
+        UserError: a teacher whose states are not noised data; guidance it cannot take.
+    """
+    teacher = stage.teacher
+    if teacher is not None:
+        teacher.require_noised_data(options.method)
+    coupling = Independent(stage.source)
+
+    def batches() -> DataBatches:
+        return DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, (stage.seed, stage.name))
+
+    if teacher is None:
+        return VelocitySource(Linear(), None, coupling.facts, batches)
+    facts = replace(coupling.facts, teacher=teacher.digest, guidance=baked_in(options.guidance))
+    return VelocitySource(make_path(teacher.path), teacher.guided(options.guidance), facts, batches, teacher.path)
+
+
+def teacher_calls(options: MapOptions) -> int:
+    """The teacher's network calls per sample seen."""
+    return 0 if options.teacher is None else calls_at(options.guidance)
+
+
+def two_time(options: Options, shape: tuple[int, ...]) -> dict[str, Any]:
+    """What the methods of this family set in the network's configuration."""
+    return {"two_time": True}
+
+
+def refuse_dropout(stage: Stage, way: str) -> None:
+    """Differences of two calls need the same network in both."""
+    if way == "finite_difference" and stage.network.get("dropout"):
+        raise UserError(
+            "derivative: finite_difference compares calls of the network, and dropout makes every call another one: "
+            "set the network's dropout to 0, or take 'derivative: forward'."
+        )

@@ -1,0 +1,49 @@
+"""The student with averaged weights, and its best ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.methods.families.straight_line import one_step
+
+
+@final
+class StudentSnapshot:
+    """A copy of the student that is called with averaged weights, and keeps those that were best.
+
+    Attributes:
+        state: the weights that are kept, and whether any are.
+
+    Args:
+        student: copied; ``v(x, t, **cond)``.
+    """
+
+    def __init__(self, student: nn.Module) -> None:
+        self._module = copy.deepcopy(student).eval().requires_grad_(False)
+        good = {f"good.{name}": value.detach().cpu().clone() for name, value in student.state_dict().items()}
+        self.state = {"kept": torch.zeros((), dtype=torch.bool), **good}
+
+    @torch.no_grad()
+    def one_step(self, weights: Mapping[str, Tensor], x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        """What the student makes of the noise at its first call, with these weights and where they are."""
+        self._module.load_state_dict(weights)
+        device = next(iter(weights.values())).device
+        there = {name: value.to(device) for name, value in cond.items()}
+        return one_step(self._module.to(device), x0.to(device), there)
+
+    def keep(self, weights: Mapping[str, Tensor]) -> None:
+        """They are the best so far."""
+        for name, value in weights.items():
+            self.state[f"good.{name}"].copy_(value)
+        self.state["kept"].fill_(True)
+
+    def best(self) -> dict[str, Tensor] | None:
+        """The weights that were kept last."""
+        if not self.state["kept"]:
+            return None
+        return {name.removeprefix("good."): value for name, value in self.state.items() if name != "kept"}
