@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fewstep as fs
-from fewstep.cli.diagnose import likelihood
+from fewstep.cli.diagnosis_text import likelihood
 from fewstep.cli.main import main
 from fewstep.data.load import load_data
 from fewstep.errors import UserError

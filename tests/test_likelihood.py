@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.diagnostics import divergence as forms
-from fewstep.diagnostics.divergence import rademacher
+from fewstep.diagnostics import jacobian_trace as forms
+from fewstep.diagnostics.jacobian_trace import rademacher
 from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
 from fewstep.errors import UserError
 from fewstep.flow import closed_form

@@ -63,7 +63,7 @@ def run(options: arguments.Run) -> int:
 
 def sample(options: arguments.Sample) -> int:
     """Draw samples into a file."""
-    from fewstep.cli import diagnose as diagnosis
+    from fewstep.cli import diagnosis_text as diagnosis
     from fewstep.diagnostics.tune import KINDS
     from fewstep.generator import load
     from fewstep.generator.choose import TUNED_CALLS
@@ -117,7 +117,7 @@ def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
 
 def diagnose(options: arguments.Diagnose) -> int:
     """Measure a velocity model along its trajectories, and find its best samplers."""
-    from fewstep.cli import diagnose as diagnosis
+    from fewstep.cli import diagnosis_text as diagnosis
     from fewstep.diagnostics.diagnose import diagnose as measure
     from fewstep.generator import load
 

@@ -31,7 +31,7 @@ from typing import Any, Literal, final
 import torch
 from torch import Tensor
 
-from fewstep.diagnostics.divergence import QuadraticForms, chunk, rademacher
+from fewstep.diagnostics.jacobian_trace import QuadraticForms, chunk, rademacher
 from fewstep.errors import UserError, unknown
 from fewstep.flow.derivatives import rows_of
 from fewstep.flow.field import Velocity, as_field

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UserError
-from fewstep.networks import options
+from fewstep.networks import option_checks as options
 
 NAME = "features"
 CHECKERS: dict[str, options.Checker] = {"widths": options.positives}

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.networks import options
+from fewstep.networks import option_checks as options
 from fewstep.networks.conditioning import Conditioning, check_inputs, join_context
 from fewstep.networks.two_time import interval
 

@@ -19,7 +19,8 @@ from typing import Any, final
 from torch import nn
 
 from fewstep.errors import UserError, unknown
-from fewstep.networks import mlp, options, unet
+from fewstep.networks import mlp, unet
+from fewstep.networks import option_checks as options
 
 FRAME = ("shape", "classes", "context")  # what the data fixes; everything else is an option
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UserError
-from fewstep.networks import options
+from fewstep.networks import option_checks as options
 from fewstep.networks.conditioning import Conditioning, check_inputs, join_context
 from fewstep.networks.two_time import interval
 
