@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.methods.families.adversarial import LOSSES, find_adversarial, slope
-from fewstep.methods.families.gradient_balance import RunningRatio, combine_terms, last_layer, term_gradients
+from fewstep.methods.families.gradient_balance import (
+    combine_terms,
+    last_layer,
+    ratio_state,
+    running_ratio,
+    term_gradients,
+)
 from fewstep.networks import build, resolve
 from fewstep.networks.discriminator import Discriminator
 from fewstep.training.world import LocalWorld
@@ -115,7 +121,7 @@ def test_pulls_and_the_joint_gradient_are_those_of_the_plain_sum() -> None:
     terms = {"near a": (output - a).square().mean(), "near b": 5 * (output - b).square().mean()}
     found = term_gradients(output, [weight], terms, WORLD)
     for name, gradient in gradients.items():
-        assert found.pulls[name] == pytest.approx(gradient.norm().item(), rel=1e-12)
+        assert found.norms[name] == pytest.approx(gradient.norm().item(), rel=1e-12)
     assert found.rest == pytest.approx(gradients["near a"].norm().item(), rel=1e-12)
     loss = combine_terms(output, found, {"near b": 0.25})
     assert loss["loss"].item() == pytest.approx((terms["near a"] + 0.25 * terms["near b"]).item(), rel=1e-12)
@@ -127,15 +133,23 @@ def test_pulls_and_the_joint_gradient_are_those_of_the_plain_sum() -> None:
 
 
 def test_the_running_ratio_is_that_of_means_and_then_of_moving_ones() -> None:
-    ratio = RunningRatio()
+    state = ratio_state()
+
+    def update(rest: float, own: float) -> float:
+        kept = {name: value.clone() for name, value in state.items()}
+        ratio, following = running_ratio(state, rest, own)
+        assert all(torch.equal(state[name], value) for name, value in kept.items())  # it mutates nothing
+        state.update(following)
+        return ratio
+
     steps = [(2.0, 1.0), (4.0, 1.0), (0.0, 4.0)]
-    assert [ratio.update(*pulls) for pulls in steps] == pytest.approx([2.0, 3.0, 1.0])
-    before = ratio.update(1.0, 1.0)
-    assert ratio.update(math.nan, 1.0) == before
-    assert ratio.update(1.0, math.inf) == before
-    assert RunningRatio().update(1.0, 0.0) == 20.0  # bounded
+    assert [update(*norms) for norms in steps] == pytest.approx([2.0, 3.0, 1.0])
+    before = update(1.0, 1.0)
+    assert update(math.nan, 1.0) == before
+    assert update(1.0, math.inf) == before
+    assert running_ratio(ratio_state(), 1.0, 0.0)[0] == 20.0  # bounded
     for _ in range(400):
-        last = ratio.update(3.0, 2.0)
+        last = update(3.0, 2.0)
     assert last == pytest.approx(1.5, abs=1e-4)
 
 

@@ -21,10 +21,11 @@ from fewstep.flow.paths import Linear, make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
 from fewstep.generator.config import Config
-from fewstep.methods.consistency import Consistency, ContinuousConsistency, gap_at
+from fewstep.methods.consistency import ContinuousConsistency
 from fewstep.methods.consistency_fm import ConsistencyFM, segment_end
 from fewstep.methods.contract.objective import Objective
-from fewstep.methods.families.consistency_target import Steps, consistent, neighbour, step_velocity
+from fewstep.methods.families.consistency_loss import Consistency, consistent, gap_at, neighbour, step_velocity
+from fewstep.methods.families.consistency_loss import TeacherStep as Steps
 from fewstep.methods.families.target_average import TargetAverage
 from fewstep.methods.families.velocity_source import VelocitySource
 from fewstep.networks import build, resolve
@@ -32,6 +33,7 @@ from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.solvers.maps import Fresh
 from fewstep.training.world import LocalWorld
+from objective_cases import loss_of
 
 GAUSSIAN = fs.closed_form.gaussian(torch.tensor([0.5]), torch.tensor([0.3]))
 MIXTURE = fs.closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.tensor([0.25, 0.35]))
@@ -106,8 +108,8 @@ def test_a_teachers_step_leaves_a_residual_of_its_own_order(steps: Any, order: i
 CASES: dict[str, Callable[[nn.Module], Objective]] = {
     "fm-2": lambda net: ConsistencyFM(net, taught(), 2, 2**-10, alpha=0.0),
     "fm-1": lambda net: ConsistencyFM(net, taught(), 1, 2**-10, alpha=0.0),
-    "discrete": lambda net: Consistency(net, taught(), UNIFORM, 1, 6),
-    "continuous": lambda net: ContinuousConsistency(net, taught(), UNIFORM, 1),
+    "discrete": lambda net: Consistency(net, taught(), UNIFORM, 6),
+    "continuous": lambda net: ContinuousConsistency(net, taught(), UNIFORM),
 }
 
 
@@ -117,10 +119,9 @@ def scores(case: str, flow: Any, exact: bool, chunks: int = 40, rows: int = 1000
     gradients = []
     for number in range(chunks):
         objective = CASES[case](net)
-        if "steps" in objective.state:
-            objective.state["steps"].fill_(1)  # of one: all is done, the gap is the last and the derivative whole
         batch, generator = pairs(flow, rows, number)
-        loss = objective.loss("student", batch, Draws(generator, rows))["loss"]
+        # at the end of the training the gap is the last one, and the derivative has its full weight
+        loss = loss_of(objective, "student", batch, Draws(generator, rows), done=1.0)["loss"]
         gradients.append(torch.autograd.grad(loss, net.added)[0])
     values = torch.stack(gradients)
     return values.mean(0) / (values.std(0) / math.sqrt(chunks))
@@ -147,9 +148,9 @@ def test_the_widest_gap_is_flow_matching() -> None:
     error = (v - (batch.x1 - batch.x0)).square()
 
     def loss(objective: Objective) -> Tensor:
-        return objective.loss("student", batch, Draws(generator_for("times"), 256))["loss"]
+        return loss_of(objective, "student", batch, Draws(generator_for("times"), 256))["loss"]
 
-    assert torch.equal(loss(Consistency(net, taught(), UNIFORM, 100)), error.mean())
+    assert torch.equal(loss(Consistency(net, taught(), UNIFORM)), error.mean())
     weighted = ((1 - t)[:, None] * (v - (batch.x1 - batch.x0))).square().mean()
     assert torch.equal(loss(ConsistencyFM(net, taught(), 1, 1.0)), weighted)
 
@@ -175,8 +176,8 @@ def test_the_second_term_is_of_rows_inside_their_segment() -> None:
     cases: list[tuple[Any, Steps, float, float]] = [(still, "euler", 0.0, 1e-8), (GAUSSIAN, "heun", 1e-5, 1.0)]
     for flow, step, least, most in cases:
         batch, generator = pairs(flow, 500, "alpha")
-        objective = ConsistencyFM(ToEnd(flow, 2), taught(flow), 2, 0.01, alpha=7.0, steps=step)
-        terms = objective.loss("student", batch, Draws(generator, 500))
+        objective = ConsistencyFM(ToEnd(flow, 2), taught(flow), 2, 0.01, alpha=7.0, teacher_step=step)
+        terms = loss_of(objective, "student", batch, Draws(generator, 500))
         assert terms["endpoint"] < 1e-6
         assert least <= terms["velocity"] <= most
         assert terms["loss"].item() == pytest.approx((terms["endpoint"] + 7.0 * terms["velocity"]).item())
@@ -302,17 +303,18 @@ def trained(
         generator = generator_for("trained", number)
         batch = Pair(torch.randn(rows, 1, generator=generator), MIXTURE.sample(rows, generator))
         optimiser.zero_grad()
-        objective.loss("student", batch, Draws(generator, rows))["loss"].backward()
+        loss_of(objective, "student", batch, Draws(generator, rows), number / steps)["loss"].backward()
         nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimiser.step()
+        objective.after_step("student")
         schedule.step()
     return net
 
 
 LEARNED: dict[str, tuple[int, Callable[[nn.Module], Objective]]] = {
-    "distilled": (1, lambda net: Consistency(net, taught(MIXTURE), UNIFORM, 250)),
-    "tuned": (1, lambda net: Consistency(net, taught(), UNIFORM, 250, target_ema=0.5)),  # 250 steps are few
-    "continuous": (1, lambda net: ContinuousConsistency(net, taught(MIXTURE), UNIFORM, 250)),
+    "distilled": (1, lambda net: Consistency(net, taught(MIXTURE), UNIFORM)),
+    "tuned": (1, lambda net: Consistency(net, taught(), UNIFORM, target_ema=0.5)),  # 250 steps are few
+    "continuous": (1, lambda net: ContinuousConsistency(net, taught(MIXTURE), UNIFORM)),
     "fm from a teacher": (2, lambda net: ConsistencyFM(net, taught(MIXTURE))),
     "fm from data": (2, lambda net: ConsistencyFM(net, taught())),
 }
@@ -337,12 +339,12 @@ def test_stages_from_a_teacher_and_from_data(tiny_run: Path, tmp_path: Path) -> 
     teacher = str(tiny_run / "teacher")
     stages = {
         "cd": {"method": "consistency", "teacher": teacher, **SHORT},
-        "ct": {"method": "consistency", "init": teacher, "stages": 3, "target_ema": 0.9, **SHORT},
+        "ct": {"method": "consistency", "init": teacher, "halvings": 3, "target_ema": 0.9, **SHORT},
         "scm": {"method": "consistency", "teacher": teacher, "target": "continuous", "loss": "huber", **SHORT},
         "cfm": {"method": "consistency_fm", "teacher": teacher, **SHORT},
         "three": {"method": "consistency_fm", "segments": 3, **SHORT},
     }
-    recipe = make_recipe({"data": DATA, "network": {"name": "mlp", "preset": "tiny"}, "stages": stages}, "x")
+    recipe = make_recipe({"data": DATA, "network": {"name": "mlp", "preset": "tiny"}, "halvings": stages}, "x")
     run_recipe(recipe, tmp_path, LocalWorld(quiet=True))
     loaded = {name: load(tmp_path / name) for name in stages}
     assert {name: model.config.steps for name, model in loaded.items()} == {
@@ -375,7 +377,7 @@ def test_guidance_is_baked_in_and_known(labelled_run: Path, tmp_path: Path) -> N
     }
     data = {"path": str(folder / "rows.npy"), "labels": str(folder / "labels.npy")}
     header = {"data": data, "conditional": True, "network": {"name": "mlp", "preset": "tiny"}}
-    run_recipe(make_recipe({**header, "stages": stages}, "x"), tmp_path, LocalWorld(quiet=True))
+    run_recipe(make_recipe({**header, "halvings": stages}, "x"), tmp_path, LocalWorld(quiet=True))
     for name in stages:
         model = load(tmp_path / name)
         assert model.config.guidance == 2
@@ -405,7 +407,7 @@ def test_guidance_of_a_teacher_is_in_the_steps() -> None:
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"method": "consistency", "guidance": 2}, "guidance is the teacher's"),
     ({"method": "consistency", "anchor": 0.5}, "anchor belongs to 'target: continuous'"),
-    ({"method": "consistency", "target": "continuous", "stages": 3}, "stages belongs to 'target: discrete'"),
+    ({"method": "consistency", "target": "continuous", "halvings": 3}, "halvings belongs to 'target: discrete'"),
     ({"method": "consistency", "time": "normal"}, "normal"),
     ({"method": "consistency_fm", "gap": 0}, "gap"),
 ]
@@ -414,10 +416,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("stage", "words"), REFUSED, ids=[words[:20] for _, words in REFUSED])
 def test_options_that_contradict_each_other_are_refused(stage: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        make_recipe({"data": DATA, "stages": {"a": stage}}, "x")
+        make_recipe({"data": DATA, "halvings": {"a": stage}}, "x")
 
 
 def test_a_robust_loss_on_data_pairs_in_few_dimensions_is_refused(tmp_path: Path) -> None:
     stages = {"a": {"method": "consistency", "loss": "huber", **SHORT}}
     with pytest.raises(UserError, match="another map would be learned"):
-        run_recipe(make_recipe({"data": DATA, "stages": stages}, "x"), tmp_path, LocalWorld(quiet=True))
+        run_recipe(make_recipe({"data": DATA, "halvings": stages}, "x"), tmp_path, LocalWorld(quiet=True))

@@ -20,6 +20,7 @@ from fewstep.methods.distill import DistillOptions, GridRegression, Halving, hal
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
+from objective_cases import loss_of
 
 MOONS = {"name": "moons", "samples": 500}
 MIXTURE = fs.closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[2.0, 0.0], [-1.0, 1.0]]), torch.ones(2) / 3)
@@ -64,7 +65,7 @@ def test_exact_pairs_of_a_line_make_an_exact_student_of_any_steps(steps: int) ->
     flow = fs.closed_form.coupled_gaussian(1.5, 0.4, 1.0)
     x0 = noise(4000)
     student = Exact(flow.velocity)
-    terms = GridRegression(student, steps).loss("student", Pair(x0, 1.5 + 0.4 * x0), Draws(generator_for(0), 4000))
+    terms = loss_of(GridRegression(student, steps), "student", Pair(x0, 1.5 + 0.4 * x0), Draws(generator_for(0), 4000))
     assert terms["loss"].item() < 1e-12
     assert torch.allclose(fs.solve(flow.velocity, x0, solver="euler", steps=steps).x, 1.5 + 0.4 * x0, atol=1e-6)
     x_t, t = student.calls[0]
@@ -93,7 +94,7 @@ def test_halving_learns_on_the_trajectory_from_where_it_is_to_two_steps_on(steps
 
     objective = Halving(student, flow, steps)
     draws = Draws(generator_for("halving"), 400)
-    loss = objective.loss("student", Pair(x0, x0, {"label": label}), draws)["loss"].item()
+    loss = loss_of(objective, "student", Pair(x0, x0, {"label": label}), draws)["loss"].item()
     number = (Draws(generator_for("halving"), 400).uniform() * steps).long()
     states = [x0]
     for fine in range(2 * steps):
@@ -130,7 +131,7 @@ def test_halving_a_gaussian_flow_ends_in_its_euler_map() -> None:
     for steps in (4, 2, 1):
         student = fitted(Halving(nn.Identity(), flow, steps), x0)
         objective = Halving(student, flow, steps)
-        terms = objective.loss("student", Pair(x0, x0), Draws(generator_for("least"), 1000))
+        terms = loss_of(objective, "student", Pair(x0, x0), Draws(generator_for("least"), 1000))
         assert terms["loss"].item() < 1e-20
         gradient = torch.autograd.grad(terms["loss"], [student.a, student.b])
         assert max(g.abs().max().item() for g in gradient) < 1e-9

@@ -28,6 +28,7 @@ from fewstep.networks import build, parameter_count, resolve
 from fewstep.networks.extractors import CifarResNet, FeatureNet, build_features, cifar_resnet, resolve_features
 from fewstep.pipeline.compare import compare, table
 from fewstep.pipeline.recipe import make_recipe
+from objective_cases import loss_of
 
 RECIPE = """
 data: digits
@@ -243,7 +244,7 @@ def test_denoising_loss_of_the_posterior_mean_is_its_closed_form() -> None:
 
     draws = Draws(generator_for("denoise"), 500)
     x = rows(500, (4000,))
-    loss = Denoising(Mean(), Blur(1.0, 0)).loss("student", Pair(x, x), draws)["loss"]
+    loss = loss_of(Denoising(Mean(), Blur(1.0, 0)), "student", Pair(x, x), draws)["loss"]
     assert float(loss) == pytest.approx(1 - math.pi / 4, abs=0.02)
 
 
@@ -305,7 +306,7 @@ def test_a_stage_without_labels_learns_to_take_noise_out(tmp_path: Path) -> None
     net.load_state_dict(read_tensors(tmp_path / "out" / "f" / "model.safetensors"))
     x = rows(20_000, (4,))
     with torch.no_grad():
-        loss = Denoising(net, Blur(1.0, 0)).loss("student", Pair(x, x), Draws(generator_for("d"), len(x)))["loss"]
+        loss = loss_of(Denoising(net, Blur(1.0, 0)), "student", Pair(x, x), Draws(generator_for("d"), len(x)))["loss"]
     # between the floor of one who knows the noise's size and the best linear guess, 1 / (1 + 1/3) of what is seen
     assert 1 - math.pi / 4 < float(loss) < 0.25
     assert not (tmp_path / "out" / "compare.json").exists()

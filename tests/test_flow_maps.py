@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fewstep as fs
+from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, GaussianSource, Independent, Pair
 from fewstep.flow.derivatives import Derivative
@@ -24,11 +25,14 @@ from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
 from fewstep.methods.contract.objective import Objective
+from fewstep.methods.contract.stage import Stage
+from fewstep.methods.families.derivative_mode import end_derivative, settle_derivative, total_derivative
 from fewstep.methods.families.end_derivative import EndDerivative
 from fewstep.methods.families.flow_map import Times, composition_target, derivative_target, draw_times, weighted_square
-from fewstep.methods.families.velocity_source import VelocitySource
+from fewstep.methods.families.velocity_source import VelocitySource, velocity_source
 from fewstep.methods.lagrangian import Lagrangian, LagrangianOptions
-from fewstep.methods.meanflow import MeanFlow, MeanflowOptions, SelfGuidance, alpha_at, changes
+from fewstep.methods.meanflow import MeanFlow, MeanflowOptions, SelfGuidance, alpha_at
+from fewstep.methods.meanflow import network as meanflow_network
 from fewstep.methods.shortcut import Shortcut, draw_steps
 from fewstep.networks import build, resolve
 from fewstep.networks.two_time import take_weights
@@ -38,6 +42,7 @@ from fewstep.pipeline.stage_networks import same_weights
 from fewstep.solvers.maps import run_map
 from fewstep.training.world import LocalWorld
 from mixture_cases import MIXTURE, NETWORK, train_beside_a_teacher, w1
+from objective_cases import loss_of
 
 GAUSSIAN = fs.closed_form.gaussian(torch.tensor([0.5, -1.0]), torch.tensor([0.3, 2.0]))
 TARGETS: dict[str, Any] = {"gaussian": GAUSSIAN, "mixture": MIXTURE}
@@ -195,7 +200,7 @@ def test_the_gradient_through_the_end_derivative_is_that_of_differences(
         torch.autograd.grad(d(x, times, {})[1].square().sum(), parameters)
         for d in (derivative, EndDerivative(net, "finite_difference"))
     )
-    assert derivative.used in ("forward", "finite_difference")
+    assert derivative.mode_at(x, times, {}) in ("forward", "finite_difference")
     for a, b in zip(one, two, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()) + 1e-9)
 
@@ -214,30 +219,46 @@ class Plain(torch.autograd.Function):
         return gradient * ctx.saved_tensors[0].cos()
 
 
-@pytest.mark.parametrize("method", [MeanFlow, Lagrangian])
-def test_a_network_without_forward_mode_falls_back_and_says_so_once(method: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.scale = nn.Parameter(torch.tensor(0.7, dtype=torch.float64))
+class NoForwardMode(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.7))
 
-        def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-            out: Tensor = Plain.apply(self.scale * x + (t + r)[:, None])  # type: ignore[no-untyped-call]
-            return out
+    def forward(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
+        out: Tensor = Plain.apply(self.scale * x + (t + r)[:, None])  # type: ignore[no-untyped-call]
+        return out
 
-    net, said = Net(), []
 
-    def loss(way: Any) -> Tensor:
-        objective = method(net, taught(GAUSSIAN, True), UNIFORM, way=way, say=said.append)
-        generator = generator_for("fallback")
-        batch = batch_of(GAUSSIAN, 64, generator)
-        objective.loss("student", batch, Draws(generator, 64))
-        return objective.loss("student", batch, Draws(generator_for("again"), 64))["loss"]
+def some_stage(said: list[str], network: dict[str, Any]) -> Stage:
+    data = load_data({"name": "moons", "samples": 200})
+    world = LocalWorld(quiet=True)
+    world.say = said.append  # type: ignore[method-assign]
+    source = GaussianSource(data.shape)
+    return Stage("maps", Path("maps"), data, source, 0, False, network, NoForwardMode, None, 0.0, world)
 
-    found = loss("auto")
+
+@pytest.mark.parametrize("choose", [total_derivative, end_derivative])
+def test_a_network_without_forward_mode_falls_back_and_says_so_once(choose: Any) -> None:
+    said: list[str] = []
+    stage = some_stage(said, {})
+    source = velocity_source(MeanflowOptions(method="meanflow"), stage)
+    net = NoForwardMode().train()
+    assert settle_derivative(stage, net, source, "auto", choose) == "finite_difference"
     assert len(said) == 1
     assert "no forward-mode derivative: finite_difference is taken instead" in said[0]
-    torch.testing.assert_close(found, loss("finite_difference"), rtol=1e-9, atol=0)
+    assert net.training
+    for mode in ("forward", "finite_difference"):
+        assert settle_derivative(stage, net, source, mode, choose) == mode
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "finite_difference"])
+def test_differences_of_a_network_with_dropout_are_refused(mode: Any) -> None:
+    """Also where they are what ``auto`` comes to: two calls drop different values."""
+    stage = some_stage([], {"dropout": 0.1})
+    source = velocity_source(MeanflowOptions(method="meanflow"), stage)
+    with pytest.raises(UserError, match="dropout makes every call another function"):
+        settle_derivative(stage, NoForwardMode(), source, mode)
 
 
 # --- losses at the exact map ------------------------------------------------------------------------------------
@@ -283,7 +304,7 @@ def gradient_score(
     for block in range(24):
         generator = generator_for("map stationary", block)
         batch = batch_of(target, rows, generator)
-        loss = objective.loss("student", batch, Draws(generator, rows))["loss"]
+        loss = loss_of(objective, "student", batch, Draws(generator, rows))["loss"]
         gradients.append(torch.autograd.grad(loss, student.epsilon)[0].item())
     return float(np.mean(gradients) / (np.std(gradients, ddof=1) / math.sqrt(len(gradients))))
 
@@ -309,7 +330,7 @@ def test_the_exact_map_is_stationary_when_learning_from_pairs(method: str) -> No
 @pytest.mark.parametrize("way", ["auto", "finite_difference"])
 def test_meanflow_from_pairs_is_stationary_at_the_mixtures_map(way: Any) -> None:
     def make(net: nn.Module) -> Objective:
-        return MeanFlow(net, taught(MIXTURE, False), UNIFORM, way=way)
+        return MeanFlow(net, taught(MIXTURE, False), UNIFORM, derivative=way)
 
     assert abs(gradient_score(make, MIXTURE, DIRECTIONS["x"], rows=300)) < 4
 
@@ -319,14 +340,14 @@ def test_losses_from_an_exact_teacher_vanish_at_the_exact_map() -> None:
     batch = batch_of(GAUSSIAN, 400, generator)
     net, source = Perturbed(GAUSSIAN, DIRECTIONS["x"]), taught(GAUSSIAN, True)
     for objective in (
-        MeanFlow(net, source, UNIFORM, way="forward"),
+        MeanFlow(net, source, UNIFORM, derivative="forward"),
         MeanFlow(net, source, UNIFORM, target="split"),
         Lagrangian(net, source, UNIFORM),
     ):
-        assert objective.loss("student", batch, Draws(generator, 400))["loss"].item() < 1e-12
+        assert loss_of(objective, "student", batch, Draws(generator, 400))["loss"].item() < 1e-12
     with torch.no_grad():
         net.epsilon += 0.1
-    assert Lagrangian(net, source, UNIFORM).loss("student", batch, Draws(generator, 400))["loss"].item() > 1e-3
+    assert loss_of(Lagrangian(net, source, UNIFORM), "student", batch, Draws(generator, 400))["loss"].item() > 1e-3
 
 
 def alpha_residual(student: nn.Module, alpha: float, teacher: bool = True) -> Tensor:
@@ -335,7 +356,7 @@ def alpha_residual(student: nn.Module, alpha: float, teacher: bool = True) -> Te
     batch = batch_of(GAUSSIAN, 400, generator)
     x_t, times = points(GAUSSIAN, 400)
     objective = MeanFlow(student, taught(GAUSSIAN, teacher), UNIFORM, target="alpha")
-    target = objective.target(batch, x_t, times, Draws(generator, 400), alpha)
+    target = objective.target(student, batch, x_t, times, Draws(generator, 400), alpha)
     return (student(x_t, times.t, r=times.r).detach() - target) / alpha
 
 
@@ -376,7 +397,7 @@ def test_self_guidance_is_a_fixed_point_of_the_guided_velocity(own: float) -> No
         assert torch.equal(r, t)
         return free if label is None else guided
 
-    found = SelfGuidance(student, scale, own, null=3, dropout=0.1)(known, x, t, {"label": label})
+    found = SelfGuidance(scale, own, null=3, dropout=0.1)(student, known, x, t, {"label": label})
     torch.testing.assert_close(found[:4], guided[:4], rtol=1e-12, atol=1e-12)
     assert torch.equal(found[4], known[4])  # it lost its label
 
@@ -406,10 +427,10 @@ class Fixed(nn.Module):
 def test_shortcuts_of_euler_steps_have_no_loss_at_any_level() -> None:
     generator = generator_for("shortcut")
     batch, draws = batch_of(GAUSSIAN, 500, generator), Draws(generator, 500)
-    objective = Shortcut(Fixed(euler(GAUSSIAN, 1 / 16)), taught(GAUSSIAN, True), levels=4, share=0.5)
-    assert objective.loss("student", batch, draws)["loss"].item() < 1e-24
-    exact = Shortcut(Fixed(average(GAUSSIAN)), taught(GAUSSIAN, True), levels=4, share=0.5)
-    assert 1e-6 < exact.loss("student", batch, draws)["loss"].item() < 0.05  # the floor of 16 Euler steps
+    objective = Shortcut(Fixed(euler(GAUSSIAN, 1 / 16)), taught(GAUSSIAN, True), levels=4, composed=0.5)
+    assert loss_of(objective, "student", batch, draws)["loss"].item() < 1e-24
+    exact = Shortcut(Fixed(average(GAUSSIAN)), taught(GAUSSIAN, True), levels=4, composed=0.5)
+    assert 1e-6 < loss_of(exact, "student", batch, draws)["loss"].item() < 0.05  # the floor of 16 Euler steps
 
 
 # --- times and weights ------------------------------------------------------------------------------------------
@@ -451,10 +472,10 @@ def test_targets_have_no_graph() -> None:
     for target in ("derivative", "improved", "alpha", "split"):
         objective = MeanFlow(net, taught(GAUSSIAN, False), UNIFORM, target=target)  # type: ignore[arg-type]
         times = draw_times(UNIFORM, 0.5, Draws(generator, 50), batch.x1)
-        assert not objective.target(batch, batch.x0, times, Draws(generator, 50)).requires_grad
+        assert not objective.target(net, batch, batch.x0, times, Draws(generator, 50)).requires_grad
     shortcut = Shortcut(net, taught(GAUSSIAN, False))
     steps = draw_steps(5, 0.5, Draws(generator, 50), batch.x1)
-    assert not shortcut.target(batch, batch.x0, steps).requires_grad
+    assert not shortcut.target(net, batch, batch.x0, steps).requires_grad
 
 
 # --- sampling ---------------------------------------------------------------------------------------------------
@@ -519,10 +540,11 @@ def test_a_student_starts_as_its_teacher(trained: Path, tmp_path: Path) -> None:
 
 
 def test_robust_weights_on_pairs_in_few_dimensions_are_refused() -> None:
+    moons = load_data({"name": "moons", "samples": 200})
     with pytest.raises(UserError, match="another map"):
-        changes(MeanflowOptions(method="meanflow", p=0.75), (2,))
-    assert changes(MeanflowOptions(method="meanflow", p=0.75), (1, 8, 8)) == {"two_time": True}
-    assert changes(MeanflowOptions(method="meanflow", p=0.75, teacher="t"), (2,)) == {"two_time": True}
+        meanflow_network(MeanflowOptions(method="meanflow", p=0.75), moons, {}, 0)
+    assert meanflow_network(MeanflowOptions(method="meanflow", p=0.75), load_data("digits"), {}, 0)["two_time"]
+    assert meanflow_network(MeanflowOptions(method="meanflow", p=0.75, teacher="t"), moons, {}, 0)["two_time"]
 
 
 def test_guidance_needs_a_teacher_where_it_cannot_be_learned_alone() -> None:

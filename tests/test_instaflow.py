@@ -18,9 +18,9 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.generator import read_tensors
-from fewstep.methods.contract.objective import Collapse, Learning
+from fewstep.methods.contract.objective import Collapse, Learning, Networks, Terms
 from fewstep.methods.families.adversarial import find_adversarial
-from fewstep.methods.families.adversarial_distillation import Adversary, MultiObjective, Real, real_rows
+from fewstep.methods.families.adversarial_distillation import AdversarialDistillation, Adversary, Real, real_rows
 from fewstep.methods.families.distances import find_distance
 from fewstep.methods.guards.coverage import CoverageGuard
 from fewstep.methods.instaflow import InstaflowOptions, phase_samples
@@ -31,6 +31,7 @@ from fewstep.pipeline.run import run_recipe
 from fewstep.solvers.solve import solve
 from fewstep.store.pairs import PairRows
 from fewstep.training.world import LocalWorld
+from objective_cases import loss_of
 from training_cases import start
 
 WORLD = LocalWorld(quiet=True)
@@ -55,7 +56,8 @@ def adversary(**fields: Any) -> Adversary:
         "every": 1,
         "turns": 1,
         "real": "teacher",
-        "ramp": 0,
+        "ramp": 0.0,
+        "steps": 100.0,
         "learning": {"student": Learning(2e-4, (0.5, 0.99)), "discriminator": Learning(5e-4, (0.5, 0.99))},
     }
     return Adversary(**{**usual, **fields})
@@ -63,8 +65,8 @@ def adversary(**fields: Any) -> Adversary:
 
 def objective(
     student: nn.Module, rival: Adversary | None = None, monitor: CoverageGuard | None = None
-) -> MultiObjective:
-    return MultiObjective(student, find_distance("l2"), None, rival, monitor, WORLD)
+) -> AdversarialDistillation:
+    return AdversarialDistillation(student, find_distance("l2"), None, rival, monitor, WORLD)
 
 
 def draws(rows: int) -> Draws:
@@ -80,8 +82,9 @@ def batch(rows: int = 64) -> Pair:
 def test_the_student_starts_as_its_teachers_euler_step() -> None:
     student = network()
     pair = batch()
-    generated = objective(student)._endpoint(pair)
-    assert torch.equal(generated, solve(student, pair.x0, solver="euler", steps=1).x)
+    ends = solve(student, pair.x0, solver="euler", steps=1).x
+    exact = Pair(pair.x0, ends)
+    assert loss_of(objective(student), "student", exact, draws(64))["loss"].item() == 0.0
 
 
 def test_the_term_against_a_rival_comes_in_from_zero() -> None:
@@ -89,13 +92,13 @@ def test_the_term_against_a_rival_comes_in_from_zero() -> None:
     judge = Discriminator((2,))
     for parameter in judge.parameters():
         nn.init.normal_(parameter, std=0.2)  # it pulls hard enough for the bound on its weight not to bind
-    alone, against = objective(student), objective(student, adversary(discriminator=judge, ramp=10))
+    alone, against = objective(student), objective(student, adversary(discriminator=judge, ramp=0.1))
     pair = batch()
-    plain = torch.autograd.grad(alone.loss("student", pair, draws(64))["loss"], student.output.weight)[0]
-    terms = against.loss("student", pair, draws(64))
+    plain = torch.autograd.grad(loss_of(alone, "student", pair, draws(64))["loss"], student.output.weight)[0]
+    terms = loss_of(against, "student", pair, draws(64))
     assert terms["weight/adversarial"].item() == 0.0
     torch.testing.assert_close(torch.autograd.grad(terms["loss"], student.output.weight)[0], plain)
-    later = [against.loss("student", pair, draws(64)) for _ in range(20)]
+    later = [loss_of(against, "student", pair, draws(64), step / 100) for step in range(1, 21)]
     weights = [float(term["weight/adversarial"]) for term in later]
     assert weights[:9] == pytest.approx([0.1 * k * weights[9] for k in range(1, 10)], rel=1e-4)
     assert weights[10:] == pytest.approx([weights[9]] * 10, rel=1e-4)
@@ -109,10 +112,10 @@ def test_in_a_players_turn_the_other_one_neither_moves_nor_has_gradients() -> No
     seen: list[tuple[str, bool, bool]] = []
     inner = game.loss
 
-    def loss(role: str, pair: Pair, random: Draws) -> dict[str, Tensor]:
-        rival = game.modules["discriminator"]
+    def loss(role: str, nets: Networks, pair: Pair, random: Draws, done: float) -> Terms:
+        rival = nets["discriminator"]
         seen.append((role, *(any(p.requires_grad for p in module.parameters()) for module in (student, rival))))
-        return inner(role, pair, random)
+        return inner(role, nets, pair, random, done)
 
     game.loss = loss  # type: ignore[method-assign]
     before = copy.deepcopy(
@@ -284,7 +287,13 @@ def test_a_rival_keeps_a_weak_student_off_the_empty_space_between_modes() -> Non
 
 STAGES: dict[str, Any] = {
     "teacher": {"method": "flow_matching", "samples": 20_000},
-    "onestep": {"method": "instaflow", "teacher": "teacher", "pairs": 2000, "samples": 12_800, "real": "both"},
+    "onestep": {
+        "method": "instaflow",
+        "teacher": "teacher",
+        "pairs": 2000,
+        "samples": 12_800,
+        "discriminator_real": "both",
+    },
 }
 
 
@@ -352,7 +361,12 @@ def test_guidance_is_baked_in_once_and_only_its_endpoints_count_as_real(
     labelled_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fields = yaml.safe_load((labelled_run.parent / "labelled.yaml").read_text(encoding="utf-8"))
-    stage = {"method": "instaflow", "teacher": str(labelled_run / "teacher"), "guidance": 2, "real": "data"}
+    stage = {
+        "method": "instaflow",
+        "teacher": str(labelled_run / "teacher"),
+        "guidance": 2,
+        "discriminator_real": "data",
+    }
     fields["stages"] = {"onestep": {**stage, "samples": 4000, "pairs": 300, "nfe": 8, "tolerance": 2}}
     capsys.readouterr()
     run_recipe(make_recipe(fields, "test"), tmp_path, LocalWorld())

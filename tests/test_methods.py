@@ -24,6 +24,7 @@ from fewstep.methods.reflow import ReflowOptions, share_law
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
+from objective_cases import loss_of
 
 
 class Perturbed(nn.Module):
@@ -61,7 +62,7 @@ def gradient_score(target: Any, path: str, psi: Any, sign: float = 1.0) -> float
         generator = generator_for("stationary", block)
         x1 = target.sample(2000, generator, dtype=torch.float64)
         batch = Independent(GaussianSource((2,))).pair(x1, {}, generator)
-        loss = objective.loss("student", batch, Draws(generator, 2000))["loss"]
+        loss = loss_of(objective, "student", batch, Draws(generator, 2000))["loss"]
         gradients.append(torch.autograd.grad(loss, student.epsilon)[0].item())
     return float(np.mean(gradients) / (np.std(gradients, ddof=1) / math.sqrt(len(gradients))))
 
@@ -87,7 +88,7 @@ def test_loss_at_the_exact_velocity_is_the_closed_form_floor() -> None:
     generator = generator_for("floor")
     x1 = target.sample(200_000, generator, dtype=torch.float64)
     batch = Independent(GaussianSource((3,))).pair(x1, {}, generator)
-    loss = objective.loss("student", batch, Draws(generator, 200_000))["loss"].item()
+    loss = loss_of(objective, "student", batch, Draws(generator, 200_000))["loss"].item()
     # (pi / 2) sum of s over dimensions; the loss is a mean over the three dimensions
     assert loss == pytest.approx(math.pi / 2 * 3.5 / 3, rel=0.01)
 
@@ -98,9 +99,9 @@ def test_exact_pairs_of_a_line_give_no_loss_and_no_straightness() -> None:
     velocity = Perturbed(pairs.velocity, DIRECTIONS["one"])
     objective = VelocityRegression(velocity, make_path("linear"), make_time_law("uniform"))
     batch = Pair(x0.double().reshape(-1, 1), x1.double().reshape(-1, 1))
-    assert objective.loss("student", batch, Draws(generator_for(0), 512))["loss"].item() < 1e-12
+    assert loss_of(objective, "student", batch, Draws(generator_for(0), 512))["loss"].item() < 1e-12
     endpoint = EndpointRegression(velocity)
-    assert endpoint.loss("student", batch, Draws(generator_for(0), 512))["loss"].item() < 1e-12
+    assert loss_of(endpoint, "student", batch, Draws(generator_for(0), 512))["loss"].item() < 1e-12
     d = fs.diagnose(pairs.velocity, batch.x0)
     assert d.straightness < 1e-12
     assert d.one_step_gap < 1e-6

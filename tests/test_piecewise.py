@@ -19,6 +19,7 @@ from fewstep.methods.piecewise import PiecewiseRegression, Windows, window_start
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
+from objective_cases import loss_of
 
 MEAN, STD = torch.tensor([0.5, -1.0], dtype=torch.float64), torch.tensor([0.3, 2.0], dtype=torch.float64)
 GAUSSIAN = fs.closed_form.gaussian(MEAN, STD)
@@ -86,7 +87,7 @@ def test_one_window_is_reflow() -> None:
     x0 = torch.randn(300, 2, generator=generator, dtype=torch.float64)
     batch = Pair(x0, GAUSSIAN.sample(300, generator, dtype=torch.float64))
     objective = PiecewiseRegression(Spy(), Windows(GAUSSIAN.velocity, 1, "rk4", 32), Linear())
-    loss = objective.loss("student", batch, Draws(generator, 300))["loss"].item()
+    loss = loss_of(objective, "student", batch, Draws(generator, 300))["loss"].item()
     end = MEAN + STD * x0
     assert loss == pytest.approx((end - x0).square().mean().item(), rel=1e-4)
     x_t, t = seen[0]
@@ -114,7 +115,7 @@ def test_the_exact_piecewise_field_has_no_loss_and_the_teachers_own_field_has() 
         batch = Pair(torch.randn(4000, 2, generator=generator, dtype=torch.float64), x1)
         student = Fixed(velocity)
         objective = PiecewiseRegression(student, Windows(GAUSSIAN.velocity, 4, "rk4", 16), Linear())
-        return objective.loss("student", batch, Draws(generator, 4000))["loss"].item()
+        return loss_of(objective, "student", batch, Draws(generator, 4000))["loss"].item()
 
     assert loss(exact_field(4)) < 1e-9
     assert loss(GAUSSIAN.velocity) > 0.01
@@ -177,8 +178,11 @@ def test_times_are_drawn_where_samples_are_made() -> None:
     x = torch.randn(4000, 2, generator=generator_for("times"))
     for inner in (1, 2, 0):
         windows = Windows(lambda x, t: torch.zeros_like(x), 4, "euler", 1)
-        PiecewiseRegression(student, windows, Linear(), inner).loss(
-            "student", Pair(x, x), Draws(generator_for("times", 1), 4000)
+        loss_of(
+            PiecewiseRegression(student, windows, Linear(), inner),
+            "student",
+            Pair(x, x),
+            Draws(generator_for("times", 1), 4000),
         )
     assert seen[0].unique().tolist() == [0.0, 0.25, 0.5, 0.75]
     assert seen[1].unique().tolist() == [k / 8 for k in range(8)]

@@ -42,6 +42,7 @@ from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.solvers.solve import plan
 from fewstep.training.world import LocalWorld
+from objective_cases import loss_of
 
 DOUBLE = torch.float64
 
@@ -337,7 +338,7 @@ def score(loss: str | Loss) -> float:
         generator = generator_for("stationary image", block)
         x1 = target.sample(500, generator, dtype=DOUBLE)
         batch = Independent(GaussianSource((1, 4, 4))).pair(x1, {}, generator)
-        value = objective.loss("student", batch, Draws(generator, 500))["loss"]
+        value = loss_of(objective, "student", batch, Draws(generator, 500))["loss"]
         gradients.append(torch.autograd.grad(value, student.epsilon)[0].item())
     return float(np.mean(gradients) / (np.std(gradients, ddof=1) / math.sqrt(len(gradients))))
 
@@ -447,12 +448,12 @@ def test_exact_deterministic_pairs_are_the_minimum_of_every_loss(loss: str, time
     x0, x1 = pairs.sample_pairs(256, generator_for("pairs"), dtype=DOUBLE)
     student = Perturbed(pairs.velocity)
     objective = VelocityRegression(student, Linear(), make_time_law(time), LOSSES[loss])
-    terms = objective.loss("student", Pair(x0, x1), Draws(generator_for("t"), 256))
+    terms = loss_of(objective, "student", Pair(x0, x1), Draws(generator_for("t"), 256))
     assert terms["loss"].item() < 1e-12
     assert abs(torch.autograd.grad(terms["loss"], student.epsilon)[0].item()) < 1e-9
     with torch.no_grad():
         student.epsilon.fill_(0.1)
-    assert objective.loss("student", Pair(x0, x1), Draws(generator_for("t"), 256))["loss"].item() > 1e-4
+    assert loss_of(objective, "student", Pair(x0, x1), Draws(generator_for("t"), 256))["loss"].item() > 1e-4
 
 
 # --- options ---------------------------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from fewstep.networks import build, parameter_count, resolve
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
+from objective_cases import loss_of
 
 MEAN, STD = 1.5, 0.4
 SHARES = (0.0, 0.3, 0.7, 1.0)
@@ -76,7 +77,7 @@ def test_the_loss_of_blended_pairs_is_the_floor_of_the_gaussian_family_and_canno
     flow = fs.closed_form.coupled_gaussian(MEAN, STD, math.sqrt(1 - b * b))
     pair = annealed(b, 200_000)
     objective = VelocityRegression(Exact(flow.velocity), Linear(), make_time_law("uniform"))
-    loss = objective.loss("student", pair, Draws(generator_for("floor"), 200_000))["loss"].item()
+    loss = loss_of(objective, "student", pair, Draws(generator_for("floor"), 200_000))["loss"].item()
     assert loss == pytest.approx(flow.loss_floor(), rel=0.015, abs=1e-12)
     # the best linear predictor, which is the best of all for Gaussian pairs, at Gauss-Legendre times
     floor = 0.0
@@ -136,7 +137,7 @@ def test_on_a_straight_flow_the_guided_target_is_the_pairs_target_for_every_time
         target = guided_target(flow.velocity, x0, t.expand(500), {})
         assert (target - (MEAN + STD * x0)).abs().max() < 1e-6
     objective = GuidedEndpoint(Exact(flow.velocity), flow_with_labels(flow), GaussianSource((1,)))
-    terms = objective.loss("student", annealed(0.0, 500), Draws(generator_for("loss"), 500))
+    terms = loss_of(objective, "student", annealed(0.0, 500), Draws(generator_for("loss"), 500))
     assert max(value.item() for value in terms.values()) < 1e-12
 
 
@@ -163,7 +164,7 @@ def test_the_guided_term_is_that_of_fresh_noise_with_its_own_labels() -> None:
     student = Exact(lambda x, t: torch.zeros_like(x))
     objective = GuidedEndpoint(student, flow, GaussianSource((1,)), weight=0.5)
     batch = annealed(0.0, 20_000)
-    terms = objective.loss("student", batch, Draws(generator_for("fresh"), 20_000))
+    terms = loss_of(objective, "student", batch, Draws(generator_for("fresh"), 20_000))
     fresh, times = seen[0][0][:, 0], seen[1][1]
     assert stats.kstest(fresh.numpy(), "norm").pvalue > 1e-3
     assert abs(np.corrcoef(fresh, batch.x0[:, 0])[0, 1]) < 4 / math.sqrt(20_000)
@@ -179,14 +180,14 @@ def test_no_gradient_reaches_the_flow_and_ranks_share_the_batch() -> None:
     student, flow = (Exact(fs.closed_form.coupled_gaussian(MEAN, STD, rho).velocity) for rho in (0.2, 0.5))
     batch = annealed(0.0, 512)
     objective = GuidedEndpoint(student, flow, GaussianSource((1,)))
-    whole = objective.loss("student", batch, Draws(generator_for("ranks"), 512))["loss"]
+    whole = loss_of(objective, "student", batch, Draws(generator_for("ranks"), 512))["loss"]
     whole.backward()
     assert flow.shift.grad is None
     assert student.shift.grad is not None
     halves = []
     for rows in (slice(0, 256), slice(256, 512)):
         part = Pair(batch.x0[rows], batch.x1[rows], {"label": batch.cond["label"][rows]})
-        halves.append(objective.loss("student", part, Draws(generator_for("ranks"), 512, rows))["loss"].item())
+        halves.append(loss_of(objective, "student", part, Draws(generator_for("ranks"), 512, rows))["loss"].item())
     assert sum(halves) / 2 == pytest.approx(whole.item(), rel=1e-9)
 
 
@@ -229,8 +230,8 @@ def test_annealing_is_refused_where_the_base_is_not_gaussian(tmp_path: Path) -> 
     options = SlimflowOptions(method="slimflow", teacher="teacher")
     with pytest.raises(UserError, match="'annealing: false'"):
         plan(options, stage_for(tmp_path, Flat()))
-    plain = SlimflowOptions(method="slimflow", teacher="teacher", annealing=False, guided=False)
-    assert plain.guided == 0.0
+    plain = SlimflowOptions(method="slimflow", teacher="teacher", annealing=False, flow_weight=False)
+    assert plain.flow_weight == 0.0
     assert len(plan(plain, stage_for(tmp_path, Flat())).phases) == 2
 
 

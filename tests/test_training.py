@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from fewstep.flow.couplings import Facts, GaussianSource, Independent, Pair
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import Uniform
-from fewstep.methods.contract.objective import Learning, Objective
+from fewstep.methods.contract.objective import Learning, Networks, Objective, Terms
 from fewstep.methods.families.straight_line import VelocityRegression
 from fewstep.training import trainer as training
 from fewstep.training.checkpoint import Checkpoints
@@ -42,8 +43,8 @@ class LeastSquares(Objective):
     def __init__(self, student: nn.Module) -> None:
         self.modules = {"student": student}
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        return {"loss": (self.modules["student"](batch.x0) - batch.x1).square().mean()}
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
+        return {"loss": (nets["student"](batch.x0) - batch.x1).square().mean()}
 
 
 def test_a_linear_model_reaches_the_least_squares_optimum_and_so_does_its_average() -> None:
@@ -163,8 +164,8 @@ def test_logged_terms_are_means_over_the_steps_of_each_role() -> None:
     objective = TwoPlayers(student)
     loss = objective.loss
 
-    def recorded(role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        terms = loss(role, batch, draws)
+    def recorded(role: str, *arguments: Any) -> Terms:
+        terms = loss(role, *arguments)
         seen[role].append(terms["loss"].item())
         return terms
 
@@ -226,8 +227,8 @@ def test_an_infinite_loss_with_finite_gradients_is_a_bad_step() -> None:
     model = linear()
 
     class Infinite(LeastSquares):
-        def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-            return {"loss": super().loss(role, batch, draws)["loss"] + math.inf}
+        def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
+            return {"loss": super().loss(role, nets, batch, draws, done)["loss"] + math.inf}
 
     rows = torch.ones(BATCH, 3), torch.zeros(BATCH, 2)
     with pytest.raises(UserError, match=r"non-finite"):
@@ -264,8 +265,8 @@ def test_precision_sets_the_type_of_matrix_products_and_not_of_weights(precision
     seen = set()
 
     class Spy(LeastSquares):
-        def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-            y = self.modules["student"](batch.x0)
+        def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
+            y = nets["student"](batch.x0)
             seen.add(y.dtype)
             return {"loss": (y - batch.x1).square().mean()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.flow.couplings import Facts, Pair
 from fewstep.flow.noise import Draws
-from fewstep.methods.contract.objective import Objective
+from fewstep.methods.contract.objective import Networks, Objective, Terms
 from fewstep.methods.contract.options import Options
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.trainer import Trainer
@@ -82,11 +82,11 @@ class Regression(Objective):
         self.step = step
         return ("student",)
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         factor = self.hook(self.step)
         t = draws.uniform()
         x_t = (1 - t)[:, None] * batch.x0 + t[:, None] * batch.x1
-        loss = (self.modules["student"](x_t, t) - (batch.x1 - batch.x0)).square().mean()
+        loss = (nets["student"](x_t, t) - (batch.x1 - batch.x0)).square().mean()
         return {"loss": loss if factor is None else loss * factor, "x0": batch.x0.detach().mean()}
 
 
@@ -108,15 +108,15 @@ class TwoPlayers(Objective):
         self.step = step
         return ("discriminator",) if step % 2 else ("discriminator", "student")
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         factor = self.hook(self.step, role)
         start = torch.zeros(len(batch.x0))
-        judge = self.modules["discriminator"]
+        judge = nets["discriminator"]
         if role == "student":
-            loss = -judge(batch.x0 + self.modules["student"](batch.x0, start)).mean()
+            loss = -judge(batch.x0 + nets["student"](batch.x0, start)).mean()
         else:
             with torch.no_grad():
-                fake = batch.x0 + self.modules["student"](batch.x0, start)
+                fake = batch.x0 + nets["student"](batch.x0, start)
             noise = 0.1 * draws.normal((2,))
             loss = nn.functional.softplus(judge(fake)).mean() + nn.functional.softplus(-judge(batch.x1 + noise)).mean()
         return {"loss": loss if factor is None else loss * factor}

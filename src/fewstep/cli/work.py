@@ -254,7 +254,7 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
     if what == "methods":
         from fewstep.methods.registry import METHODS
 
-        return [(name, f"{spec.summary} (needs {spec.needs})") for name, spec in METHODS.items()]
+        return [(name, f"{spec.summary} (needs {spec.learns_from})") for name, spec in METHODS.items()]
     if what == "solvers":
         from fewstep.solvers.tables import SOLVERS
 

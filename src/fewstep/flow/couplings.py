@@ -32,13 +32,22 @@ class Pair:
     Attributes:
         x0, x1: (B, ...).
         cond: conditions, each (B, ...), by the name of the network's keyword (``label``, ``context``).
-        beside: rows that go along and no network is conditioned on, such as unpaired data.
+        beside: rows that no network is conditioned on, such as unpaired data; of any length.
     """
 
     x0: Tensor
     x1: Tensor
     cond: dict[str, Tensor] = field(default_factory=dict)
     beside: dict[str, Tensor] = field(default_factory=dict)
+
+    def head(self, rows: int) -> Pair:
+        """The first rows, of x0, x1 and every condition."""
+        return Pair(self.x0[:rows], self.x1[:rows], {name: value[:rows] for name, value in self.cond.items()})
+
+    def to(self, device: torch.device) -> Pair:
+        """The pair on a device."""
+        cond, beside = ({name: rows.to(device) for name, rows in some.items()} for some in (self.cond, self.beside))
+        return Pair(self.x0.to(device), self.x1.to(device), cond, beside)
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,15 @@ def block_rows(num: int, start: int, draw_block: Callable[[int], Tensor], empty:
     return rows[offset : offset + num]
 
 
+def equal_share(count: int, rows: slice, batch: int) -> slice:
+    """The share of ``count`` rows that belongs to the process which has ``rows`` of a batch.
+
+    >>> equal_share(10, slice(2, 4), 8)
+    slice(2, 5, None)
+    """
+    return slice(rows.start * count // batch, rows.stop * count // batch)
+
+
 @final
 class Draws:
     """The random draws of one training step: made for the global batch, then cut to this process's rows.
@@ -109,6 +118,11 @@ class Draws:
         self.generator = generator
         self.batch = batch
         self.rows = rows
+
+    def of(self, batch: int) -> Draws:
+        """Draws for rows beside the batch: ``batch`` of them in all, of which this process has an equal share."""
+        rows = None if self.rows is None else equal_share(batch, self.rows, self.batch)
+        return Draws(self.generator, batch, rows)
 
     def uniform(self) -> Tensor:
         """``(b,)`` draws of U[0, 1)."""

@@ -1,4 +1,8 @@
-"""Calls of networks in full precision."""
+"""Calls of networks in float32 whatever the precision of the stage.
+
+bfloat16 keeps eight bits. The difference of two networks that nearly agree has fewer right digits than either, and a
+derivative by differences fewer still: those calls are made here.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,16 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from fewstep.flow.field import Velocity
+
 
 @final
 class full_precision:
-    """No graph and no autocast: targets are numbers, and derivatives need all their digits."""
+    """A context without autograd graph and without autocast, for targets and their derivatives.
+
+    Args:
+        like: a tensor on the device whose autocast is switched off.
+    """
 
     def __init__(self, like: Tensor) -> None:
         self._contexts = (torch.no_grad(), torch.autocast(like.device.type, enabled=False))
@@ -22,3 +32,23 @@ class full_precision:
     def __exit__(self, *failed: Any) -> None:
         for context in reversed(self._contexts):
             context.__exit__(*failed)
+
+
+def in_full(network: Velocity, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """``network(x, t, **cond)`` with its autograd graph and without autocast.
+
+    Args:
+        network: ``v(x, t, **cond)``.
+        x: (B, ...).
+        t: (B,).
+        cond: handed to the network.
+
+    Returns:
+        (B, ...), in the precision of the network's weights.
+
+    >>> in_full(lambda x, t: -x, torch.ones(2, 1), torch.zeros(2)).tolist()
+    [[-1.0], [-1.0]]
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        out: Tensor = network(x, t, **cond)
+    return out

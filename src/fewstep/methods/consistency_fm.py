@@ -17,34 +17,53 @@ From data the stage begins, for a share ``regression`` of its samples, with ``r 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Mapping
+from typing import ClassVar, final
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import expand_time
-from fewstep.methods.contract.objective import Batches, Objective
-from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.flow.precision import in_full
+from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
+from fewstep.methods.contract.stage import Needs, Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.methods.families.consistency_target import Steps, consistent, neighbour, step_calls, step_velocity
-from fewstep.methods.families.target_average import TargetAverage, in_full
+from fewstep.methods.families.consistency_loss import (
+    TeacherStep,
+    consistent,
+    neighbour,
+    step_calls,
+    step_velocity,
+)
+from fewstep.methods.families.target_average import TargetAverage
+from fewstep.methods.families.time_windows import window_start
 from fewstep.methods.families.velocity_source import MapOptions, VelocitySource, velocity_source
-from fewstep.methods.piecewise import window_start
 from fewstep.solvers.maps import SampleRule
 
 
 class ConsistencyFMOptions(MapOptions):
     """Options of ``method: consistency_fm``."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"steps": "teacher_step"}
+
     segments: int = Field(2, gt=0, description="segments of time, K: one call each")
     gap: float = Field(0.05, gt=0, le=1, description="r - t")
     alpha: float = Field(1e-5, ge=0, description="weight of velocity consistency")
     target_ema: float = Field(0.9, ge=0, lt=1, description="decay of the target's weight average, per step; 0: none")
-    steps: Steps = Field("heun", description="the teacher's step from t to r: heun (two calls) or euler")
+    teacher_step: TeacherStep = Field("heun", description="the teacher's step from t to r: heun (two calls) or euler")
     regression: float = Field(1 / 3, ge=0, lt=1, description="share of samples that begin, without a teacher")
+
+    @model_validator(mode="after")
+    def _gap_inside_a_segment(self) -> ConsistencyFMOptions:
+        if self.gap * self.segments >= 1.0:
+            raise ValueError(
+                f"segments: {self.segments} are 1/{self.segments} long, and gap: {self.gap:g} reaches every segment's "
+                "end: no row would ever be compared with another one, which is plain flow matching. Lower gap below "
+                f"{1 / self.segments:g}, or take fewer segments"
+            )
+        return self
 
 
 def segment_end(t: Tensor, segments: int) -> Tensor:
@@ -63,7 +82,7 @@ class ConsistencyFM(Objective):
         gap: r - t, where it stays within the segment; 1 is regression of the segments' ends.
         alpha: weight of velocity consistency.
         target_ema: decay of the target's average.
-        steps: of a teacher.
+        teacher_step: by which a teacher goes from t to r.
     """
 
     def __init__(
@@ -75,27 +94,30 @@ class ConsistencyFM(Objective):
         *,
         alpha: float = 1e-5,
         target_ema: float = 0.9,
-        steps: Steps = "heun",
+        teacher_step: TeacherStep = "heun",
     ) -> None:
         self.modules = {"student": student}
-        self.source, self.segments, self.gap, self.alpha, self.steps = source, segments, gap, alpha, steps
-        self.follower = TargetAverage(student, target_ema)
-        self.state = self.follower.state
+        self.source, self.segments, self.gap, self.alpha = source, segments, gap, alpha
+        self.teacher_step = teacher_step
+        self.target_average = TargetAverage(student, target_ema)
+        self.state = self.target_average.state
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        self.follower.update()
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         t = draws.uniform().to(batch.x1)
         end = segment_end(t, self.segments)
         r = (t + self.gap).minimum(end)
         x_t = self.source.path.interpolate(batch.x0, batch.x1, t)
-        w = step_velocity(self.source, batch, x_t, t, r, self.steps)
+        w = step_velocity(self.source, batch, x_t, t, r, self.teacher_step)
         v_r = w  # of no weight where every r is an end
         if self.gap < 1 / self.segments:
-            v_r = self.follower(neighbour(x_t, w, t, r), r, **batch.cond)
-        v = in_full(self.modules["student"], x_t, t, **batch.cond)
+            v_r = self.target_average(neighbour(x_t, w, t, r), r, **batch.cond)
+        v = in_full(nets["student"], x_t, t, **batch.cond)
         endpoint = (expand_time(end - t, v) * (v - consistent(w, v_r, t, r, end))).square().mean()
         velocity = (expand_time(r < end, v) * (v - v_r)).square().mean()
         return {"loss": endpoint + self.alpha * velocity, "endpoint": endpoint.detach(), "velocity": velocity.detach()}
+
+    def after_step(self, role: str) -> None:
+        self.target_average.update()
 
 
 def plan(options: ConsistencyFMOptions, stage: Stage) -> Plan:
@@ -117,7 +139,7 @@ def plan(options: ConsistencyFMOptions, stage: Stage) -> Plan:
                 gap,
                 alpha=options.alpha,
                 target_ema=options.target_ema,
-                steps=options.steps,
+                teacher_step=options.teacher_step,
             )
             return objective, source.batches()
 
@@ -134,8 +156,8 @@ SPEC = Spec(
     options=ConsistencyFMOptions,
     plan=plan,
     summary="K calls, one per segment of time: neighbours on a trajectory agree on its end",
-    needs="data; teacher optional",
+    learns_from="data; teacher optional",
     makes="map",
     cite=("yang2024consistency",),
-    online_calls=lambda options: step_calls(options, options.steps),
+    needs=lambda options: Needs(guidance=options.guidance, teacher_calls=step_calls(options, options.teacher_step)),
 )

@@ -15,9 +15,8 @@ teacher itself,
 
     v(x, t) = (u(x, t) + u(y, t + h)) / 2,   y = x + h u(x, t).
 
-The points x lie on the trajectories that those steps make from fresh noise, which is where the student will be called.
-(The paper takes noised data, which has that law only where noise and data are independent; the interpolant of a curved
-teacher's pair has another one.) No pairs are made.
+The points x lie on the trajectories that those steps make from fresh noise, because the student is called there. (The
+paper takes noised data, which has that law only where noise and data are independent.) No pairs are made.
 """
 
 from __future__ import annotations
@@ -34,9 +33,10 @@ from fewstep.flow.couplings import Independent, Pair
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear
-from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.flow.precision import full_precision
+from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
 from fewstep.methods.contract.options import PairOptions
-from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.stage import Needs, Phase, Plan, Spec, Stage, pair_needs
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.distances import find_distance
 from fewstep.methods.families.straight_line import EndpointRegression
@@ -82,15 +82,15 @@ class GridRegression(Objective):
         self.steps = steps
         self.distance = find_distance(distance)
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         t = (draws.uniform() * self.steps).floor().to(batch.x0) / self.steps
         x_t = Linear().interpolate(batch.x0, batch.x1, t)
-        v = self.modules["student"](x_t, t, **batch.cond)
+        v = nets["student"](x_t, t, **batch.cond)
         return {"loss": self.distance(v, batch.x1 - batch.x0)}
 
 
 def two_steps(flow: Velocity, x: Tensor, t: Tensor, h: float, cond: Mapping[str, Tensor]) -> Tensor:
-    """The mean velocity of two Euler steps of length h: ``(u(x, t) + u(x + h u(x, t), t + h)) / 2``."""
+    """The mean velocity of two Euler steps of length h, (B, ...): ``(u(x, t) + u(x + h u(x, t), t + h)) / 2``."""
     u = flow(x, t, **cond)
     return 0.5 * (u + flow(x + h * u, t + h, **cond))
 
@@ -112,11 +112,11 @@ class Halving(Objective):
         self.steps = steps
         self.distance = find_distance(distance)
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         number = (draws.uniform() * self.steps).long().to(batch.x0.device)
-        with torch.no_grad():
+        with full_precision(batch.x0):
             x, target = self.pieces(batch.x0, number, batch.cond)
-        v = self.modules["student"](x, number.to(x) / self.steps, **batch.cond)
+        v = nets["student"](x, number.to(x) / self.steps, **batch.cond)
         return {"loss": self.distance(v, target)}
 
     def pieces(self, x0: Tensor, number: Tensor, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -153,19 +153,21 @@ def plan(options: DistillOptions, stage: Stage) -> Plan:
 
 
 def halving_schedule(options: DistillOptions) -> list[int]:
-    """The steps of the students on the way from ``progressive`` to ``steps``; none without ``progressive``."""
+    """The students' numbers of steps, from half of ``progressive`` down to ``steps``; empty without ``progressive``."""
     count = 0 if options.progressive is None else round(math.log2(options.progressive // options.steps))
     return [options.steps * 2**power for power in reversed(range(count))]
 
 
-def online_calls(options: DistillOptions) -> int:
-    """Network calls per sample of the flow that is halved: two per step on the way to a step drawn at random."""
+def needs(options: DistillOptions) -> Needs:
+    """Pairs, or with ``progressive`` calls of the flow that is halved: two per step up to a step drawn at random."""
     halved = halving_schedule(options)
-    return round(sum(number + 1 for number in halved) / len(halved)) if halved else 0
+    if not halved:
+        return pair_needs(options)
+    return Needs(guidance=options.guidance, teacher_calls=round(sum(steps + 1 for steps in halved) / len(halved)))
 
 
 def halvings(options: DistillOptions, stage: Stage, student: nn.Module) -> list[Phase]:
-    """A phase for every number of steps from half of ``progressive`` down to ``steps``, of equal length; else none."""
+    """A phase for every number of steps of :func:`halving_schedule`, of equal length."""
     halved = halving_schedule(options)
     ends = [options.samples * place // len(halved) for place in range(1, len(halved) + 1)]
     return [
@@ -198,8 +200,8 @@ SPEC = Spec(
     options=DistillOptions,
     plan=plan,
     summary="student of one or a few steps that regresses the teacher's endpoints",
-    needs="teacher, pairs",
+    learns_from="teacher, pairs",
     makes="map",
     cite=("liu2023flow", "salimans2022progressive"),
-    online_calls=online_calls,
+    needs=needs,
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 from fewstep.flow.paths import expand_time
 from fewstep.methods.contract.stage import Plan, Spec, Stage
 from fewstep.methods.families.distribution import Point, rows_mean
-from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.families.distribution_stage import MatchingOptions, matching_needs, plan_matching
 
 
 class DMDOptions(MatchingOptions):
@@ -29,7 +29,10 @@ class DMDOptions(MatchingOptions):
 
     online_lr: float = Field(2e-3, gt=0, description="peak learning rate of the online model")
     online_ema: float = Field(
-        0.8, ge=0, lt=1, description="decay of the online model's average, at which the generator looks; 0: at itself"
+        0.8,
+        ge=0,
+        lt=1,
+        description="decay of the online model's average, which the generator is compared with; 0: the model itself",
     )
     weight: Literal["normalised", "kl"] = Field("normalised", description="of times; kl: the divergence's own")
 
@@ -65,9 +68,9 @@ SPEC = Spec(
     options=DMDOptions,
     plan=plan,
     summary="one call: scores of generator and teacher pull the samples, cheaper and mode-seeking",
-    needs="teacher, data for labels",
+    learns_from="teacher, data for labels",
     makes="map",
     cite=("yin2024one", "yin2024improved"),
-    online_calls=online_calls,
+    needs=matching_needs,
     starts_from_maps=True,
 )

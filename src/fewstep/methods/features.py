@@ -30,7 +30,7 @@ from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Coupling, Facts, Pair
 from fewstep.flow.noise import Draws
-from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
@@ -79,8 +79,8 @@ def wanted(x: Tensor) -> Tensor:
     return x.flatten(1)
 
 
-def network(options: FeaturesOptions, data: DataSet) -> dict[str, Any]:
-    """The resolved configuration of the stage's network; the recipe's shared one is of velocities, and not meant."""
+def network(options: FeaturesOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """The resolved configuration of the stage's own network; the recipe's shared one is of velocities, and not used."""
     outputs = data.classes
     if task(options, data) == "noise":
         outputs = wanted(torch.zeros(1, *data.shape)).shape[1]
@@ -127,8 +127,8 @@ class Classification(Objective):
         self.modules = {"student": student}
         self.blur = blur
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        logits, label = self.modules["student"](self.blur(batch.x1, draws)[1]), batch.cond["label"]
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
+        logits, label = nets["student"](self.blur(batch.x1, draws)[1]), batch.cond["label"]
         right = (logits.detach().argmax(1) == label).float().mean()
         return {"loss": F.cross_entropy(logits, label), "accuracy": right}
 
@@ -141,9 +141,9 @@ class Denoising(Objective):
         self.modules = {"student": student}
         self.blur = blur
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         clean, noisy = self.blur(batch.x1, draws)
-        return {"loss": (self.modules["student"](noisy) - wanted(clean)).square().mean()}
+        return {"loss": (nets["student"](noisy) - wanted(clean)).square().mean()}
 
 
 @final
@@ -187,7 +187,7 @@ SPEC = Spec(
     options=FeaturesOptions,
     plan=plan,
     summary="a feature network for perceptual losses and Fréchet distances: a classifier, or a denoiser without labels",
-    needs="data",
+    learns_from="data",
     makes="features",
     network=network,
     cite=("zhang2018unreasonable", "alain2014regularized"),

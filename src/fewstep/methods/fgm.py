@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fewstep.methods.contract.stage import Plan, Spec, Stage
 from fewstep.methods.families.distribution import Point, rows_mean
-from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.families.distribution_stage import MatchingOptions, matching_needs, plan_matching
 
 
 class FGMOptions(MatchingOptions):
@@ -59,9 +59,9 @@ SPEC = Spec(
     options=FGMOptions,
     plan=plan,
     summary="one call: the generator's flow becomes the teacher's, by the exact gradient of their distance",
-    needs="teacher, data for labels",
+    learns_from="teacher, data for labels",
     makes="map",
     cite=("huang2024flow",),
-    online_calls=online_calls,
+    needs=matching_needs,
     starts_from_maps=True,
 )

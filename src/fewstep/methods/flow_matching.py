@@ -9,10 +9,12 @@ super-resolution, where the network sees the known part as its context).
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import (
     Coupling,
@@ -28,8 +30,9 @@ from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.methods.contract.objective import Batches, Objective
 from fewstep.methods.contract.options import Options
-from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage, velocity_network
 from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.distances import ROBUST, require_many_values, robust_note
 from fewstep.methods.families.straight_line import VelocityRegression
 from fewstep.methods.training_pairs.batches import DataBatches
 from fewstep.methods.training_pairs.semidiscrete_batches import SemidiscreteBatches
@@ -53,6 +56,11 @@ class FlowMatchingOptions(Options):
     time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, ushape:a, exponential:rate")
     loss: Literal["l2", "l1", "huber"] = "l2"
     label_dropout: float = Field(0.1, ge=0, lt=1, description="share of null labels, for guidance")
+
+    @property
+    def noisy_targets(self) -> bool:
+        """Whether one state has many targets. Semidiscrete pairs are those of a map whose lines do not cross."""
+        return self.coupling != "semidiscrete"
 
     @model_validator(mode="after")
     def _known_words(self) -> FlowMatchingOptions:
@@ -91,9 +99,22 @@ def context_size(options: FlowMatchingOptions, shape: tuple[int, ...]) -> int:
     return shape[0] if options.coupling == "super_resolution" else 0
 
 
+def network(options: FlowMatchingOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """The velocity network, which takes the context of the coupling.
+
+    Raises:
+        UserError: a robust loss on noisy targets of few values.
+    """
+    robust = options.noisy_targets and options.loss in ROBUST
+    require_many_values(f"loss: {options.loss}", robust, data.shape, "leave 'loss' out")
+    return velocity_network(options, data, config, classes, context=context_size(options, data.shape))
+
+
 def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
     """One phase on data rows."""
     student = stage.build()
+    if options.noisy_targets and options.loss in ROBUST:
+        stage.world.say(robust_note(options.loss))
     coupling = None if options.coupling == "semidiscrete" else make_coupling(options, stage)
     facts = Facts(independent=False, deterministic=True, gaussian=stage.source.gaussian)
     if coupling is not None:
@@ -126,7 +147,7 @@ SPEC = Spec(
     options=FlowMatchingOptions,
     plan=plan,
     summary="train a velocity field on data (the teacher)",
-    needs="data",
-    context=context_size,
+    learns_from="data",
+    network=network,
     cite=("lipman2023flow", "liu2023flow"),
 )

@@ -1,33 +1,35 @@
 """One-step distillation with several objectives: regression, then perceptual, then adversarial.
 
 The student ``G(z) = z + v_theta(z, 0)`` starts from a (straightened) flow and learns in stages, each of which may be
-left out: the distance to the teacher's endpoints; that and the distance of features, which forgives what an eye does
-not see; both and a discriminator, which punishes what no real sample looks like. InstaFlow proper (Liu et al.,
-arXiv:2309.06380) is the first two: regression with the squared distance, then LPIPS.
+left out: the distance to the teacher's endpoints; the same with a distance of features, which does not count
+differences that an eye does not see; both with a discriminator, which tells samples from real ones. InstaFlow as
+published (Liu et al., arXiv:2309.06380) is the first two, with LPIPS alone in the second: ``shares: [2, 1, 0]``,
+``reconstruction: 0``, ``features: lpips:vgg``.
 
 An ODE teacher has one endpoint per noise, so regression alone has the exact map as its optimum, and blurs only where
-the network is too small for it. The adversarial term against ``real: data`` can do better than the teacher, and pulls
-away from its endpoints while it does: watch ``rmse`` and ``recall`` in the statistics together.
+the network is too small for it. With ``discriminator_real: data`` the adversarial term can do better than the teacher;
+it then moves samples away from the teacher's endpoints, so read ``rmse`` and ``recall`` of the statistics together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, field_validator, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from fewstep.flow.couplings import Independent
 from fewstep.flow.noise import mix
 from fewstep.methods.contract.objective import Batches, Learning, Objective
 from fewstep.methods.contract.options import PairOptions
-from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage, pair_needs
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.adversarial import find_adversarial
-from fewstep.methods.families.adversarial_distillation import Adversary, MultiObjective, Real
-from fewstep.methods.families.distances import find_distance
+from fewstep.methods.families.adversarial_distillation import AdversarialDistillation, Adversary, Real
+from fewstep.methods.families.distances import Distance, find_distance
 from fewstep.methods.guards.coverage import CoverageGuard
 from fewstep.methods.training_pairs.batches import BesideBatches, DataBatches, StoredBatches
 from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, pair_facts
@@ -41,15 +43,20 @@ PHASES = ("regression", "perceptual", "adversarial")
 class InstaflowOptions(PairOptions):
     """Options of ``method: instaflow``."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"real": "discriminator_real"}
+
     samples: int = Field(800_000, gt=0, description="samples seen in the stage, over its phases")
     shares: tuple[float, float, float] = Field(
         (0.5, 0.1, 0.4), description="of the samples: regression, perceptual, adversarial; 0 leaves a phase out"
     )
     loss: Literal["l2", "l1", "huber"] = "l2"
+    reconstruction: float = Field(
+        1.0, ge=0, description="weight of the distance to the endpoints after the first phase; 0: features alone"
+    )
     features: str | None = Field(None, description="a 'features' stage, a folder or file, or lpips:vgg; none: off")
     perceptual: float = Field(0.1, ge=0, description="weight of the perceptual term, where features are named")
     adversarial: float = Field(0.25, ge=0, description="pull of the adversarial term, as a share of the others'")
-    real: Real = Field("data", description="what the discriminator takes for real")
+    discriminator_real: Real = Field("data", description="what the discriminator takes for real")
     gan: Literal["relativistic", "non_saturating", "hinge"] = "relativistic"
     sees: Literal["samples", "features"] = Field(
         "samples", description="what the discriminator looks at; 'features' beside the samples, where they are named"
@@ -60,6 +67,12 @@ class InstaflowOptions(PairOptions):
     discriminator_turns: int = Field(1, gt=0, description="of the discriminator per turn of the student")
     adversarial_lr: float = Field(1e-3, gt=0, description="of the student in the adversarial phase")
     ramp: float = Field(0.1, ge=0, le=1, description="share of the adversarial phase in which the term is raised")
+
+    @model_validator(mode="after")
+    def _features_alone(self) -> InstaflowOptions:
+        if self.reconstruction == 0.0 and (self.features is None or self.perceptual == 0.0):
+            raise ValueError("'reconstruction: 0' leaves the features alone, and none are used: add 'features: STAGE'")
+        return self
 
     @model_validator(mode="after")
     def _features_to_see(self) -> InstaflowOptions:
@@ -92,9 +105,9 @@ def plan(options: InstaflowOptions, stage: Stage) -> Plan:
     """Up to three phases on generated pairs."""
     student = stage.build()
     assert stage.teacher is not None
-    if options.real != "teacher" and not stage.teacher.follows_data(options.guidance):
+    if options.discriminator_real != "teacher" and not stage.teacher.follows_data(options.guidance):
         stage.world.say("note: guided endpoints follow another law than the data: only they count as real.")
-        options = options.model_copy(update={"real": "teacher"})
+        options = options.model_copy(update={"discriminator_real": "teacher"})
     features = None
     if options.features is not None and (options.perceptual > 0 or options.sees == "features"):
         scaling = stage.data.scaling.as_dict()
@@ -126,7 +139,7 @@ def _preparer(
         adversary = None
         if phase == "adversarial":
             adversary = make_adversary(options, stage, samples, features)
-            if options.real != "teacher":
+            if options.discriminator_real != "teacher":
                 key = (stage.seed, stage.name, "real")
                 data = DataBatches(stage.data, Independent(stage.source), stage.conditional, stage.dequantise, key)
                 batches = BesideBatches(batches, data)
@@ -136,17 +149,21 @@ def _preparer(
             if adversary
             else f"Lower lr (now {options.lr:g})."
         )
-        monitor = CoverageGuard(student, store.held_out_rows(), stage.name, advice)
-        weighted = None
-        if features is not None and options.perceptual > 0 and phase != "regression":
-
-            def weighted(x: Tensor, y: Tensor) -> Tensor:
-                return options.perceptual * features(x, y)
-
-        distance = find_distance(options.loss)
-        return MultiObjective(student, distance, weighted, adversary, monitor, stage.world), batches
+        guard = CoverageGuard(student, store.held_out_rows(), stage.name, advice)
+        near: Distance | None = find_distance(options.loss)
+        alike: Distance | None = None
+        if phase != "regression":
+            near = weighted(options.reconstruction, find_distance(options.loss))
+            alike = None if features is None else weighted(options.perceptual, features)
+        objective = AdversarialDistillation(student, near, alike, adversary, guard, stage.world)
+        return objective, batches
 
     return prepare
+
+
+def weighted(weight: float, distance: Distance) -> Distance | None:
+    """``weight * distance``; None for the weight 0."""
+    return None if weight == 0.0 else lambda x, y: weight * distance(x, y)
 
 
 def make_adversary(
@@ -164,8 +181,9 @@ def make_adversary(
         gamma=options.gamma,
         every=options.penalty_every,
         turns=options.discriminator_turns,
-        real=options.real,
-        ramp=round(options.ramp * samples / options.batch_size),
+        real=options.discriminator_real,
+        ramp=options.ramp,
+        steps=samples / options.batch_size,
         learning={
             "student": Learning(options.adversarial_lr, (0.5, 0.99)),
             "discriminator": Learning(options.discriminator_lr, (0.5, 0.99)),
@@ -177,7 +195,8 @@ SPEC = Spec(
     options=InstaflowOptions,
     plan=plan,
     summary="one-step student: regression, perceptual and adversarial objectives in stages",
-    needs="teacher, pairs, data",
+    learns_from="teacher, pairs, data",
+    needs=lambda options: replace(pair_needs(options), features=options.features),
     makes="map",
     cite=("liu2024instaflow",),
 )

@@ -12,7 +12,6 @@ training ran away on digits), and the rows on the diagonal r = t, a share ``diag
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import final
 
 import torch
@@ -20,21 +19,21 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
-from fewstep.flow.derivatives import Way
+from fewstep.flow.derivatives import Mode
 from fewstep.flow.noise import Draws
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.derivative_mode import end_derivative, settle_derivative
 from fewstep.methods.families.end_derivative import EndDerivative
-from fewstep.methods.families.flow_map import Announcement, Times, caller, draw_times, weighted_square, where_rows
+from fewstep.methods.families.flow_map import Times, draw_times, weighted_square, where_rows
 from fewstep.methods.families.target_average import TargetAverage
 from fewstep.methods.families.velocity_source import (
     PairOfTimesOptions,
     VelocitySource,
-    refuse_dropout,
-    teacher_calls,
-    two_time,
+    map_needs,
+    two_time_network,
     velocity_source,
 )
 from fewstep.solvers.maps import SampleRule
@@ -62,8 +61,7 @@ class Lagrangian(Objective):
         law: the law of both times.
         diagonal: share of rows with r = t.
         target_ema: decay of the average that is the target without a teacher.
-        way: how the derivative is taken.
-        say: told once if that is not forward mode.
+        derivative: how the derivative is taken.
     """
 
     def __init__(
@@ -74,32 +72,30 @@ class Lagrangian(Objective):
         diagonal: float = 0.5,
         *,
         target_ema: float = 0.99,
-        way: Way = "auto",
-        say: Callable[[str], None] | None = None,
+        derivative: Mode = "auto",
     ) -> None:
         self.modules = {"student": student}
         self.source, self.law, self.diagonal = source, law, diagonal
-        self.average = caller(self.modules)
-        self.end = EndDerivative(self.average, way)
-        self.announce = Announcement(say)
-        self.follower = TargetAverage(student, target_ema) if source.velocity is None else None
-        self.state = {} if self.follower is None else self.follower.state
+        self.derivative = derivative
+        self.target_average = TargetAverage(student, target_ema) if source.velocity is None else None
+        self.state = {} if self.target_average is None else self.target_average.state
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        if self.follower is not None:
-            self.follower.update()
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         times = draw_times(self.law, self.diagonal, draws, batch.x1)
         x_t = self.source.path.interpolate(batch.x0, batch.x1, times.t)
         with torch.autocast(x_t.device.type, enabled=False):
-            end, speed = self.end(x_t, times, batch.cond)
-        self.announce(self.end.used)
+            end, speed = EndDerivative(nets["student"], self.derivative)(x_t, times, batch.cond)
         return {"loss": weighted_square(speed - self.target(batch, end.detach(), times))}
+
+    def after_step(self, role: str) -> None:
+        if self.target_average is not None:
+            self.target_average.update()
 
     def target(self, batch: Pair, end: Tensor, times: Times) -> Tensor:
         """The velocity at the map's end, (B, ...), without a graph."""
-        if self.follower is None:
+        if self.target_average is None:
             return self.source.velocity_at(batch, end, times.r)
-        own = self.follower(end, times.r, r=times.r, **batch.cond)
+        own = self.target_average(end, times.r, r=times.r, **batch.cond)
         return where_rows(times.diagonal, self.source.velocity_at(batch, end, times.t), own)
 
 
@@ -111,18 +107,15 @@ def plan(options: LagrangianOptions, stage: Stage) -> Plan:
             network with dropout.
     """
     source, student = velocity_source(options, stage), stage.build()
-    refuse_dropout(stage, options.derivative)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-        law, say = make_time_law(options.time), stage.world.say
         objective = Lagrangian(
             student.to(stage.world.device),
             source,
-            law,
+            make_time_law(options.time),
             options.diagonal,
             target_ema=options.target_ema,
-            way=options.derivative,
-            say=say,
+            derivative=settle_derivative(stage, student, source, options.derivative, end_derivative),
         )
         return objective, source.batches()
 
@@ -134,9 +127,9 @@ SPEC = Spec(
     options=LagrangianOptions,
     plan=plan,
     summary="any number of steps from one: the map's end follows the flow",
-    needs="data; teacher optional",
+    learns_from="data; teacher optional",
     makes="map",
     cite=("boffi2025flow", "boffi2025build"),
-    changes=two_time,
-    online_calls=teacher_calls,
+    needs=map_needs,
+    network=two_time_network,
 )

@@ -32,7 +32,7 @@ dimensions that is another map, so there it is refused; in many dimensions it tr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, ClassVar, Literal, final
 
@@ -40,23 +40,24 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
-from fewstep.flow.derivatives import Derivative, Way
+from fewstep.flow.derivatives import Derivative, Mode
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import expand_time
-from fewstep.flow.precision import full_precision
+from fewstep.flow.precision import full_precision, in_full
 from fewstep.flow.time_laws import TimeLaw, make_time_law
-from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
 from fewstep.methods.contract.options import baked_in
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.methods.families.consistency_target import consistent, neighbour
+from fewstep.methods.families.consistency_loss import consistent, neighbour
+from fewstep.methods.families.derivative_mode import settle_derivative
+from fewstep.methods.families.distances import FEW_VALUES
 from fewstep.methods.families.flow_map import (
-    Announcement,
     Times,
-    caller,
     composition_target,
     derivative_target,
     draw_times,
@@ -65,19 +66,17 @@ from fewstep.methods.families.flow_map import (
     where_rows,
 )
 from fewstep.methods.families.straight_line import drop_labels
-from fewstep.methods.families.target_average import Progress, in_full
 from fewstep.methods.families.velocity_source import (
     PairOfTimesOptions,
     VelocitySource,
-    refuse_dropout,
-    teacher_calls,
-    two_time,
+    map_needs,
+    two_time_network,
     velocity_source,
 )
 from fewstep.solvers.maps import SampleRule
 
-FEW_VALUES = 50  # below, a robust weight on noisy targets changes the solution
 STEEPNESS, FLOOR = 25.0, 5e-3  # of the sigmoid along which a falls, and where it stops; it is 1 above 1 - FLOOR
+DERIVATIVE_TARGETS = ("derivative", "improved")
 
 Target = Literal["derivative", "improved", "alpha", "split"]
 
@@ -114,28 +113,34 @@ def alpha_at(done: float) -> float:
 
 @final
 class SelfGuidance:
-    """The velocity of rows with a label, guided by the student's own ones.
+    """The velocity of rows with a label, guided by the student's own velocities.
 
     Args:
-        average: the student ``u(x, t, r=r, label=label)``.
         scale: s.
         own: k.
         null: the label of rows without one.
         dropout: share of labels that are replaced by it.
     """
 
-    def __init__(self, average: Velocity, scale: float, own: float, null: int, dropout: float) -> None:
-        self.average, self.scale, self.own, self.null, self.dropout = average, scale, own, null, dropout
+    def __init__(self, scale: float, own: float, null: int, dropout: float) -> None:
+        self.scale, self.own, self.null, self.dropout = scale, own, null, dropout
 
     def drop(self, batch: Pair, draws: Draws) -> Pair:
         """The batch with some labels replaced."""
         return replace(batch, cond=drop_labels(batch.cond, self.null, self.dropout, draws))
 
-    def __call__(self, v: Tensor, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        """``s (1 - k) v + (1 - s) (1 - k) u_null + k u_label``, or v where the label is the null one."""
+    def __call__(self, u: Velocity, v: Tensor, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
+        """``s (1 - k) v + (1 - s) (1 - k) u_null + k u_label``, or v where the label is the null one.
+
+        Args:
+            u: the student, ``u(x, t, r=r, label=label)``.
+            v: velocities without guidance, (B, ...).
+            x, t: where, (B, ...) and (B,).
+            cond: conditions of the rows, the label among them.
+        """
         with full_precision(x):
-            free = self.average(x, t, r=t, **{**cond, "label": None}).to(v)
-            known = self.average(x, t, r=t, **cond).to(v)
+            free = u(x, t, r=t, **{**cond, "label": None}).to(v)
+            known = u(x, t, r=t, **cond).to(v)
         guided = free.lerp(v, self.scale).lerp(known, self.own)
         return where_rows(cond["label"] == self.null, v, guided)
 
@@ -150,11 +155,9 @@ class MeanFlow(Objective):
         law: the law of both times.
         diagonal: share of rows with r = t.
         target: which of the targets.
-        total: optimiser steps of the training, along which a falls.
         p, c: of the weight.
         guide: guidance by the student itself.
-        way: how the derivative is taken.
-        say: told once if that is not forward mode.
+        derivative: how the derivative is taken.
     """
 
     def __init__(
@@ -165,55 +168,48 @@ class MeanFlow(Objective):
         diagonal: float = 0.5,
         *,
         target: Target = "derivative",
-        total: int = 1,
         p: float = 0.0,
         c: float = 1e-3,
-        guide: Callable[[Velocity], SelfGuidance] | None = None,
-        way: Way = "auto",
-        say: Callable[[str], None] | None = None,
+        guide: SelfGuidance | None = None,
+        derivative: Mode = "auto",
     ) -> None:
         self.modules = {"student": student}
         self.source, self.law, self.diagonal, self.kind, self.p, self.c = source, law, diagonal, target, p, c
-        self.average = caller(self.modules)
-        self.guide = None if guide is None else guide(self.average)
-        self.derivative, self.announce = Derivative(self.average, way), Announcement(say)
-        self.progress = Progress(total)
-        self.state = self.progress.state if target == "alpha" else {}
+        self.guide, self.derivative = guide, derivative
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         if self.guide is not None:
             batch = self.guide.drop(batch, draws)
         times = draw_times(self.law, self.diagonal, draws, batch.x1)
         x_t = self.source.path.interpolate(batch.x0, batch.x1, times.t)
+        student = nets["student"]
         if self.kind != "alpha":
-            target = self.target(batch, x_t, times, draws)
-            u = self.modules["student"](x_t, times.t, r=times.r, **batch.cond)
+            target = self.target(student, batch, x_t, times, draws)
+            u = student(x_t, times.t, r=times.r, **batch.cond)
             return {"loss": weighted_square(u - target, self.p, self.c)}
-        alpha = alpha_at(self.progress.step())
-        target = self.target(batch, x_t, times, draws, alpha)
-        u = in_full(self.modules["student"], x_t, times.t, r=times.r, **batch.cond)
+        alpha = alpha_at(done)
+        target = self.target(student, batch, x_t, times, draws, alpha)
+        u = in_full(student, x_t, times.t, r=times.r, **batch.cond)
         scale = expand_time(torch.where(times.diagonal, 1.0, alpha**-0.5), u)
         return {"loss": weighted_square(scale * (u - target), self.p, self.c), "alpha": torch.tensor(alpha)}
 
-    def target(self, batch: Pair, x_t: Tensor, times: Times, draws: Draws, alpha: float = 1.0) -> Tensor:
-        """What u is drawn to: v on the diagonal, y elsewhere; without a graph."""
+    def target(self, u: Velocity, batch: Pair, x_t: Tensor, times: Times, draws: Draws, alpha: float = 1.0) -> Tensor:
+        """What u is regressed on, (B, ...), without a graph: v on the diagonal, y elsewhere."""
         v = self.source.velocity_at(batch, x_t, times.t)
         if self.guide is not None:
-            v = self.guide(v, x_t, times.t, batch.cond)
+            v = self.guide(u, v, x_t, times.t, batch.cond)
         share = draws.uniform().to(x_t) if self.kind == "split" else None
 
         def make(rows: Tensor, x: Tensor, apart: Times, cond: Mapping[str, Any]) -> Tensor:
             if share is not None:
                 q = apart.t + share[rows] * (apart.r - apart.t)
-                return composition_target(self.average, x, apart, q, cond)
+                return composition_target(u, x, apart, q, cond)
             if self.kind == "alpha":
                 q = apart.t + alpha * (apart.r - apart.t)
-                following = self.average(neighbour(x, v[rows], apart.t, q), q, r=apart.r, **cond).to(x)
+                following = u(neighbour(x, v[rows], apart.t, q), q, r=apart.r, **cond).to(x)
                 return consistent(v[rows], following, apart.t, q, apart.r)
-            along = self.average(x, apart.t, r=apart.t, **cond).to(x) if self.kind == "improved" else None
-            found = derivative_target(self.derivative, x, apart, v[rows], cond, along)
-            self.announce(self.derivative.used)
-            return found
+            along = u(x, apart.t, r=apart.t, **cond).to(x) if self.kind == "improved" else None
+            return derivative_target(Derivative(u, self.derivative), x, apart, v[rows], cond, along)
 
         return off_diagonal(v, x_t, times, batch.cond, make)
 
@@ -226,29 +222,27 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
             network with dropout; guidance without labels.
     """
     source, student = velocity_source(options, stage), stage.build()
-    refuse_dropout(stage, options.derivative)
     alone = options.teacher is None and options.guidance != 1.0
     if alone and not stage.conditional:
         raise UserError(f"guidance {options.guidance:g} compares with and without labels: set 'conditional: true'.")
     facts = replace(source.facts, guidance=baked_in(options.guidance)) if alone else source.facts
 
-    def guide(average: Velocity) -> SelfGuidance:
-        null = stage.data.classes
-        return SelfGuidance(average, options.guidance, options.own, null, options.label_dropout)
+    guide = SelfGuidance(options.guidance, options.own, stage.data.classes, options.label_dropout) if alone else None
+    if options.p > 0 and options.teacher is None:
+        stage.world.say(f"note: p: {options.p:g} with data pairs trades recall for precision; p: 0 is exact.")
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
+        needed = options.target in DERIVATIVE_TARGETS
         objective = MeanFlow(
             student,
             source,
             make_time_law(options.time),
             options.diagonal,
             target=options.target,
-            total=-(-options.samples // options.batch_size),
             p=options.p,
             c=options.c,
-            guide=guide if alone else None,
-            way=options.derivative,
-            say=stage.world.say,
+            guide=guide,
+            derivative=settle_derivative(stage, student, source, options.derivative) if needed else "auto",
         )
         return objective, source.batches()
 
@@ -256,28 +250,28 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
     return Plan(student, [Phase("train", options.samples, prepare)], rule, facts, path=source.path_name)
 
 
-def changes(options: MeanflowOptions, shape: tuple[int, ...]) -> dict[str, Any]:
+def network(options: MeanflowOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
     """A two-time network.
 
     Raises:
         UserError: a robust weight on the targets of pairs in few dimensions.
     """
-    size = math.prod(shape)
+    size = math.prod(data.shape)
     if options.p > 0 and options.teacher is None and size < FEW_VALUES:
         raise UserError(
             f"p: {options.p:g} weighs rows by their own error, and with data pairs in {size} dimension(s) that "
             "error is mostly noise: another map would be learned. Leave p out, or learn from a teacher."
         )
-    return two_time(options, shape)
+    return two_time_network(options, data, config, classes)
 
 
 SPEC = Spec(
     options=MeanflowOptions,
     plan=plan,
     summary="any number of steps from one: the average velocity, by its derivative or without one",
-    needs="data; teacher optional",
+    learns_from="data; teacher optional",
     makes="map",
     cite=("geng2025mean", "guo2025splitmeanflow", "geng2025improved", "zhang2026alphaflow"),
-    changes=changes,
-    online_calls=teacher_calls,
+    needs=map_needs,
+    network=network,
 )

@@ -32,10 +32,11 @@ from fewstep.flow.couplings import Facts, Independent, Pair
 from fewstep.flow.field import Velocity, calls_at
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.paths import AffinePath, expand_time, make_path
-from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
 from fewstep.methods.contract.options import Options, baked_in, require_teacher, require_whole_steps
-from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.stage import Needs, Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
+from fewstep.methods.families.time_windows import window_start
 from fewstep.methods.training_pairs.batches import DataBatches
 from fewstep.methods.training_pairs.generate import PILOT, relative_error
 from fewstep.solvers.maps import SampleRule
@@ -68,20 +69,6 @@ class PiecewiseOptions(Options):
     def steps(self) -> int:
         """Solver steps per window."""
         return self.nfe // find_solver(self.solver).calls
-
-
-def window_start(t: Tensor, segments: int) -> Tensor:
-    """The last knot ``tau_k = k / K`` at or before ``t``: a knot belongs to the window that starts there.
-
-    Args:
-        t: times (B,) in [0, 1]; t = 1 belongs to the last window.
-        segments: K.
-
-    Returns:
-        (B,) in the dtype of ``t``. The knots are the numbers that Euler steps on the uniform grid call the network at.
-    """
-    knots = torch.tensor([k / segments for k in range(segments)], dtype=t.dtype, device=t.device)
-    return knots[torch.searchsorted(knots, t, right=True) - 1]
 
 
 @final
@@ -133,7 +120,7 @@ class PiecewiseRegression(Objective):
         self.modules = {"student": student}
         self.windows, self.path, self.inner = windows, path, inner
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         t = draws.uniform().to(batch.x1)
         if self.inner:
             t = window_start(t, self.windows.segments * self.inner)
@@ -141,7 +128,7 @@ class PiecewiseRegression(Objective):
         x_start = self.path.interpolate(batch.x0, batch.x1, start)
         target = self.windows.segments * (self.windows.end(x_start, start, batch.cond) - x_start)
         x_t = x_start + expand_time(t - start, x_start) * target
-        v = self.modules["student"](x_t, t, **batch.cond)
+        v = nets["student"](x_t, t, **batch.cond)
         return {"loss": (v - target).square().mean()}
 
 
@@ -180,12 +167,9 @@ def check_windows(
     options: PiecewiseOptions, stage: Stage, windows: Windows, path: AffinePath, batches: Batches
 ) -> None:
     """Solve some windows with twice the steps too, and warn when the ends differ by more than ``tolerance``."""
-    pair = batches.batch(0, PILOT, generator_for(stage.seed, stage.name, "windows"))
-    device = stage.world.device
-    x0, x1 = pair.x0.to(device), pair.x1.to(device)
-    cond = {name: value.to(device) for name, value in pair.cond.items()}
-    start = window_start(torch.linspace(0, 1, PILOT, device=device), options.segments)
-    x = path.interpolate(x0, x1, start)
+    pair = batches.batch(0, PILOT, generator_for(stage.seed, stage.name, "windows")).to(stage.world.device)
+    start = window_start(torch.linspace(0, 1, PILOT, device=stage.world.device), options.segments)
+    x, cond = path.interpolate(pair.x0, pair.x1, start), pair.cond
     finer = Windows(windows.velocity, options.segments, options.solver, 2 * options.steps)
     error = relative_error(windows.end(x, start, cond), finer.end(x, start, cond))
     if not error <= options.tolerance:
@@ -195,17 +179,17 @@ def check_windows(
         )
 
 
-def online_calls(options: PiecewiseOptions) -> int:
-    """Teacher calls per sample seen."""
-    return options.nfe * calls_at(options.guidance)
+def needs(options: PiecewiseOptions) -> Needs:
+    """The calls of one window per sample seen."""
+    return Needs(guidance=options.guidance, teacher_calls=options.nfe * calls_at(options.guidance))
 
 
 SPEC = Spec(
     options=PiecewiseOptions,
     plan=plan,
     summary="straight within K windows of time, learned from the teacher window by window",
-    needs="teacher, data",
+    learns_from="teacher, data",
     makes="map",
     cite=("yan2024perflow",),
-    online_calls=online_calls,
+    needs=needs,
 )

@@ -24,7 +24,7 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.methods.contract.stage import Plan, Spec, Stage
 from fewstep.methods.families.distribution import Noised, Point, rows_mean
-from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.families.distribution_stage import MatchingOptions, matching_needs, plan_matching
 
 
 class RealUIDOptions(MatchingOptions):
@@ -79,9 +79,9 @@ SPEC = Spec(
     options=RealUIDOptions,
     plan=plan,
     summary="one call: flow generator matching with real data beside the teacher, without a discriminator",
-    needs="teacher, data",
+    learns_from="teacher, data",
     makes="map",
     cite=("kornilov2025universal",),
-    online_calls=online_calls,
+    needs=matching_needs,
     starts_from_maps=True,
 )

@@ -21,7 +21,7 @@ pairs in which there is but one target, and are refused for others.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
@@ -31,6 +31,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
+from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, Independent, Pair
 from fewstep.flow.field import Velocity
@@ -39,10 +40,11 @@ from fewstep.flow.paths import Linear
 from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.methods.contract.objective import Batches, Objective
 from fewstep.methods.contract.options import PairOptions, baked_in
-from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.stage import Needs, Phase, Plan, Spec, Stage, pair_needs, velocity_network
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.distances import (
     DISTANCES,
+    ROBUST,
     STRENGTH,
     VALUED,
     Distance,
@@ -55,6 +57,8 @@ from fewstep.methods.families.distances import (
     endpoint_errors,
     high_pass,
     identity,
+    require_many_values,
+    robust_note,
 )
 from fewstep.methods.families.straight_line import VelocityRegression
 from fewstep.methods.training_pairs.batches import DataBatches, MixedBatches, StoredBatches
@@ -125,7 +129,7 @@ class ReflowOptions(PairOptions):
 
     @model_validator(mode="after")
     def _one_target(self) -> ReflowOptions:
-        if self.real == "inverted" or min(self.shares()) == 1.0:
+        if not self.noisy_targets:
             return self
         what = {
             "weight: normalised": self.weight == "normalised",
@@ -138,6 +142,11 @@ class ReflowOptions(PairOptions):
                     f"{self.real}' noise does not determine its endpoint: use 'real: inverted', or 'mix: 1'"
                 )
         return self
+
+    @property
+    def noisy_targets(self) -> bool:
+        """Whether a noise has several endpoints: real rows are paired with noise that does not determine them."""
+        return self.real != "inverted" and min(self.shares()) < 1.0
 
     def loss_words(self) -> tuple[str, float | None]:
         """The loss's name and its value, None where the default is meant."""
@@ -163,6 +172,8 @@ def plan(options: ReflowOptions, stage: Stage) -> Plan:
     """One phase per round."""
     student = stage.build()
     assert stage.teacher is not None
+    if options.noisy_targets and (name := options.loss_words()[0]) in ROBUST:
+        stage.world.say(robust_note(name))
     shares = options.shares()
     per_round = -(-options.samples // options.rounds)
     features = named_features(options, stage)
@@ -238,18 +249,33 @@ def make_buffer(
     return MixedBatches(synthetic, real, law, facts)
 
 
-def network_changes(options: ReflowOptions, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What the options change in the student's network.
+def needs(options: ReflowOptions) -> Needs:
+    """Generated pairs in every round, and inverted ones in the rounds that mix them in."""
+
+    def pairs(rows: int) -> int:
+        real = options.real_pairs or min(rows, options.pairs)
+        mixed = sum(p < 1.0 for p in options.shares()) if options.real == "inverted" else 0
+        return options.rounds * options.pairs + mixed * real
+
+    return replace(pair_needs(options, pairs), features=options.features)
+
+
+def network(options: ReflowOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
+    """The student's network, with its own dropout where the options say so.
 
     Raises:
-        UserError: ``loss: highpass`` for samples that are no images.
+        UserError: ``loss: highpass`` for samples that are no images; a robust loss on noisy targets in few dimensions.
     """
-    if options.loss_words()[0] == "highpass" and len(shape) != 3:
+    name, shape = options.loss_words()[0], data.shape
+    if name == "highpass" and len(shape) != 3:
         raise UserError(
             f"'loss: highpass' filters images (C, H, W), and one sample has shape {shape}: take 'l2', or give the data "
             "a channel axis."
         )
-    return {} if options.dropout is None else {"dropout": options.dropout}
+    if options.noisy_targets:
+        require_many_values(f"loss: {name}", name in ROBUST, shape, "take 'l2', or 'real: inverted'")
+    changes = {} if options.dropout is None else {"dropout": options.dropout}
+    return velocity_network(options, data, config, classes, **changes)
 
 
 def named_features(options: ReflowOptions, stage: Stage) -> FeatureDistance | None:
@@ -279,7 +305,7 @@ def make_loss(
         operator = partial(high_pass, strength=STRENGTH if value is None else value)
     # a function of the teacher and its pairs, so that a resumed round goes on with the same constant
     generator = generator_for(stage.seed, stage.name, "normaliser")
-    pair = moved(batches.batch(0, NORMALISER_ROWS, generator), stage.world.device)
+    pair = batches.batch(0, NORMALISER_ROWS, generator).to(stage.world.device)
     t = times.sample(torch.rand(NORMALISER_ROWS, generator=generator)).to(pair.x1)
     return Normalised(normaliser(teacher.guided(options.guidance), pair, t, operator), operator)
 
@@ -292,17 +318,12 @@ def normaliser(v: Velocity, pair: Pair, t: Tensor, operator: Operator) -> float:
     return max(NORMALISER_SHARE * float(endpoint_errors(at, operator).median()), LEAST_NORMALISER)
 
 
-def moved(pair: Pair, device: torch.device) -> Pair:
-    """The pair on a device."""
-    cond = {name: value.to(device) for name, value in pair.cond.items()}
-    return Pair(pair.x0.to(device), pair.x1.to(device), cond)
-
-
 SPEC = Spec(
     options=ReflowOptions,
     plan=plan,
     summary="straighten a teacher on its own (noise, endpoint) pairs",
-    needs="teacher, pairs, data",
-    changes=network_changes,
+    learns_from="teacher, pairs, data",
+    needs=needs,
+    network=network,
     cite=("liu2023flow",),
 )

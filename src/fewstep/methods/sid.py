@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fewstep.methods.contract.stage import Plan, Spec, Stage
 from fewstep.methods.families.distribution import Point, rows_mean
-from fewstep.methods.families.distribution_stage import MatchingOptions, online_calls, plan_matching
+from fewstep.methods.families.distribution_stage import MatchingOptions, matching_needs, plan_matching
 from fewstep.methods.families.velocity_source import LawOfTime
 
 
@@ -57,9 +57,9 @@ SPEC = Spec(
     options=SiDOptions,
     plan=plan,
     summary="one call: flow generator matching with its first term weighed down or subtracted",
-    needs="teacher, data for labels",
+    learns_from="teacher, data for labels",
     makes="map",
     cite=("zhou2024score",),
-    online_calls=online_calls,
+    needs=matching_needs,
     starts_from_maps=True,
 )

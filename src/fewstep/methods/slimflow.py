@@ -9,22 +9,22 @@ A small network cannot start from a large teacher's weights. On the teacher's pa
 and b falls from 1 (independent noise: flow matching on the teacher's samples) to 0 (ReFlow). x0^b ~ N(0, I) for every
 b; for Gaussian data the pairs have correlation rho = sqrt(1 - b^2) (:mod:`fewstep.flow.coupled_gaussian`).
 
-*Flow-guided distillation* (sec. 3.2) starts from the EMA of that flow, u, which also stands still beside it and says
-where fresh noise x0' goes in two steps:
+*Flow-guided distillation* (sec. 3.2) starts from the EMA of that flow, u. A frozen copy of u carries fresh noise x0' to
+an end point in two steps, which is a second target:
 
     L = E d( x0 + v(x0, 0), x1 )  +  w E d( x0' + v(x0', 0), y + (1 - t) u(y, t) ),   y = x0' + t u(x0', 0),
     t ~ U(0.2, 0.8).
 
-``annealing: false`` keeps b = 0: plain ReFlow of the small network from scratch. ``guided: 0`` (or false) leaves the
-second term out. Neither is the other baseline, endpoint regression from scratch: that is ``method: distill`` with the
-same ``network: {size: ...}``.
+``annealing: false`` keeps b = 0, which is plain ReFlow of the small network from scratch. ``flow_weight: 0`` (or false)
+leaves the second term out. Endpoint regression from scratch, the other baseline, is ``method: distill`` with the same
+``network: {size: ...}``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, final
+from typing import Any, ClassVar, Literal, final
 
 import torch
 from pydantic import Field
@@ -35,10 +35,11 @@ from fewstep.flow.couplings import Pair, Source
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear, expand_time
+from fewstep.flow.precision import full_precision
 from fewstep.flow.time_laws import make_time_law
-from fewstep.methods.contract.objective import Batches, Objective
+from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
 from fewstep.methods.contract.options import PairOptions
-from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
+from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage, pair_needs
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.distances import find_distance
 from fewstep.methods.families.straight_line import VelocityRegression, one_step
@@ -53,13 +54,15 @@ FIRST_STEP = (0.2, 0.8)  # least and largest t of the guided term's first step
 class SlimflowOptions(PairOptions):
     """Options of ``method: slimflow``."""
 
+    old_names: ClassVar[Mapping[str, str]] = {"guided": "flow_weight"}
+
     network: dict[str, Any] | str | None = Field({"size": 0.25}, description="default: a quarter of the teacher's")
     samples: int = Field(1_000_000, gt=0, description="samples seen in the stage, over both phases")
     share: float = Field(0.5, gt=0, lt=1, description="share of the samples in the first phase")
     annealing: bool = Field(True, description="blend the pairs' noise with fresh noise; false: plain ReFlow")
     anneal: float = Field(0.6, gt=0, lt=1, description="share of the first phase in which the fresh noise fades")
     schedule: Literal["linear", "cosine", "exponential"] = "linear"
-    guided: float = Field(1.0, ge=0, description="weight of the guided term; 0 or false leaves it out")
+    flow_weight: float = Field(1.0, ge=0, description="weight of the flow-guided term; 0 or false leaves it out")
     loss: Literal["l2", "l1", "huber"] = "l2"
 
 
@@ -133,21 +136,19 @@ class GuidedEndpoint(Objective):
         self.weight = weight
         self.distance = find_distance(distance)
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
+        student = nets["student"]
         if self.weight == 0.0:
-            return {"loss": self.distance(self._endpoint(batch.x0, batch.cond), batch.x1)}
+            return {"loss": self.distance(one_step(student, batch.x0, batch.cond), batch.x1)}
         least, most = FIRST_STEP
         t = (least + (most - least) * draws.uniform()).to(batch.x0)
         fresh = self.source.sample(draws.batch, draws.generator)[draws.rows or slice(None)].to(batch.x0)
-        with torch.no_grad():
+        with full_precision(fresh):
             target = guided_target(self.flow, fresh, t, batch.cond)
         cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}
-        ends = self._endpoint(torch.cat([batch.x0, fresh]), cond).chunk(2)
+        ends = one_step(student, torch.cat([batch.x0, fresh]), cond).chunk(2)
         paired, guided = self.distance(ends[0], batch.x1), self.distance(ends[1], target)
         return {"loss": paired + self.weight * guided, "paired": paired, "guided": guided}
-
-    def _endpoint(self, x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        return one_step(self.modules["student"], x0, cond)
 
 
 def plan(options: SlimflowOptions, stage: Stage) -> Plan:
@@ -179,7 +180,7 @@ def plan(options: SlimflowOptions, stage: Stage) -> Plan:
     def distil(previous: Teacher | None) -> tuple[Objective, Batches]:
         assert previous is not None, "the second phase follows the first"
         student.load_state_dict(previous.state)  # its average, not its last weights
-        objective = GuidedEndpoint(student, previous.velocity, stage.source, options.guided, options.loss)
+        objective = GuidedEndpoint(student, previous.velocity, stage.source, options.flow_weight, options.loss)
         return objective, pairs("distil")
 
     phases = [Phase("anneal", first, straighten), Phase("distil", max(1, options.samples - first), distil)]
@@ -190,7 +191,8 @@ SPEC = Spec(
     options=SlimflowOptions,
     plan=plan,
     summary="one-step student with a smaller network: annealed ReFlow, then flow-guided distillation",
-    needs="teacher, pairs",
+    learns_from="teacher, pairs",
+    needs=pair_needs,
     makes="map",
     cite=("zhu2024slimflow", "liu2023flow"),
 )

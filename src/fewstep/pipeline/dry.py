@@ -10,9 +10,7 @@ import torch
 from torch import nn
 
 from fewstep.flow.field import calls_at
-from fewstep.methods.contract.options import Options, PairOptions
-from fewstep.methods.distill import DistillOptions
-from fewstep.methods.reflow import ReflowOptions
+from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
 from fewstep.methods.training_pairs.generate import LADDER
 from fewstep.networks import parameter_count
@@ -56,30 +54,15 @@ def show_plan(recipe: Recipe, out: Path) -> str:
     return "\n".join(lines)
 
 
-def pair_count(run: Run, options: Options) -> int:
-    """Pairs a stage makes, generated and inverted."""
-    if isinstance(options, ReflowOptions):
-        real = options.real_pairs or min(len(run.data.train), options.pairs)
-        inverted = [real if p < 1.0 and options.real == "inverted" else 0 for p in options.shares()]
-        return options.rounds * options.pairs + sum(inverted)
-    if isinstance(options, DistillOptions) and options.progressive is not None:
-        return 0
-    return options.pairs if isinstance(options, PairOptions) else 0
-
-
-def online_calls(options: Options) -> int:
-    """Network calls of the teacher while the student trains."""
-    return options.samples * find_method(options.method).online_calls(options)
-
-
 def teacher_calls(run: Run, options: Options) -> str:
     """Network calls that the pairs, or training itself, cost; a range when the error gate of pairs chooses."""
-    if not isinstance(options, PairOptions) or not pair_count(run, options):
-        return f"{online_calls(options):,}" if online_calls(options) else "–"
-    pairs, guided = pair_count(run, options), calls_at(options.guidance)
-    if options.nfe is not None:
-        return f"{pairs * options.nfe * guided:,}"
-    return f"{pairs * LADDER[0] * guided / 1e6:.1f}–{pairs * LADDER[-1] * guided / 1e6:.1f} M"
+    needs = find_method(options.method).needs(options)
+    pairs = needs.pairs(len(run.data.train)) * calls_at(needs.guidance)
+    if not pairs:
+        return f"{options.samples * needs.teacher_calls:,}" if needs.teacher_calls else "–"
+    if needs.pair_calls is not None:
+        return f"{pairs * needs.pair_calls:,}"
+    return f"{pairs * LADDER[0] / 1e6:.1f}–{pairs * LADDER[-1] / 1e6:.1f} M"
 
 
 def estimate(run: Run, options: Options, module: nn.Module, context: int) -> float:
@@ -97,9 +80,9 @@ def estimate(run: Run, options: Options, module: nn.Module, context: int) -> flo
     trained = _seconds(lambda: forward().backward()) / len(x)
     with torch.no_grad():
         called = _seconds(lambda: module(x, *t, **cond)) / len(x)
-    calls = online_calls(options)
-    if isinstance(options, PairOptions):
-        calls += pair_count(run, options) * (options.nfe or 2 * LADDER[0]) * calls_at(options.guidance)
+    needs = find_method(options.method).needs(options)
+    pairs = needs.pairs(len(run.data.train)) * calls_at(needs.guidance)
+    calls = options.samples * needs.teacher_calls + pairs * (needs.pair_calls or 2 * LADDER[0])
     return (options.samples * trained * 1.2 + calls * called) / 60
 
 

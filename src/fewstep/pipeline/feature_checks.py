@@ -38,8 +38,7 @@ def features_config(data: DataSet, name: str, options: Options, network: dict[st
 
 def named_features(options: Options) -> str | None:
     """The features that a stage's loss looks through, in the recipe's word."""
-    found: str | None = options.model_dump().get("features")
-    return found
+    return find_method(options.method).needs(options).features
 
 
 def check_features(stages: Mapping[str, Options], judge: str | None) -> None:

@@ -309,6 +309,10 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: 
         spec = find_method(fields["method"])
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
+    try:
+        fields = spec.options.with_present_names(fields)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
     for key in fields:
         if key not in spec.options.model_fields:
             raise unknown(f"option of {where} (method {fields['method']!r}):", key, spec.options.model_fields)
@@ -339,7 +343,7 @@ def _check_guidance(recipe: Recipe) -> None:
     """Refuse guidance without labels, and guiding a teacher that has guidance in its weights already."""
     baked: dict[str, float | None] = {}
     for name, options in recipe.stages.items():
-        asked = getattr(options, "guidance", 1.0)
+        asked = find_method(options.method).needs(options).guidance
         own = None if asked == 1.0 else asked
         teacher = options.teacher
         if own is not None and not recipe.conditional:

@@ -13,7 +13,7 @@ from fewstep.errors import UserError
 from fewstep.generator import read_config
 from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
-from fewstep.networks import build, default_network, resolve
+from fewstep.networks import build
 from fewstep.networks.extractors import NAME, build_features
 from fewstep.networks.registry import FRAME
 from fewstep.networks.sizes import read_size, shrink
@@ -27,18 +27,11 @@ def stage_network(recipe: Recipe, data: DataSet, options: Options) -> dict[str, 
         UserError: as :func:`fewstep.networks.resolve`; a ``size`` that :func:`share_of_teacher` refuses.
     """
     method = find_method(options.method)
-    if method.network is not None:
-        return method.network(options, data)
     chosen = options.network if options.network is not None else recipe.header.network
     config = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
     if "size" in config:
         config = share_of_teacher(recipe, data, options, config)
-    elif not config:
-        config = dict(default_network(data.shape))
-    classes = data.classes if recipe.conditional else 0
-    config = {**config, **method.changes(options, data.shape)}
-    context = method.context(options, data.shape)
-    return resolve(config, data.shape, classes=classes, context=context)
+    return method.network(options, data, config, data.classes if recipe.conditional else 0)
 
 
 def build_network(network: Mapping[str, Any]) -> nn.Module:

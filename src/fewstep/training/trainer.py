@@ -1,7 +1,8 @@
-"""The trainer: optimiser steps, EMA, checkpoints, the non-finite guard, and nothing else.
+"""The trainer: optimiser steps, EMA, checkpoints and the non-finite guard.
 
-Everything random in a step is drawn from one generator seeded with (seed, stage, samples seen), for the
-global batch, and cut to the process's rows; so one process or several, resumed or not, take the same steps.
+Everything random in a step is drawn from one generator seeded with (seed, stage, samples seen), for the global batch,
+and cut to the process's rows. So one process or several, resumed or not, take the same steps. What networks draw
+themselves, as dropout does, comes from another seed.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, mix
-from fewstep.methods.contract.objective import Batches, Collapse, Learning, Objective
+from fewstep.methods.contract.objective import Batches, Collapse, Learning, Networks, Objective
 from fewstep.methods.contract.options import Options
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
+from fewstep.training.rows import check_groups, local_pair, process_rows
 from fewstep.training.state import load_module, load_optimiser, optimiser_tensors, strip
 from fewstep.training.world import LocalWorld
 
@@ -93,7 +95,7 @@ class Trainer:
         self._wrapped: dict[nn.Module, nn.Module] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
         self._key = mix(*key)
-        self._rows = _rows_of(world, options.batch_size)
+        self._rows = process_rows(world, options.batch_size)
         self._generator = torch.Generator()
         self._loaded: dict[str, Tensor] | None = None
         self._saved, self._interval = 0.0, CHECKPOINT_SECONDS[0]
@@ -113,10 +115,7 @@ class Trainer:
             load_module(self.student, tensors, "student.")
             self.ema.load(strip(tensors, "ema."), state["ema_updates"])
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"the checkpoint {self._newest()} was written by another version of fewstep ({error}): "
-                "delete its folder to begin the stage again, or use another --out."
-            ) from error
+            raise self._other_version(str(error)) from error
         self._loaded = tensors
         return True
 
@@ -180,10 +179,11 @@ class Trainer:
 
     def _prepare(self, objective: Objective) -> None:
         """Optimisers for the objective's modules, and data-parallel wrappers for several processes."""
+        check_groups(self.world, self.options.batch_size, objective.group)
         self._objective = objective
         self._modules = dict(objective.modules)
-        for module in self._modules.values():
-            module.to(self.world.device).train()
+        for role, module in self._modules.items():
+            module.to(self.world.device).train(objective.learning.get(role, Learning()).dropout)
         self._parameters = {
             role: [p for p in module.parameters() if p.requires_grad] for role, module in self._modules.items()
         }
@@ -203,6 +203,8 @@ class Trainer:
                 load_module(module, loaded, f"{role}.")
                 load_optimiser(role, self.optimisers[role], loaded)
             for name, value in objective.state.items():
+                if f"state.{name}" not in loaded:
+                    raise self._other_version(f"it has no state {name!r}")
                 value.copy_(loaded[f"state.{name}"])
         for module in self._modules.values():
             if module not in self._wrapped:
@@ -212,9 +214,9 @@ class Trainer:
         position, options = self.position, self.options
         seed = mix(self._key, position.total_samples)
         self._generator.manual_seed(seed)
-        _seed_modules(self.world.device, seed + self.world.rank)  # what dropout draws from
+        _seed_modules(self.world.device, mix(seed, "modules", self.world.rank))
         batch = batches.batch(position.phase_samples, options.batch_size, self._generator)
-        batch = _local(batch, self._rows, self.world.device)
+        batch = local_pair(batch, self._rows, options.batch_size, self.world.device)
         draws = Draws(self._generator, options.batch_size, self._rows)
         for role in objective.turns(position.phase_samples // options.batch_size):
             self._turn(objective, role, batch, draws, samples)
@@ -224,12 +226,12 @@ class Trainer:
 
     def _turn(self, objective: Objective, role: str, batch: Pair, draws: Draws, samples: int) -> None:
         """One role's forward, backward and update."""
-        parameters, optimiser = self._parameters[role], self.optimisers[role]
-        self._give_turn(objective, role)
+        parameters = self._parameters[role]
         for parameter in parameters:
             parameter.grad = None
+        done = self.position.phase_samples / samples
         with self._autocast():
-            terms = objective.loss(role, batch, draws)
+            terms = objective.loss(role, self._networks(role), batch, draws, done)
         terms["loss"].backward()
         gradients = [p.grad for p in parameters if p.grad is not None]
         total = nn.utils.get_total_norm(gradients)
@@ -242,21 +244,28 @@ class Trainer:
         self.position.bad_steps[role] = 0
         if norm > self.options.clip:
             nn.utils.clip_grads_with_norm_(parameters, self.options.clip, total)
-        own = objective.learning.get(role, Learning())
+        self._update(objective, role, samples)
+        for name in values.keys() & objective.state.keys():
+            objective.state[name].fill_(values.pop(name))
+        self._count("" if role == "student" else f"{role}/", values)
+
+    def _update(self, objective: Objective, role: str, samples: int) -> None:
+        """The optimiser's step, and what follows an accepted update."""
+        own, optimiser = objective.learning.get(role, Learning()), self.optimisers[role]
         before = own.begins * self.options.batch_size
         rate = learning_rate(self.options, self.position.phase_samples - before, samples - before)
         optimiser.param_groups[0]["lr"] = rate if own.lr is None else rate * own.lr / self.options.lr
         optimiser.step()
         if role == "student":
             self.ema.update()
-        self._count("" if role == "student" else f"{role}/", values)
+        objective.after_step(role)
 
-    def _give_turn(self, objective: Objective, role: str) -> None:
-        """The role's module learns, wrapped for several processes; the others are plain, and frozen."""
-        for name, module in self._modules.items():
-            objective.modules[name] = self._wrapped[module] if name == role else module
+    def _networks(self, role: str) -> Networks:
+        """The networks of a turn: the role's own has gradients, and is wrapped for several processes."""
+        for name in self._modules:
             for parameter in self._parameters[name]:
                 parameter.requires_grad_(name == role)
+        return {name: self._wrapped[module] if name == role else module for name, module in self._modules.items()}
 
     @contextlib.contextmanager
     def _turns_ended(self) -> Iterator[None]:
@@ -282,7 +291,7 @@ class Trainer:
         """The mean terms over all processes, so that every process decides alike."""
         mean, *means = self.world.mean([norm, *values.values()])
         assert not math.isfinite(mean) or math.isclose(mean, norm, rel_tol=1e-5), (
-            f"the processes' gradients of {role!r} differ: its loss must call objective.modules[{role!r}]"
+            f"the processes' gradients of {role!r} differ: its loss must call nets[{role!r}]"
         )
         return (norm if math.isfinite(mean) else mean), dict(zip(values, means, strict=True))
 
@@ -301,6 +310,12 @@ class Trainer:
         )
         if position.bad_steps[role] >= MAX_BAD_STEPS:
             raise self._diverged(role, f"{MAX_BAD_STEPS} steps in a row had non-finite losses or gradients")
+
+    def _other_version(self, what: str) -> UserError:
+        return UserError(
+            f"the checkpoint {self._newest()} was written by another version of fewstep ({what}): "
+            "delete its folder to begin the stage again, or use another --out."
+        )
 
     def _newest(self) -> Path | None:
         kept = self.checkpoints.files() if self.checkpoints else []
@@ -345,29 +360,6 @@ def learning_rate(options: Options, seen: int, samples: int) -> float:
     if position < begin:
         return options.lr * position / begin
     return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (position - begin) / max(1.0, samples - begin))))
-
-
-def _rows_of(world: LocalWorld, batch: int) -> slice | None:
-    """This process's rows of the global batch."""
-    if world.size == 1:
-        return None
-    if batch % world.size:
-        raise UserError(
-            f"batch_size {batch} does not divide among {world.size} processes: make it a multiple of {world.size}."
-        )
-    each = batch // world.size
-    return slice(world.rank * each, (world.rank + 1) * each)
-
-
-def _local(pair: Pair, rows: slice | None, device: torch.device) -> Pair:
-    if rows is None and device.type == "cpu":
-        return pair
-
-    def local(value: Tensor) -> Tensor:
-        return value[rows or slice(None)].to(device)
-
-    cond, beside = ({name: local(value) for name, value in some.items()} for some in (pair.cond, pair.beside))
-    return Pair(local(pair.x0), local(pair.x1), cond, beside)
 
 
 def _seed_modules(device: torch.device, seed: int) -> None:

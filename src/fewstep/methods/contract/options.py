@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+import warnings
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -18,6 +20,8 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    old_names: ClassVar[Mapping[str, str]] = {}  # former names of options, which one more version reads
+
     method: str
     teacher: str | None = Field(None, description="the stage this one learns from")
     init: str | None = Field(None, description="the stage whose EMA weights the student starts from")
@@ -30,6 +34,29 @@ class Options(BaseModel):
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     ema: float = Field(0.998, ge=0, lt=1, description="largest decay of the weight average, per step")
     precision: Literal["fp32", "bf16"] = "fp32"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_old_names(cls, fields: Any) -> Any:
+        return cls.with_present_names(fields) if isinstance(fields, Mapping) else fields
+
+    @classmethod
+    def with_present_names(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields with former names of options replaced by the present ones; warns once per name.
+
+        Raises:
+            ValueError: an option is given by both of its names.
+        """
+        present = dict(fields)
+        for old, new in cls.old_names.items():
+            if old not in present:
+                continue
+            if new in present:
+                raise ValueError(f"{old} is the former name of {new}, and both are given: leave {old} out")
+            said = f"option {old!r} is now called {new!r}, and the old name goes with the next version: rename it"
+            warnings.warn_explicit(said, FutureWarning, filename="recipe", lineno=1, module="recipe")
+            present[new] = present.pop(old)
+        return present
 
 
 def require_teacher(options: Options) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fewstep.data.dataset import DataSet
 from fewstep.flow.couplings import Facts, Pair, Source
 from fewstep.methods.contract.objective import Batches, Objective
-from fewstep.methods.contract.options import Options
+from fewstep.methods.contract.options import Options, PairOptions
 from fewstep.methods.contract.teacher import Teacher
+from fewstep.networks import default_network, resolve
 from fewstep.solvers.maps import SampleRule
 
 
@@ -22,15 +23,36 @@ class World(Protocol):
     """The processes that work together."""
 
     @property
-    def rank(self) -> int: ...
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        ...
+
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """The number of processes."""
+        ...
+
     @property
-    def device(self) -> torch.device: ...
-    def barrier(self) -> None: ...
-    def average(self, value: Tensor) -> Tensor: ...
-    def say(self, message: str) -> None: ...
-    def progress(self, total: int, done: int, label: str) -> Any: ...
+    def device(self) -> torch.device:
+        """Where this process computes."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all processes."""
+
+    def average(self, value: Tensor) -> Tensor:
+        """The mean of a tensor over the processes, without a graph."""
+        ...
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, in the order of the global batch, without a graph."""
+        ...
+
+    def say(self, message: str) -> None:
+        """Print a line, once for all processes."""
+
+    def progress(self, total: int, done: int, label: str) -> Any:
+        """A progress display over ``total`` units of which ``done`` are done."""
 
 
 @final
@@ -110,6 +132,58 @@ class Plan:
     features: str | None = None
 
 
+def no_pairs(rows: int) -> int:
+    """The pairs of a method that makes none."""
+    return 0
+
+
+@final
+@dataclass(frozen=True)
+class Needs:
+    """What a stage asks for, read off its options before anything runs.
+
+    Attributes:
+        guidance: weight that is baked into the result; 1 is none.
+        features: the feature network in its loss, in the recipe's word; None for none.
+        pairs: the number of pairs that are made for it, from the number of training rows.
+        pair_calls: network calls per pair; None where the error gate chooses them.
+        teacher_calls: network calls of frozen networks per sample seen in training.
+    """
+
+    guidance: float = 1.0
+    features: str | None = None
+    pairs: Callable[[int], int] = no_pairs
+    pair_calls: int | None = None
+    teacher_calls: int = 0
+
+
+def pair_needs(options: PairOptions, pairs: Callable[[int], int] | None = None, teacher_calls: int = 0) -> Needs:
+    """What a stage that learns from pairs needs: ``options.pairs`` of them, or what ``pairs`` says."""
+    return Needs(
+        guidance=options.guidance,
+        pairs=pairs or (lambda rows: options.pairs),
+        pair_calls=options.nfe,
+        teacher_calls=teacher_calls,
+    )
+
+
+def velocity_network(
+    options: Options, data: DataSet, config: Mapping[str, Any], classes: int, **changes: Any
+) -> dict[str, Any]:
+    """The resolved configuration of a velocity network, :func:`fewstep.networks.resolve`.
+
+    Args:
+        options: of the stage.
+        data: the training data.
+        config: what the recipe says of the network; empty takes the default for the data's shape.
+        classes: number of labels that the network sees, 0 for none.
+        changes: ``context=`` and entries of the configuration that the method sets.
+    """
+    context = changes.pop("context", 0)
+    chosen = config or default_network(data.shape)
+    return resolve({**chosen, **changes}, data.shape, classes=classes, context=context)
+
+
 @final
 @dataclass(frozen=True)
 class Spec:
@@ -119,25 +193,21 @@ class Spec:
         options: its options.
         plan: makes the plan of a stage.
         summary: one line for ``fewstep list methods``.
-        needs: what it learns from, in words.
+        learns_from: what it learns from, in words.
         cite: keys into :mod:`fewstep.citations`.
-        context: context values or channels its networks take, from the options and the data's shape.
-        changes: entries of the network's configuration that the options set, from the options and the data's shape;
-            refuses a shape that the options have no meaning for, before anything is trained.
         makes: ``velocity``, which later stages can learn from, or ``map`` or ``features``, which they cannot.
-        network: resolves the stage's network where that is no velocity network, from the options and the data.
-        online_calls: the teacher's network calls for every sample seen in training, from the options.
+        needs: what a stage asks for, from its options.
+        network: the resolved configuration of the student's network, called as :func:`velocity_network`. It refuses a
+            shape for which the options have no meaning, before anything is trained.
         starts_from_maps: whether ``init`` may name a one-step map, whose network is called as the student's.
     """
 
     options: type[Options]
     plan: Callable[[Any, Stage], Plan]
     summary: str
-    needs: str
+    learns_from: str
     cite: tuple[str, ...]
-    context: Callable[[Any, tuple[int, ...]], int] = lambda options, shape: 0
-    changes: Callable[[Any, tuple[int, ...]], dict[str, Any]] = lambda options, shape: {}
     makes: Literal["velocity", "map", "features"] = "velocity"
-    network: Callable[[Any, DataSet], dict[str, Any]] | None = None
-    online_calls: Callable[[Any], int] = lambda options: 0
+    needs: Callable[[Any], Needs] = lambda options: Needs()
+    network: Callable[[Any, DataSet, Mapping[str, Any], int], dict[str, Any]] = velocity_network
     starts_from_maps: bool = False

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fewstep.errors import unknown
-from fewstep.flow.derivatives import Mode, Way, plain_attention, rows_of
+from fewstep.flow.derivatives import Mode, plain_attention, rows_of
 from fewstep.flow.field import Velocity
 from fewstep.flow.paths import expand_time
 from fewstep.methods.families.flow_map import Times
@@ -33,27 +33,29 @@ class EndDerivative:
     Args:
         u: ``u(x, t, r=r, **cond)``.
         mode: ``forward``, ``finite_difference``, or ``auto``: the first that works.
-
-    Attributes:
-        used: the way that was taken, None before the first call.
     """
 
-    def __init__(self, u: Velocity, mode: Way = "auto") -> None:
+    def __init__(self, u: Velocity, mode: Mode = "auto") -> None:
         if mode not in ("auto", "forward", "finite_difference"):
             raise unknown("derivative mode", mode, ("auto", "forward", "finite_difference"))
         self.u, self.mode = u, mode
-        self.used: Mode | None = None if mode == "auto" else mode
 
     def __call__(self, x: Tensor, times: Times, cond: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        if self.used is None:
-            self.used = "forward" if self._forward_works(x, times, cond) else "finite_difference"
-        return self._forward(x, times, cond) if self.used == "forward" else self._differences(x, times, cond)
+        """``X`` and ``∂_r X``, each (B, ...), from x at ``times.t`` to ``times.r``."""
+        forward = self.mode_at(x, times, cond) == "forward"
+        return self._forward(x, times, cond) if forward else self._differences(x, times, cond)
+
+    def mode_at(self, x: Tensor, times: Times, cond: Mapping[str, Any]) -> Mode:
+        """The way that is taken: the one asked for, or with ``auto`` the first that works there."""
+        if self.mode != "auto":
+            return self.mode
+        return "forward" if self._forward_works(x, times, cond) else "finite_difference"
 
     def _forward_works(self, x: Tensor, times: Times, cond: Mapping[str, Any]) -> bool:
         """Whether it and the gradient through it can be had; tried on a few rows, all random numbers put back."""
         few = slice(TRIED_ROWS)
         try:
-            with torch.random.fork_rng(), torch.enable_grad():
+            with torch.random.fork_rng(devices=_devices(x)), torch.enable_grad():
                 point = x[few].detach().requires_grad_()
                 part = Times(*(values[few] for values in times))
                 _, speed = self._forward(point, part, rows_of(cond, len(x), few))
@@ -76,3 +78,7 @@ class EndDerivative:
         width = expand_time(ends[1] - ends[0], x)
         share = expand_time(times.r - ends[0], x) / width
         return low + share * (high - low), (high - low) / width
+
+
+def _devices(x: Tensor) -> list[torch.device]:
+    return [x.device] if x.device.type == "cuda" else []

@@ -16,19 +16,19 @@ two it may only stand on the diagonal r = t, where they ask ``u = v``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.flow.derivatives import Derivative, Mode, rows_of
+from fewstep.flow.derivatives import Derivative, rows_of
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import expand_time
 from fewstep.flow.precision import full_precision
 from fewstep.flow.time_laws import TimeLaw
 
-LARGEST = 5.0  # root mean square of a target's change from the velocity
+MAX_CHANGE_RMS = 5.0  # root mean square of (r - t) du/dt in a target, per row; chosen, not tuned
 
 
 class Times(NamedTuple):
@@ -60,13 +60,13 @@ def derivative_target(
         cond: further keyword arguments of u.
         along: w, v itself by default.
 
-    Rows whose ``(r - t) du/dt`` has a root mean square above 5, in units where data have one of about 1, are shortened
-    to that: the target depends on the network, and one batch of steep rows could otherwise end a training.
+    Rows whose ``(r - t) du/dt`` has a root mean square above 5 are scaled down to 5; data have one of about 1. The
+    target depends on the network, so one batch of large derivatives could otherwise make training diverge.
     """
     _, slope = derivative(x, times.t, v if along is None else along, torch.ones_like(times.t), r=times.r, **cond)
     change = expand_time(times.r - times.t, x) * slope
     size = change.flatten(1).square().mean(1).sqrt()
-    return v + expand_time(LARGEST / size.clamp(min=LARGEST), x) * change
+    return v + expand_time(MAX_CHANGE_RMS / size.clamp(min=MAX_CHANGE_RMS), x) * change
 
 
 def composition_target(u: Velocity, x: Tensor, times: Times, q: Tensor, cond: Mapping[str, Any]) -> Tensor:
@@ -86,10 +86,10 @@ def where_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
     return torch.where(mask.reshape(-1, *(1,) * (yes.ndim - 1)), yes, no)
 
 
-Target = Callable[[Tensor, Tensor, Times, Mapping[str, Any]], Tensor]
+TargetOf = Callable[[Tensor, Tensor, Times, Mapping[str, Any]], Tensor]
 
 
-def off_diagonal(target: Tensor, x: Tensor, times: Times, cond: Mapping[str, Any], make: Target) -> Tensor:
+def off_diagonal(target: Tensor, x: Tensor, times: Times, cond: Mapping[str, Any], make: TargetOf) -> Tensor:
     """The target with the rows whose r is not t made otherwise.
 
     Args:
@@ -115,22 +115,3 @@ def weighted_square(e: Tensor, p: float = 0.0, c: float = 1e-3) -> Tensor:
     """
     size = e.flatten(1).square().sum(1)
     return ((size.detach() + c) ** -p * size).mean() / e[0].numel()
-
-
-@final
-class Announcement:
-    """Says once by which way derivatives are taken, where it is not the expected one."""
-
-    def __init__(self, say: Callable[[str], None] | None) -> None:
-        self._say = say
-
-    def __call__(self, used: Mode | None) -> None:
-        if self._say is not None and used not in (None, "forward"):
-            self._say(f"  note: this network has no forward-mode derivative: {used} is taken instead")
-        if used is not None:
-            self._say = None
-
-
-def caller(modules: Mapping[str, nn.Module]) -> Velocity:
-    """The student as a function, whatever module the trainer has put in its place."""
-    return lambda x, t, **cond: modules["student"](x, t, **cond)

@@ -2,9 +2,9 @@
 
     L(theta) = E_{(x0, x1) ~ pi, t} w(t) d(v_theta(x_t, t), x1 - x0),     x_t = (1 - t) x0 + t x1
 
-(Liu et al., arXiv:2209.03003, eq. 1; Lipman et al., arXiv:2210.02747, eq. 14). Its minimiser under the squared
+(Liu et al., arXiv:2209.03003, eq. 1; Lipman et al., arXiv:2210.02747, eq. 14.) Its minimiser under the squared
 distance is ``v*(x, t) = E[x1 - x0 | x_t = x]``. Flow matching, ReFlow and one-step distillation differ only in the
-coupling ``pi``, the law of ``t`` and the distance.
+coupling ``pi``, the law of ``t`` and the distance d.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath
 from fewstep.flow.time_laws import TimeLaw
-from fewstep.methods.contract.objective import Objective
+from fewstep.methods.contract.objective import Networks, Objective, Terms
 from fewstep.methods.families.distances import Loss, Plain, Residual, find_distance
 
 
@@ -69,11 +69,11 @@ class VelocityRegression(Objective):
         self.label_dropout = label_dropout
         self.null = null
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         t = self.law.sample(draws.uniform()).to(batch.x1)
         cond = drop_labels(batch.cond, self.null, self.label_dropout, draws)
         x_t = self.path.interpolate(batch.x0, batch.x1, t)
-        v = self.modules["student"](x_t, t, **cond)
+        v = nets["student"](x_t, t, **cond)
         return self.compare(Residual(v, self.path.target(batch.x0, batch.x1, t), x_t, batch.x1, t))
 
 
@@ -88,5 +88,5 @@ class EndpointRegression(Objective):
         self.modules = {"student": student}
         self.distance = find_distance(distance)
 
-    def loss(self, role: str, batch: Pair, draws: Draws) -> dict[str, Tensor]:
-        return {"loss": self.distance(one_step(self.modules["student"], batch.x0, batch.cond), batch.x1)}
+    def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
+        return {"loss": self.distance(one_step(nets["student"], batch.x0, batch.cond), batch.x1)}

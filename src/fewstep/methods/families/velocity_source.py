@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, ClassVar, final
 
 from pydantic import AfterValidator, Field, model_validator
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.data.dataset import DataSet
 from fewstep.flow.couplings import Facts, Independent, Pair
 from fewstep.flow.derivatives import Way
 from fewstep.flow.field import Velocity, calls_at
@@ -17,7 +17,7 @@ from fewstep.flow.paths import AffinePath, Linear, make_path
 from fewstep.flow.precision import full_precision
 from fewstep.flow.time_laws import make_time_law
 from fewstep.methods.contract.options import Options, baked_in
-from fewstep.methods.contract.stage import Stage
+from fewstep.methods.contract.stage import Needs, Stage, velocity_network
 from fewstep.methods.training_pairs.batches import DataBatches
 
 
@@ -61,14 +61,15 @@ class VelocitySource:
         path: the affine path: the teacher's, the line without one.
         velocity: the teacher's, guided; None: that of the data pair.
         facts: of the coupling.
-        batches: makes the batches of data rows and independent noise.
+        batches: makes the batches of data rows and independent noise; ``batches(group=M)``: every M rows in succession
+            have one class.
         path_name: the path's name.
     """
 
     path: AffinePath
     velocity: Velocity | None
     facts: Facts
-    batches: Callable[[], DataBatches]
+    batches: Callable[..., DataBatches]
     path_name: str = "linear"
 
     def velocity_at(self, batch: Pair, x: Tensor, t: Tensor) -> Tensor:
@@ -90,8 +91,9 @@ def velocity_source(options: MapOptions, stage: Stage) -> VelocitySource:
         teacher.require_noised_data(options.method)
     coupling = Independent(stage.source)
 
-    def batches() -> DataBatches:
-        return DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, (stage.seed, stage.name))
+    def batches(group: int = 1) -> DataBatches:
+        key = (stage.seed, stage.name)
+        return DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key, group=group)
 
     if teacher is None:
         return VelocitySource(Linear(), None, coupling.facts, batches)
@@ -104,15 +106,13 @@ def teacher_calls(options: MapOptions) -> int:
     return 0 if options.teacher is None else calls_at(options.guidance)
 
 
-def two_time(options: Options, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What the methods of this family set in the network's configuration."""
-    return {"two_time": True}
+def map_needs(options: MapOptions) -> Needs:
+    """What a stage that asks a teacher once per sample needs."""
+    return Needs(guidance=options.guidance, teacher_calls=teacher_calls(options))
 
 
-def refuse_dropout(stage: Stage, way: str) -> None:
-    """Differences of two calls need the same network in both."""
-    if way == "finite_difference" and stage.network.get("dropout"):
-        raise UserError(
-            "derivative: finite_difference compares calls of the network, and dropout makes every call another one: "
-            "set the network's dropout to 0, or take 'derivative: forward'."
-        )
+def two_time_network(
+    options: Options, data: DataSet, config: Mapping[str, Any], classes: int, **changes: Any
+) -> dict[str, Any]:
+    """The resolved configuration of a two-time network ``u(x, t, r)``."""
+    return velocity_network(options, data, config, classes, two_time=True, **changes)

@@ -1,4 +1,4 @@
-"""The student with averaged weights, and its best ones."""
+"""The student called with averaged weights, and the best of those weights so far."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from fewstep.methods.families.straight_line import one_step
 
 @final
 class StudentSnapshot:
-    """A copy of the student that is called with averaged weights, and keeps those that were best.
-
-    Attributes:
-        state: the weights that are kept, and whether any are.
+    """A copy of the student that is called with averaged weights, and that keeps the best of them.
 
     Args:
         student: copied; ``v(x, t, **cond)``.
+
+    Attributes:
+        state: the weights that are kept, and whether any are; a checkpoint must keep it.
     """
 
     def __init__(self, student: nn.Module) -> None:
@@ -30,20 +30,20 @@ class StudentSnapshot:
 
     @torch.no_grad()
     def one_step(self, weights: Mapping[str, Tensor], x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """What the student makes of the noise at its first call, with these weights and where they are."""
+        """``x0 + v(x0, 0)`` with these weights, (B, ...), on their device."""
         self._module.load_state_dict(weights)
         device = next(iter(weights.values())).device
         there = {name: value.to(device) for name, value in cond.items()}
         return one_step(self._module.to(device), x0.to(device), there)
 
     def keep(self, weights: Mapping[str, Tensor]) -> None:
-        """They are the best so far."""
+        """Keep these weights as the best so far."""
         for name, value in weights.items():
             self.state[f"good.{name}"].copy_(value)
         self.state["kept"].fill_(True)
 
     def best(self) -> dict[str, Tensor] | None:
-        """The weights that were kept last."""
+        """The weights that were kept last; None before the first."""
         if not self.state["kept"]:
             return None
         return {name.removeprefix("good."): value for name, value in self.state.items() if name != "kept"}

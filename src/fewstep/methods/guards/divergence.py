@@ -1,8 +1,7 @@
-"""Whether a generator that is matched to a distribution still comes nearer to it.
+"""Stops a training by distribution matching that moves away from the data, and keeps its best weights.
 
-On a fixed set of noises, with the averaged generator: energy distance to data rows, precision and recall against them
-(k = 5). A game that diverges, or drops modes, shows in these long before its loss tells anything; training stops then,
-and what was best is kept.
+With the averaged generator on a fixed set of noises it measures the energy distance to data rows, and precision and
+recall against them (k = 5). These show a divergence, or a dropped mode, long before the loss does.
 """
 
 from __future__ import annotations
@@ -22,46 +21,49 @@ from fewstep.methods.guards.best_weights import StudentSnapshot
 from fewstep.metrics.neighbours import prdc
 from fewstep.metrics.sample_distances import energy, energy_floor
 
-CHECKS = 20  # per stage
-MOST = 512  # rows that are looked at: a look must cost little beside the steps between two of them
+CHECKS = 20  # per phase
+MAX_ROWS = 512  # that are measured: a check costs little beside the steps between two of them
+MIN_ROWS = 32  # with fewer, none of the measures has a meaning
 NEIGHBOURS = 5
-LEAST = 32  # rows below which none of it says anything
-FURTHEST = 5.0  # energy as a multiple of the best so far above which training stops,
-CHANCE = 25.0  # unless it is a smaller multiple of what two draws of the data have,
-NEAR = 0.25  # or a smaller share of the first one: games oscillate before they settle
-LOWEST = 0.5  # recall as a share of the best so far, below which it stops
-SETTLED = 0.3  # recall that must have been reached before it says anything
+# Training stops when the energy is above all three limits, chosen so that no run of benchmarks/maps.py that ended well
+# is stopped: the energy oscillates in the first checks, and near its floor it varies by chance.
+MAX_ENERGY_RATIO = 5.0  # to the least energy so far
+MAX_CHANCE_RATIO = 25.0  # to the energy of two draws of the data
+MAX_FIRST_SHARE = 0.25  # of the energy at the first check
+MIN_RECALL_SHARE = 0.5  # of the best recall so far; training stops below it,
+SETTLED_RECALL = 0.3  # once this recall has been reached
 
 
 @final
 class DivergenceGuard:
-    """Looks at the averaged generator, at its first call.
-
-    Attributes:
-        rows: noises and data rows, with the rows' labels.
-        checks: how often.
-        state: the best numbers so far, the first energy, and the weights that had the least energy.
+    """Measures the averaged generator at its first call, and stops a training that diverges.
 
     Args:
         student: copied; ``v(x, t, **cond)``.
         stage: for data, seed and name.
-        advice: what to change when it goes wrong.
+        advice: what to change when training is stopped.
+
+    Attributes:
+        rows: noises and data rows, with the rows' labels.
+        checks: how often in a phase.
+        state: the best numbers so far, the first energy, and the weights that had the least energy; a checkpoint must
+            keep it.
     """
 
     def __init__(self, student: nn.Module, stage: Stage, advice: str) -> None:
-        chosen = stage.data.train[:: max(1, len(stage.data.train) // MOST)][:MOST]
+        chosen = stage.data.train[:: max(1, len(stage.data.train) // MAX_ROWS)][:MAX_ROWS]
         self._key = (stage.seed, stage.name, "watch")
         labels = stage.data.label_rows(chosen) if stage.conditional else None
         noise = stage.source.sample(len(chosen), self.generator())
         self.rows = Pair(noise, stage.data.network_rows(chosen), {} if labels is None else {"label": labels})
-        self.checks = CHECKS if len(chosen) >= LEAST else 0
+        self.checks = CHECKS if len(chosen) >= MIN_ROWS else 0
         self._student = StudentSnapshot(student)
         self.state = {"best": torch.tensor([math.inf, 0.0, 0.0], dtype=torch.float64), **self._student.state}
         self._chance = float(energy_floor(self.rows.x1, len(chosen))) if self.checks else 0.0
         self._name, self._advice = stage.name, advice
 
     def generator(self) -> torch.Generator:
-        """The same draws at every look."""
+        """A generator that makes the same draws at every check."""
         return generator_for(*self._key)
 
     @torch.no_grad()
@@ -69,32 +71,33 @@ class DivergenceGuard:
         """``energy``, ``precision`` and ``recall``.
 
         Raises:
-            Collapse: they have become so much worse that the generator is lost.
+            Collapse: energy or recall is past its limits.
         """
         x = self._student.one_step(weights, self.rows.x0, self.rows.cond)
         real = self.rows.x1.to(x.device)
         if not bool(x.isfinite().all()):
-            return {"energy": math.nan}  # the trainer's own guard speaks of that
+            return {"energy": math.nan}  # the trainer stops at weights that are not finite
         near = prdc(real, x, NEIGHBOURS)
         found = {"energy": float(energy(x, real)), "precision": near.precision, "recall": near.recall}
         self._judge(found, weights)
         return found
 
+    def best(self) -> dict[str, Tensor] | None:
+        """The weights at the least energy distance; None before the first check."""
+        return self._student.best()
+
     def _judge(self, found: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
-        best, recall, first = self.state["best"].tolist()
+        least, recall, first = self.state["best"].tolist()
         first = first or found["energy"]
-        if found["energy"] > max(FURTHEST * best, CHANCE * self._chance, NEAR * first):
-            what = f"the energy distance to the data rose from {best:.3g} to {found['energy']:.3g}"
-        elif found["recall"] < LOWEST * recall and recall > SETTLED:
+        limit = max(MAX_ENERGY_RATIO * least, MAX_CHANCE_RATIO * self._chance, MAX_FIRST_SHARE * first)
+        if found["energy"] > limit:
+            what = f"the energy distance to the data rose from {least:.3g} to {found['energy']:.3g}"
+        elif found["recall"] < MIN_RECALL_SHARE * recall and recall > SETTLED_RECALL:
             what = f"recall of the data fell from {recall:.2f} to {found['recall']:.2f}"
         else:
-            if found["energy"] < best:
+            if found["energy"] < least:
                 self._student.keep(weights)
-            new = [min(best, found["energy"]), max(recall, found["recall"]), first]
+            new = [min(least, found["energy"]), max(recall, found["recall"]), first]
             self.state["best"].copy_(torch.tensor(new, dtype=torch.float64))
             return
         raise Collapse(f"stage {self._name!r} is diverging: {what}. {self._advice}")
-
-    def best(self) -> dict[str, Tensor] | None:
-        """The weights at the least energy distance, None before the first look."""
-        return self._student.best()

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
 from fewstep.data.dataset import DataSet
+from fewstep.errors import UserError
 from fewstep.flow.couplings import Coupling, Facts, Pair
 from fewstep.flow.noise import generator_for
 from fewstep.methods.contract.objective import Batches
 from fewstep.store.pairs import PairStore
+
+
+class Order(Protocol):
+    """The order in which rows are taken."""
+
+    def indices(self, start: int, count: int) -> Tensor:
+        """Rows of samples ``start … start + count``."""
+        ...
 
 
 @final
@@ -41,6 +50,52 @@ class EpochOrder:
 
 
 @final
+class GroupedOrder:
+    """Row numbers in shuffled epochs of groups: the rows of a group have one class.
+
+    An epoch has ``ceil(n / size)`` groups of a class of n rows, so the shares of the classes are kept up to one group.
+    The rows that fill a class's last group are drawn again. The order is a function of (key, epoch).
+
+    Args:
+        labels: class of every row, (N,).
+        size: rows in a group.
+        key: what the order is a function of.
+    """
+
+    def __init__(self, labels: Tensor, size: int, key: tuple[int | str, ...]) -> None:
+        self.size, self.key = size, key
+        self._classes = [(labels == kind).nonzero()[:, 0] for kind in labels.unique().tolist()]
+        self._groups = sum(-(-len(rows) // size) for rows in self._classes)
+        self._order = EpochOrder(self._groups, (*key, "groups"))
+        self._epoch, self._rows = -1, torch.empty(0, size, dtype=torch.long)
+
+    def indices(self, start: int, count: int) -> Tensor:
+        """Rows of samples ``start … start + count``, both multiples of the group's size."""
+        if start % self.size or count % self.size:
+            raise UserError(f"batches of {count} rows do not hold whole groups of {self.size}: change batch_size.")
+        first, last, parts = start // self.size, (start + count) // self.size, []
+        while first < last:
+            epoch = first // self._groups
+            stop = min(last, (epoch + 1) * self._groups)
+            parts.append(self._epoch_rows(epoch)[self._order.indices(first, stop - first)].flatten())
+            first = stop
+        return torch.cat(parts)
+
+    def _epoch_rows(self, epoch: int) -> Tensor:
+        """The groups of an epoch, (groups, size)."""
+        if epoch != self._epoch:
+            self._rows = torch.cat([self._cut(rows, number, epoch) for number, rows in enumerate(self._classes)])
+            self._epoch = epoch
+        return self._rows
+
+    def _cut(self, rows: Tensor, number: int, epoch: int) -> Tensor:
+        generator = generator_for(*self.key, "class", number, epoch)
+        order = rows[torch.randperm(len(rows), generator=generator)]
+        more = rows[torch.randint(len(rows), (-len(rows) % self.size,), generator=generator)]
+        return torch.cat([order, more]).view(-1, self.size)
+
+
+@final
 class DataBatches:
     """Rows of a data set, paired with base noise by a coupling.
 
@@ -50,6 +105,7 @@ class DataBatches:
         conditional: hand the labels on.
         dequantise: standard deviation of Gaussian noise added to the rows, network units.
         key: what the order is a function of.
+        group: rows in succession that have one class, of every batch that starts at a multiple of it.
     """
 
     CACHE_BYTES = 1 << 30
@@ -61,15 +117,18 @@ class DataBatches:
         conditional: bool,
         dequantise: float,
         key: tuple[int | str, ...],
+        group: int = 1,
     ) -> None:
         self.coupling = coupling
         self.facts = coupling.facts
         self.dequantise = dequantise
         self._data = data
         self._train = torch.as_tensor(data.train)
-        self._order = EpochOrder(len(self._train), key)
         labels = data.label_rows(data.train) if conditional else None
         self._labels = labels
+        self._order: Order = EpochOrder(len(self._train), key)
+        if labels is not None and group > 1:
+            self._order = GroupedOrder(labels, group, key)
         # small data sets live in memory as the network sees them; large ones are converted batch by batch
         small = len(self._train) * 4 * int(torch.Size(data.shape).numel()) <= self.CACHE_BYTES
         self._rows = data.network_rows(data.train) if small else None

@@ -1,0 +1,45 @@
+"""Which rows of the global batch a process has."""
+
+from __future__ import annotations
+
+import torch
+
+from fewstep.errors import UserError
+from fewstep.flow.couplings import Pair
+from fewstep.flow.noise import equal_share
+from fewstep.training.world import LocalWorld
+
+
+def process_rows(world: LocalWorld, batch: int) -> slice | None:
+    """This process's rows of the global batch."""
+    if world.size == 1:
+        return None
+    if batch % world.size:
+        raise UserError(
+            f"batch_size {batch} does not divide among {world.size} processes: make it a multiple of {world.size}."
+        )
+    each = batch // world.size
+    return slice(world.rank * each, (world.rank + 1) * each)
+
+
+def check_groups(world: LocalWorld, batch: int, group: int) -> None:
+    """Refuse a batch size with which a group of rows would be split between processes.
+
+    Raises:
+        UserError: the rows of a process are not whole groups.
+    """
+    if batch % (group * world.size):
+        processes = f" on {world.size} processes" if world.size > 1 else ""
+        raise UserError(
+            f"batch_size {batch} does not divide into groups of {group} rows{processes}: make it a multiple of "
+            f"{group * world.size}."
+        )
+
+
+def local_pair(pair: Pair, rows: slice | None, batch: int, device: torch.device) -> Pair:
+    """This process's rows of the global batch, on its device; of rows beside it, an equal share."""
+    if rows is None:
+        return pair if device.type == "cpu" else pair.to(device)
+    cond = {name: value[rows] for name, value in pair.cond.items()}
+    beside = {name: value[equal_share(len(value), rows, batch)] for name, value in pair.beside.items()}
+    return Pair(pair.x0[rows], pair.x1[rows], cond, beside).to(device)
