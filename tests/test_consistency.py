@@ -344,7 +344,7 @@ def test_stages_from_a_teacher_and_from_data(tiny_run: Path, tmp_path: Path) -> 
         "cfm": {"method": "consistency_fm", "teacher": teacher, **SHORT},
         "three": {"method": "consistency_fm", "segments": 3, **SHORT},
     }
-    recipe = make_recipe({"data": DATA, "network": {"name": "mlp", "preset": "tiny"}, "halvings": stages}, "x")
+    recipe = make_recipe({"data": DATA, "network": {"name": "mlp", "preset": "tiny"}, "stages": stages}, "x")
     run_recipe(recipe, tmp_path, LocalWorld(quiet=True))
     loaded = {name: load(tmp_path / name) for name in stages}
     assert {name: model.config.steps for name, model in loaded.items()} == {
@@ -377,7 +377,7 @@ def test_guidance_is_baked_in_and_known(labelled_run: Path, tmp_path: Path) -> N
     }
     data = {"path": str(folder / "rows.npy"), "labels": str(folder / "labels.npy")}
     header = {"data": data, "conditional": True, "network": {"name": "mlp", "preset": "tiny"}}
-    run_recipe(make_recipe({**header, "halvings": stages}, "x"), tmp_path, LocalWorld(quiet=True))
+    run_recipe(make_recipe({**header, "stages": stages}, "x"), tmp_path, LocalWorld(quiet=True))
     for name in stages:
         model = load(tmp_path / name)
         assert model.config.guidance == 2
@@ -416,10 +416,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("stage", "words"), REFUSED, ids=[words[:20] for _, words in REFUSED])
 def test_options_that_contradict_each_other_are_refused(stage: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        make_recipe({"data": DATA, "halvings": {"a": stage}}, "x")
+        make_recipe({"data": DATA, "stages": {"a": stage}}, "x")
 
 
 def test_a_robust_loss_on_data_pairs_in_few_dimensions_is_refused(tmp_path: Path) -> None:
     stages = {"a": {"method": "consistency", "loss": "huber", **SHORT}}
     with pytest.raises(UserError, match="another map would be learned"):
-        run_recipe(make_recipe({"data": DATA, "halvings": stages}, "x"), tmp_path, LocalWorld(quiet=True))
+        run_recipe(make_recipe({"data": DATA, "stages": stages}, "x"), tmp_path, LocalWorld(quiet=True))

@@ -341,7 +341,7 @@ def test_a_discriminator_without_a_leash_is_stopped_with_advice(tmp_path: Path) 
     with pytest.raises(UserError, match=r"stage 'onestep' is collapsing: .*Raise gamma \(now 0\)"):
         run(
             tmp_path, adversarial=60.0, gamma=0.0, adversarial_lr=0.05, discriminator_lr=0.05, shares=[0.3, 0, 0.7],
-            samples=40_000, gan="hinge", real="data",
+            samples=40_000, gan="hinge", discriminator_real="data",
         )  # fmt: skip
     assert list((tmp_path / "onestep/checkpoints").iterdir())
     assert not (tmp_path / "onestep/config.json").exists()
