@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fewstep.citations import CITATIONS
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
     *sorted(ROOT.glob("*.md")),
@@ -77,3 +79,41 @@ def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None
     # even a short training beats standing still: the data lie about two units from the noise
     assert len(errors) == 4
     assert min(errors) < 1.0
+
+
+# the bibliography
+
+
+def cited() -> dict[str, list[str]]:
+    """Every arXiv number in the package and the documents, with the files that name it."""
+    files = [*(ROOT / "src").rglob("*.py"), *(ROOT / "recipes").rglob("*.yaml"), *DOCUMENTS]
+    found: dict[str, list[str]] = {}
+    for file in files:
+        # a month from 07 (2007, when these numbers began) to 26, two digits of month, then four or five digits
+        for number in re.findall(
+            r"(?<![\d.])(?:0[7-9]|1\d|2[0-6])(?:0[1-9]|1[0-2])\.\d{4,5}(?!\d)", file.read_text("utf-8")
+        ):
+            found.setdefault(number, []).append(file.name)
+    return found
+
+
+def test_the_bibliography_has_no_key_and_no_paper_twice() -> None:
+    text = (ROOT / "src" / "fewstep" / "references.bib").read_text("utf-8")
+    keys = re.findall(r"^@\w+\{(\w+),$", text, re.MULTILINE)
+    papers = re.findall(r"^  eprint = \{(.*)\}", text, re.MULTILINE)
+    assert len(keys) == len(CITATIONS) > 70
+    assert keys == sorted(set(keys))
+    assert sorted(papers) == sorted(set(papers))
+
+
+def test_every_arxiv_number_has_an_entry() -> None:
+    papers = {entry.fields["eprint"] for entry in CITATIONS.values() if "eprint" in entry.fields}
+    numbers = cited()
+    assert len(numbers) > 60
+    assert {number: files for number, files in numbers.items() if number not in papers} == {}
+
+
+def test_every_key_that_a_method_cites_is_an_entry() -> None:
+    from fewstep.methods.registry import METHODS
+
+    assert {key for spec in METHODS.values() for key in spec.cite} <= CITATIONS.keys()

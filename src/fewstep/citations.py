@@ -13,16 +13,28 @@ from fewstep.errors import unknown
 __all__ = ["CITATIONS", "Citation", "bibtex", "short_reference"]
 
 
+TEX_LETTERS = {
+    "{\\'e}": "é",
+    "{\\'a}": "á",
+    '{\\"a}': "ä",
+    '{\\"e}': "ë",
+    '{\\"o}': "ö",
+    '{\\"u}': "ü",
+    "{\\o}": "ø",
+    "{\\L}": "Ł",
+}
+
+
 @final
 @dataclass(frozen=True)
 class Citation:
-    """An entry.
+    """One entry of the bibliography.
 
     Attributes:
-        kind: ``inproceedings``, ``article`` or ``misc``.
-        key: what it is cited by.
-        fields: by name.
-        text: the BibTeX.
+        kind: ``inproceedings``, ``article``, ``book`` or ``misc``.
+        key: the key by which a method cites it (``liu2023flow``).
+        fields: the entry's fields by name (``title``, ``author``, ``year``, ``eprint``).
+        text: the entry as BibTeX.
     """
 
     kind: str
@@ -32,7 +44,7 @@ class Citation:
 
     @classmethod
     def parse(cls, text: str) -> Citation:
-        """One entry with a field per line."""
+        """Read one entry, which has one field per line."""
         head = re.match(r"@(\w+)\{(\w+),", text)
         assert head is not None, text
         fields = re.findall(r"^  (\w+) = \{(.*)\},?$", text, re.MULTILINE)
@@ -70,7 +82,7 @@ def short_reference(key: str) -> str:
     names = [author.split(",")[0] for author in fields["author"].split(" and ")]
     who = " and ".join(names) if len(names) <= 2 else f"{names[0]} et al."
     line = f"{who}, {fields['title']}, {fields['year']}" + (f", arXiv:{fields['eprint']}" if "eprint" in fields else "")
-    for tex, letter in (("{\\'e}", "é"), ("{\\'a}", "á"), ('{\\"a}', "ä"), ('{\\"e}', "ë"), ('{\\"u}', "ü")):
+    for tex, letter in TEX_LETTERS.items():
         line = line.replace(tex, letter)
     return line.replace("{", "").replace("}", "").replace("--", "–")
 

@@ -214,7 +214,12 @@ def list(options: arguments.List) -> int:
     if (options.steps, options.grid, options.path) != (None, None, None):
         raise UserError("--steps, --grid and --path belong to --table: fewstep list solvers --table heun --steps 4.")
     for name, text in catalogue(options.what):
-        print(f"{name:20} {text}".rstrip())
+        first, *more = text.splitlines() or [""]
+        print("\n".join([f"{name:20} {first}".rstrip(), *(f"    {line}" for line in more)]))
+    if options.what == "solvers":
+        from fewstep.solvers.show import NOTATION
+
+        print(f"\n{NOTATION}")
     print(f"\nnext  {NEXT[options.what]}")
     return 0
 
@@ -256,16 +261,7 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
 
         return [(name, f"{spec.summary} (needs {spec.learns_from})") for name, spec in METHODS.items()]
     if what == "solvers":
-        from fewstep.solvers.tables import SOLVERS
-
-        order = {name: f"order {s.order}" if s.converges else "for straight flows" for name, s in SOLVERS.items()}
-        return [
-            *((name, f"{order[name]}, {s.calls} network call(s) a step") for name, s in SOLVERS.items()),
-            ("rk45", "adaptive, order 5(4), a step size for every sample; rk45:1e-4 sets the tolerance"),
-            ("dopri5", "adaptive, torchdiffeq's, one step size for all (extra 'adaptive')"),
-            ("auto", "the best solver and grid for the model and a number of network calls, found on a pilot"),
-            ("fitted", "times and coefficients fitted to the model for a number of network calls"),
-        ]
+        return solver_entries()
     if what == "grids":
         from fewstep.flow.grids import FROM_MODEL, GRIDS
 
@@ -284,6 +280,22 @@ def catalogue(what: str) -> Sequence[tuple[str, str]]:
     return [
         *((name, entry.description) for name, entry in DATA.items()),
         ("PATH", ".npy, .npz, idx (.gz) or a folder of images"),
+    ]
+
+
+def solver_entries() -> Sequence[tuple[str, str]]:
+    """Every name that ``--solver`` takes: order, network calls, source and formula."""
+    from fewstep.solvers.adaptive import ADAPTIVE
+    from fewstep.solvers.show import entries, text
+
+    pair, order = ADAPTIVE["rk45"], "adaptive, order 5(4)"
+    linear = "y_j = a_j x_0 + sum_(k<j) b_jk v(y_k, t_k); t_j, a_j, b_jk minimise the error of the end points"
+    return [
+        *entries(),
+        ("rk45", text(order, f"{pair.formula}; a step size per sample; rk45:1e-4 sets the tolerance", pair.source)),
+        ("dopri5", text(order, "as rk45, one step size per batch, by torchdiffeq (extra 'adaptive')", pair.source)),
+        ("fitted", text("fitted to the model", linear, "arXiv:2403.01329")),
+        ("auto", "the most accurate of these solvers on the model, with its grid"),
     ]
 
 

@@ -71,12 +71,18 @@ class Adaptive:
         per_sample: whether every sample has its own steps.
         extra: the optional dependency it needs, if any.
         run: solves a :class:`Problem`.
+        formula, source: see :class:`~fewstep.solvers.tape.Solver`.
     """
 
     order: int
     per_sample: bool
     extra: str | None
     run: Run
+    formula: str = (
+        "x_b = x_a + h sum_i b_i k_i; k_i = v(x_a + h sum_j a_ij k_j, t_a + c_i h), i = 1, ..., 7; "
+        "error = h sum_i (b_i - b^_i) k_i"
+    )
+    source: str = "Hairer et al., Solving ODEs I, table II.5.2"
 
 
 @final

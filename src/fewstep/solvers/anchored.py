@@ -33,6 +33,8 @@ class Anchored(Solver):
 
     order: int = field(default=0, init=False)
     b: tuple[float, ...] = field(default=(1.0,), init=False)
+    formula: str = field(default="x_b = (1 - t_b) x_0 + t_b (x_a + (1 - t_a) v_a)", init=False)
+    source: str = field(default="arXiv:2405.20320, released sampler", init=False)
 
     @property
     def converges(self) -> bool:

@@ -68,11 +68,14 @@ class Multistep(Solver):
         order: order of convergence on smooth fields, away from singular ends and after start-up.
         corrector: correct with the next call.
         rule: which moments the coefficients match.
+        formula, source: see :class:`~fewstep.solvers.tape.Solver`.
     """
 
     form: type[Form]
     values: int
     order: int
+    formula: str
+    source: str
     corrector: bool = False
     rule: Rule = exact
     b: tuple[float, ...] = field(default=(1.0,), init=False)

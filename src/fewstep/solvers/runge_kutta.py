@@ -25,11 +25,14 @@ class RungeKutta(Solver):
         a: the stages' rows (the first is empty).
         b: the weights.
         order: its nominal order of convergence.
+        formula, source: see :class:`~fewstep.solvers.tape.Solver`.
     """
 
     a: tuple[tuple[float, ...], ...]
     b: tuple[float, ...]
     order: int
+    formula: str
+    source: str = "Hairer et al., Solving ODEs I, II.1"
 
     def __post_init__(self) -> None:
         assert len(self.a) == len(self.b), "one row per stage"

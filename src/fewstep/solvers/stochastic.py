@@ -48,6 +48,12 @@ class Ancestral(Solver):
     eta: float
     order: int = field(default=1, init=False)
     b: tuple[float, ...] = field(default=(1.0,), init=False)
+    formula: str = field(
+        default="x_b = alpha_b m_a + sqrt(sigma_b^2 - s^2) e_a + s z; "
+        "s = eta sigma_b sqrt(1 - (sigma_b alpha_a / (alpha_b sigma_a))^2)",
+        init=False,
+    )
+    source: str = field(default="arXiv:2010.02502, eq. 12 and 16", init=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.eta <= 1.0:
@@ -92,6 +98,12 @@ class StochasticMultistep(Solver):
 
     order: int = field(default=2, init=False)
     b: tuple[float, ...] = field(default=(1.0,), init=False)
+    formula: str = field(
+        default="x_b = (sigma_b / sigma_a) exp(-H) x_a + alpha_b s^2 D + sigma_b s z; "
+        "s = sqrt(1 - exp(-2 H)); D = m_a + (H / (2 H_1)) (m_a - m_1)",
+        init=False,
+    )
+    source: str = field(default="arXiv:2211.01095, app. B", init=False)
 
     @property
     def stochastic(self) -> bool:
@@ -131,6 +143,8 @@ class EulerMaruyama(Solver):
     c: float
     order: int = field(default=1, init=False)
     b: tuple[float, ...] = field(default=(1.0,), init=False)
+    formula: str = field(default="x_b = x_a + h (v_a - c e_a) + sqrt(2 c sigma_a h) z", init=False)
+    source: str = field(default="arXiv:2303.08797, sec. 2.4", init=False)
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.c < math.inf:

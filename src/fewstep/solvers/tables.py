@@ -103,34 +103,203 @@ class Table:
 
 LINEAR = Linear()
 
+ADAMS = "Hairer et al., Solving ODEs I, III.1"
+DEIS = "arXiv:2204.13902"
+UNIPC = "arXiv:2302.04867, alg. 1"
+NOISE_STEP = "x_b = (alpha_b / alpha_a) x_a + alpha_b int P d(sigma / alpha)"
+DATA_EULER = "x* = (sigma_b / sigma_a) x_a + alpha_b (1 - exp(-H)) m_a"
+DATA_STEP = "x_b = (sigma_b / sigma_a) x_a + sigma_b int P d(alpha / sigma)"
+
 SOLVERS: dict[str, Solver] = {
-    "euler": RungeKutta(a=((),), b=(1.0,), order=1),
-    "midpoint": RungeKutta(a=((), (0.5,)), b=(0.0, 1.0), order=2),
-    "heun": RungeKutta(a=((), (1.0,)), b=(0.5, 0.5), order=2),
-    "rk4": RungeKutta(a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)), b=(1 / 6, 1 / 3, 1 / 3, 1 / 6), order=4),
-    "ab2": Multistep(VelocityInTime, values=2, order=2),
-    "ab3": Multistep(VelocityInTime, values=3, order=3),
-    "ab4": Multistep(VelocityInTime, values=4, order=4),
-    "abm2": Multistep(VelocityInTime, values=2, order=3, corrector=True),
-    "ddim": Multistep(DataInLambda, values=1, order=1),
-    "deis2": Multistep(NoiseInTime, values=2, order=2),
-    "deis3": Multistep(NoiseInTime, values=3, order=3),
-    "deis4": Multistep(NoiseInTime, values=4, order=4),
-    "deis2-rho": Multistep(NoiseInRho, values=2, order=2),
-    "deis3-rho": Multistep(NoiseInRho, values=3, order=3),
-    "deis4-rho": Multistep(NoiseInRho, values=4, order=4),
-    "dpm++2m": Multistep(DataInLambda, values=2, order=2, rule=bh2),
-    "dpm++3m": Multistep(DataInLambda, values=3, order=3, rule=bh2),
-    "dpm++3m-reference": Multistep(DataInLambda, values=3, order=2, rule=without_two),
-    "unipc1": Multistep(DataInLambda, values=1, order=2, corrector=True, rule=bh2),
-    "unipc2": Multistep(DataInLambda, values=2, order=3, corrector=True, rule=bh2),
-    "unipc3": Multistep(DataInLambda, values=3, order=4, corrector=True, rule=bh2),
-    "unipc1-bh1": Multistep(DataInLambda, values=1, order=2, corrector=True, rule=bh1),
-    "unipc2-bh1": Multistep(DataInLambda, values=2, order=3, corrector=True, rule=bh1),
-    "unipc3-bh1": Multistep(DataInLambda, values=3, order=4, corrector=True, rule=bh1),
-    "unipc1-t": Multistep(DataInTime, values=1, order=2, corrector=True),
-    "unipc2-t": Multistep(DataInTime, values=2, order=3, corrector=True),
-    "unipc3-t": Multistep(DataInTime, values=3, order=4, corrector=True),
+    "euler": RungeKutta(a=((),), b=(1.0,), order=1, formula="x_b = x_a + h v_a"),
+    "midpoint": RungeKutta(
+        a=((), (0.5,)), b=(0.0, 1.0), order=2, formula="x_b = x_a + h v(x_a + (h / 2) v_a, t_a + h / 2)"
+    ),
+    "heun": RungeKutta(
+        a=((), (1.0,)), b=(0.5, 0.5), order=2, formula="x_b = x_a + (h / 2) (v_a + v(x_a + h v_a, t_b))"
+    ),
+    "rk4": RungeKutta(
+        a=((), (0.5,), (0.0, 0.5), (0.0, 0.0, 1.0)),
+        b=(1 / 6, 1 / 3, 1 / 3, 1 / 6),
+        order=4,
+        formula="x_b = x_a + (h / 6) (v_a + 2 k_2 + 2 k_3 + k_4); k_2 = v(x_a + (h / 2) v_a, t_a + h / 2); "
+        "k_3 = v(x_a + (h / 2) k_2, t_a + h / 2); k_4 = v(x_a + h k_3, t_b)",
+    ),
+    "ab2": Multistep(
+        VelocityInTime,
+        values=2,
+        order=2,
+        formula="x_b = x_a + int P dt; P(t) through v_a, v_1; on equal steps x_b = x_a + (h / 2) (3 v_a - v_1)",
+        source=ADAMS,
+    ),
+    "ab3": Multistep(
+        VelocityInTime,
+        values=3,
+        order=3,
+        formula="x_b = x_a + int P dt; P(t) through v_a, v_1, v_2; "
+        "on equal steps x_b = x_a + (h / 12) (23 v_a - 16 v_1 + 5 v_2)",
+        source=ADAMS,
+    ),
+    "ab4": Multistep(
+        VelocityInTime,
+        values=4,
+        order=4,
+        formula="x_b = x_a + int P dt; P(t) through v_a, v_1, v_2, v_3; "
+        "on equal steps x_b = x_a + (h / 24) (55 v_a - 59 v_1 + 37 v_2 - 9 v_3)",
+        source=ADAMS,
+    ),
+    "abm2": Multistep(
+        VelocityInTime,
+        values=2,
+        order=3,
+        formula="x* = ab2 step; x_b = x_a + int P dt; P(t) through v_a, v_1, v*; "
+        "on equal steps x_b = x_a + (h / 12) (5 v* + 8 v_a - v_1)",
+        source=f"{ADAMS}, PEC mode",
+        corrector=True,
+    ),
+    "ddim": Multistep(
+        DataInLambda, values=1, order=1, formula="x_b = alpha_b m_a + sigma_b e_a", source="arXiv:2010.02502, eq. 12"
+    ),
+    "deis2": Multistep(
+        NoiseInTime, values=2, order=2, formula=f"{NOISE_STEP}; P(t) through e_a, e_1", source=f"{DEIS}, tAB-DEIS"
+    ),
+    "deis3": Multistep(
+        NoiseInTime, values=3, order=3, formula=f"{NOISE_STEP}; P(t) through e_a, e_1, e_2", source=f"{DEIS}, tAB-DEIS"
+    ),
+    "deis4": Multistep(
+        NoiseInTime,
+        values=4,
+        order=4,
+        formula=f"{NOISE_STEP}; P(t) through e_a, e_1, e_2, e_3",
+        source=f"{DEIS}, tAB-DEIS",
+    ),
+    "deis2-rho": Multistep(
+        NoiseInRho,
+        values=2,
+        order=2,
+        formula=f"{NOISE_STEP}; P(sigma / alpha) through e_a, e_1",
+        source=f"{DEIS}, rhoAB-DEIS",
+    ),
+    "deis3-rho": Multistep(
+        NoiseInRho,
+        values=3,
+        order=3,
+        formula=f"{NOISE_STEP}; P(sigma / alpha) through e_a, e_1, e_2",
+        source=f"{DEIS}, rhoAB-DEIS",
+    ),
+    "deis4-rho": Multistep(
+        NoiseInRho,
+        values=4,
+        order=4,
+        formula=f"{NOISE_STEP}; P(sigma / alpha) through e_a, e_1, e_2, e_3",
+        source=f"{DEIS}, rhoAB-DEIS",
+    ),
+    "dpm++2m": Multistep(
+        DataInLambda,
+        values=2,
+        order=2,
+        formula="x_b = (sigma_b / sigma_a) x_a + alpha_b (1 - exp(-H)) (m_a + (H / (2 H_1)) (m_a - m_1))",
+        source="arXiv:2211.01095, alg. 2",
+        rule=bh2,
+    ),
+    "dpm++3m": Multistep(
+        DataInLambda,
+        values=3,
+        order=3,
+        formula=f"{DATA_STEP}; P(lambda) through m_a, m_1, m_2",
+        source="arXiv:2211.01095; UniP-3 of arXiv:2302.04867",
+        rule=bh2,
+    ),
+    "dpm++3m-reference": Multistep(
+        DataInLambda,
+        values=3,
+        order=2,
+        formula="x_b = (sigma_b / sigma_a) x_a + (sigma_b / 2) (int P d(alpha / sigma) + int T d(alpha / sigma)); "
+        "P(lambda) through m_a, m_1, m_2; T tangent to P at lambda_a",
+        source="arXiv:2211.01095, the authors' released code",
+        rule=without_two,
+    ),
+    "unipc1": Multistep(
+        DataInLambda,
+        values=1,
+        order=2,
+        formula=f"{DATA_EULER}; x_b = x* + (alpha_b / 2) (1 - exp(-H)) (m* - m_a)",
+        source=f"{UNIPC}, B_2",
+        corrector=True,
+        rule=bh2,
+    ),
+    "unipc2": Multistep(
+        DataInLambda,
+        values=2,
+        order=3,
+        formula=f"x* = dpm++2m step; {DATA_STEP}; P(lambda) through m_a, m_1, m*",
+        source=f"{UNIPC}, B_2",
+        corrector=True,
+        rule=bh2,
+    ),
+    "unipc3": Multistep(
+        DataInLambda,
+        values=3,
+        order=4,
+        formula=f"x* = dpm++3m step; {DATA_STEP}; P(lambda) through m_a, m_1, m_2, m*",
+        source=f"{UNIPC}, B_2",
+        corrector=True,
+        rule=bh2,
+    ),
+    "unipc1-bh1": Multistep(
+        DataInLambda,
+        values=1,
+        order=2,
+        formula=f"{DATA_EULER}; x_b = x* + (alpha_b / 2) H (m* - m_a)",
+        source=f"{UNIPC}, B_1",
+        corrector=True,
+        rule=bh1,
+    ),
+    "unipc2-bh1": Multistep(
+        DataInLambda,
+        values=2,
+        order=3,
+        formula="x* = (sigma_b / sigma_a) x_a + alpha_b ((1 - exp(-H)) m_a + (H^2 / (2 H_1)) (m_a - m_1)); "
+        f"{DATA_STEP}; P(lambda) through m_a, m_1, m*",
+        source=f"{UNIPC}, B_1",
+        corrector=True,
+        rule=bh1,
+    ),
+    "unipc3-bh1": Multistep(
+        DataInLambda,
+        values=3,
+        order=4,
+        formula=f"x* = dpm++3m step; {DATA_STEP}; P(lambda) through m_a, m_1, m_2, m*; first steps as unipc2-bh1",
+        source=f"{UNIPC}, B_1",
+        corrector=True,
+        rule=bh1,
+    ),
+    "unipc1-t": Multistep(
+        DataInTime,
+        values=1,
+        order=2,
+        formula=f"{DATA_EULER}; {DATA_STEP}; P(t) through m_a, m*",
+        source=f"{UNIPC}, with t for lambda",
+        corrector=True,
+    ),
+    "unipc2-t": Multistep(
+        DataInTime,
+        values=2,
+        order=3,
+        formula="x* = (sigma_b / sigma_a) x_a + sigma_b int Q d(alpha / sigma); Q(t) through m_a, m_1; "
+        f"{DATA_STEP}; P(t) through m_a, m_1, m*",
+        source=f"{UNIPC}, with t for lambda",
+        corrector=True,
+    ),
+    "unipc3-t": Multistep(
+        DataInTime,
+        values=3,
+        order=4,
+        formula="x* = (sigma_b / sigma_a) x_a + sigma_b int Q d(alpha / sigma); Q(t) through m_a, m_1, m_2; "
+        f"{DATA_STEP}; P(t) through m_a, m_1, m_2, m*",
+        source=f"{UNIPC}, with t for lambda",
+        corrector=True,
+    ),
     "dpm++sde": StochasticMultistep(),
     "sde": EulerMaruyama(1.0),
     "anchored": Anchored(),

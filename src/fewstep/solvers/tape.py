@@ -67,10 +67,14 @@ class Solver(ABC):
     Attributes:
         order: order of convergence on smooth fields, away from singular ends and after start-up.
         b: weights of a step's calls on a constant field; they sum to one.
+        formula: one step in one line, in the notation of :data:`fewstep.solvers.show.NOTATION`.
+        source: the paper or book, and the place in it.
     """
 
     order: int
     b: tuple[float, ...]
+    formula: str
+    source: str
 
     @property
     def stochastic(self) -> bool:
