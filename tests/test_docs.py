@@ -45,6 +45,16 @@ def test_every_equation_has_its_function_and_its_test(row: list[str]) -> None:
     assert re.search(rf"^def {name}\(", (ROOT / "tests" / file).read_text(encoding="utf-8"), re.MULTILINE)
 
 
+# what runs any solver: a row that names one of these does not say where its own formula is
+GENERIC = ("fewstep.solvers.tables.table", "fewstep.solvers.solve.solve", "fewstep.solvers.loop.run")
+
+
+def test_a_solvers_row_names_the_function_that_holds_its_formula() -> None:
+    named = [row[3].strip().strip("`") for row in ROWS]
+    assert sum(name.startswith("fewstep.solvers.") for name in named) >= 12
+    assert [row[1] for row, name in zip(ROWS, named, strict=True) if name in GENERIC] == []
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
     text = document.read_text(encoding="utf-8")
