@@ -28,14 +28,18 @@ FIRST_DRAW = 2  # of a stochastic solver's noise; 0 and 1 are the samples' base 
 @final
 @dataclass(frozen=True)
 class Solution:
-    """What :func:`solve` returns.
+    """The result of :func:`solve` or :func:`invert` for B samples.
+
+    >>> sol = solve(lambda x, t: -x, torch.ones(1, 2), solver="heun", steps=4)
+    >>> sol.nfe, sol.times
+    (8, (0.0, 0.25, 0.5, 0.75, 1.0))
 
     Attributes:
-        x: end point, like ``x0``.
-        nfe: network evaluations per sample, counted; of an adaptive solver the mean over samples, rounded up.
-        times: the grid, from first to last.
-        trajectory: states at ``times``, ``(len(times), B, ...)``, if asked for, else None; the last is ``x``.
-        nfe_each: an adaptive solver's evaluations of every sample, (B,) int64; None for the others.
+        x: the end point, with the shape and dtype of the start, (B, ...).
+        nfe: network evaluations per sample, counted; for an adaptive solver the mean over the samples, rounded up.
+        times: the times between which the solver stepped, in order.
+        trajectory: the states at ``times``, (len(times), B, ...), the last one ``x``; None unless asked for.
+        nfe_each: evaluations of each sample by an adaptive solver, (B,) int64; None for other solvers.
     """
 
     x: Tensor
@@ -60,40 +64,50 @@ def solve(
     row: int = 0,
     compile: bool = False,
 ) -> Solution:
-    """Carry ``x0`` along the flow ``dx/dt = v(x, t, **cond)``, by default from noise (t = 0) to data (t = 1).
+    """Solve ``dx/dt = v(x, t, **cond)`` from ``x0``, by default from noise (t = 0) to data (t = 1).
+
+    A step with the default solver is Euler's, ``x_b = x_a + (t_b - t_a) v(x_a, t_a)``. ``fewstep list solvers`` prints
+    the formula of every solver.
+
+    >>> solve(lambda x, t: -x, torch.ones(1, 2), steps=2).x  # two Euler steps: (1 - 1/2)^2
+    tensor([[0.2500, 0.2500]])
 
     Args:
-        v: any callable ``v(x, t, **cond)``; ``x`` (B, ...), ``t`` (B,) in x's dtype. It is called exactly NFE
-            times; its result is taken in x's dtype.
-        x0: start, (B, ...), floating point; its dtype is kept.
-        solver: a name of :data:`fewstep.solvers.tables.SOLVERS` (``fewstep list solvers`` shows them), ``name:value``
-            for one that takes a value, or a :class:`~fewstep.solvers.tables.Table`, which brings its own grid.
-            Adaptive ones (``rk45``, ``dopri5``; ``rk45:1e-4`` is a tolerance) choose their own steps.
-            **Stochastic ones (``ddim:eta``, ``sde``, ``dpm++sde``) are right only for a flow from Gaussian noise that
-            was drawn independently of the data.** Whether ``v`` is one, a bare callable cannot tell.
-        steps: solver steps (default 50 on a named grid). An explicit grid fixes them.
-        grid: a grid's name, ``name:value``, or explicit times; decreasing times run towards noise. To an adaptive
-            solver, times are its ends and the times of the trajectory.
-        path: the path that ``v`` was trained on, or its name. Solvers that work with the data or the noise
-            prediction (``ddim``, ``deis*``, ``dpm++*``, ``unipc*``) or add noise need it; the others do not look at
-            it. A table was made for its path and does not look at it either.
-        cond: keyword arguments handed to every call of ``v``.
-        trajectory: keep the states at the grid's times.
-        grad: build the autograd graph through the solve; an adaptive solver's steps are then taken as given.
-        seed: of a stochastic solver's noise: step k adds row i of the table of (seed, draw 2 + k) to sample i
-            (:func:`~fewstep.flow.noise.noise_rows`), so a sample does not depend on the batch it is in.
-        row: index of the first row of ``x0`` among all samples of that seed.
-        compile: run the whole loop under ``torch.compile``, made for one network, batch shape and set of conditions
-            at its first call. Three hidden layers of 64, batch 64, 8 steps, one CPU thread: 0.34 ms a solve instead
-            of 0.53, after 5 to 24 seconds of compiling. The larger the network, the smaller the gain.
+        v: any callable ``v(x, t, **cond)``; ``x`` is (B, ...), ``t`` is (B,) in [0, 1] in the dtype of ``x``. Its
+            result has the shape of ``x`` and is converted to the dtype of ``x``. It is called exactly NFE times.
+        x0: the start, (B, ...), floating point, in the units of the network; its dtype is kept.
+        solver: a name of :data:`fewstep.solvers.tables.SOLVERS`, ``name:value`` for a solver with a parameter, or a
+            :class:`~fewstep.solvers.tables.Table`, which has its own grid. Adaptive solvers (``rk45``, ``dopri5``)
+            choose their own steps; their parameter is the tolerance (``rk45:1e-4``).
+            **Stochastic solvers (``ddim:eta``, ``sde``, ``dpm++sde``) sample the right distribution only if the noise
+            was Gaussian and independent of the data in training.** A bare callable does not tell, so this is not
+            checked here.
+        steps: solver steps; 50 by default on a named grid. Explicit times fix their number.
+        grid: a grid's name, ``name:value``, or explicit times; decreasing times run from data to noise. For an adaptive
+            solver the times are its ends and the times of the trajectory.
+        path: the path on which ``v`` was trained, or its name. Solvers that use the data or the noise prediction
+            (``ddim``, ``deis*``, ``dpm++*``, ``unipc*``) and stochastic ones need it; other solvers ignore it. A table
+            was computed for its path and ignores it too.
+        cond: keyword arguments of every call of ``v``.
+        trajectory: also return the states at the grid's times.
+        grad: build the autograd graph through the solve. The steps of an adaptive solver are treated as constants.
+        seed: seed of a stochastic solver's noise: step k adds to sample i a row that depends on (seed, i, k) alone
+            (:func:`~fewstep.flow.noise.noise_rows`), so a sample does not depend on its batch.
+        row: the number i of the first row of ``x0``.
+        compile: run the whole loop under ``torch.compile``; it is compiled at the first call for each network, batch
+            shape and set of conditions. Three hidden layers of 64, batch 64, 8 steps, one CPU thread: 0.34 ms a solve
+            instead of 0.53, after 5 to 24 seconds of compiling. The gain is smaller for larger networks.
 
     Returns:
         A :class:`Solution`.
 
     Raises:
-        UserError: unknown solver, grid or path; steps and grid in conflict with each other, with a table or with an
-            adaptive solver; a stochastic solver on decreasing times; non-finite or integer ``x0``; a velocity that is
-            no tensor or of another shape than its input; ``compile`` without a compiler, or with gradients.
+        UserError: unknown solver, grid or path; ``steps`` and ``grid`` that contradict each other, a table or an
+            adaptive solver; a stochastic solver on decreasing times; a start that is not floating point, or not finite;
+            a velocity that is no tensor or has another shape than its input; ``compile`` without a compiler, or with
+            gradients.
+
+    Source: arXiv:2210.02747, eq. 1; each solver's own source in ``fewstep list solvers``.
     """
     if isinstance(solver, str) and solver.partition(":")[0] in ADAPTIVE_NAMES:
         return _solve_adaptive(v, x0, solver, _ends(solver, grid, steps), cond, trajectory, grad, compile)
@@ -115,9 +129,26 @@ def invert(
     grad: bool = False,
     compile: bool = False,
 ) -> Solution:
-    """Carry data ``x1`` back to its noise: :func:`solve` on the same grid, from its last time to its first.
+    """Solve ``dx/dt = v(x, t, **cond)`` backwards: from data ``x1`` to its noise, on the reversed grid of :func:`solve`.
 
-    A grid given in decreasing times is run as it stands. A table runs one way only: name a solver here.
+    >>> x1 = solve(lambda x, t: -x, torch.ones(1, 2), solver="rk4", steps=20).x
+    >>> invert(lambda x, t: -x, x1, solver="rk4", steps=20).x
+    tensor([[1.0000, 1.0000]])
+
+    Args:
+        v: the velocity ``v(x, t, **cond)``, as in :func:`solve`.
+        x1: data, (B, ...), floating point, in the units of the network; its dtype is kept.
+        solver: a solver's name; a table is defined in one direction only and is refused.
+        steps, path, cond, trajectory, grad, compile: as in :func:`solve`.
+        grid: as in :func:`solve`; decreasing times are used as they are.
+
+    Returns:
+        A :class:`Solution`; ``x`` is the noise and ``times`` decrease.
+
+    Raises:
+        UserError: as in :func:`solve`; also a table, and a stochastic solver, whose steps have no inverse.
+
+    Source: arXiv:2010.02502, sec. 4.3 (the flow's ODE run from data to noise).
     """
     if isinstance(solver, Table):
         raise UserError(
