@@ -129,7 +129,7 @@ def invert(
     grad: bool = False,
     compile: bool = False,
 ) -> Solution:
-    """Solve ``dx/dt = v(x, t, **cond)`` backwards: from data ``x1`` to its noise, on the reversed grid of :func:`solve`.
+    """Solve ``dx/dt = v(x, t, **cond)`` backwards, from data ``x1`` to its noise, on the reversed grid.
 
     >>> x1 = solve(lambda x, t: -x, torch.ones(1, 2), solver="rk4", steps=20).x
     >>> invert(lambda x, t: -x, x1, solver="rk4", steps=20).x
