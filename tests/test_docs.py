@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import runpy
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+import fewstep as fs
 from fewstep.citations import CITATIONS
+from fewstep.methods.contract.objective import Objective
+from fewstep.methods.registry import METHODS
+from fewstep.pipeline.recipe import make_recipe
+from fewstep.pipeline.run import run_recipe
+from fewstep.training.world import LocalWorld
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -57,7 +65,7 @@ def test_a_solvers_row_names_the_function_that_holds_its_formula() -> None:
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_links_lead_somewhere(document: Path) -> None:
-    text = document.read_text(encoding="utf-8")
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
         if "://" not in target:
             assert (document.parent / target).exists(), f"{document.name} links to {target}"
@@ -69,14 +77,34 @@ def test_python_examples_run(document: Path) -> None:
         exec(compile(block, str(document), "exec"), {"__name__": "example"})
 
 
+@pytest.mark.skipif(
+    "nets" not in inspect.signature(Objective.loss).parameters, reason="the example is of the contract with pure losses"
+)
+def test_the_example_of_a_method_trains_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method file in CONTRIBUTING.md, registered as it says there, learns two narrow modes at -1 and 1."""
+    (source,) = re.findall(r"```py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    assert len(source.splitlines()) < 60
+    (tmp_path / "averaged.py").write_text(source, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(METHODS, "averaged", importlib.import_module("averaged").SPEC)
+    random = np.random.default_rng(0)
+    rows = random.choice([-1.0, 1.0], (500, 1)) + 0.05 * random.normal(size=(500, 1))
+    np.save(tmp_path / "rows.npy", rows.astype(np.float32))
+    stage = {"method": "averaged", "samples": 60_000}
+    network = {"name": "mlp", "preset": "tiny"}
+    recipe = {"data": str(tmp_path / "rows.npy"), "network": network, "stages": {"student": stage}}
+    (folder,) = run_recipe(make_recipe(recipe, "recipe"), tmp_path / "out", LocalWorld())
+    x = fs.load(folder).sample(400, steps=20, seed=0)
+    near = ((x.abs() - 1.0).abs() < 0.3).float().mean()
+    assert near > 0.8  # of the noise itself: 0.29
+
+
 def test_documents_hold_no_unfilled_place() -> None:
     for document in DOCUMENTS:
         assert not re.search(r"TODO|FIXME|_TABLE\b", document.read_text(encoding="utf-8")), document.name
 
 
 def test_methods_table_names_every_method() -> None:
-    from fewstep.methods.registry import METHODS
-
     text = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
     assert [name for name in METHODS if f"| `{name}` |" not in text] == []
 
@@ -124,6 +152,4 @@ def test_every_arxiv_number_has_an_entry() -> None:
 
 
 def test_every_key_that_a_method_cites_is_an_entry() -> None:
-    from fewstep.methods.registry import METHODS
-
     assert {key for spec in METHODS.values() for key in spec.cite} <= CITATIONS.keys()
