@@ -17,7 +17,7 @@ from fewstep.flow.field import CountedField, Guided
 from fewstep.flow.paths import expand_time
 from fewstep.solvers import compiled
 from fewstep.solvers.adaptive import ADAPTIVE
-from fewstep.solvers.loop import DENSE_SIZE, run, run_terms
+from fewstep.solvers.loop import MAX_DENSE_COEFFICIENTS, run, run_terms
 from fewstep.solvers.solve import plan
 from fewstep.solvers.tables import ADAPTIVE_NAMES, find_solver, table
 
@@ -86,7 +86,7 @@ def test_the_dense_form_is_left_where_its_coefficients_are_large() -> None:
     """Sums of large terms that cancel would cost digits."""
     made = plan("ab4", "karras", 8)
     a, b = made.table.dense
-    assert (np.abs(a) + np.abs(b).sum(1)).max() > DENSE_SIZE
+    assert (np.abs(a) + np.abs(b).sum(1)).max() > MAX_DENSE_COEFFICIENTS
     assert not made.dense
 
 

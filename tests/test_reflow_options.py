@@ -204,8 +204,8 @@ def test_the_anchored_loop_is_its_formula() -> None:
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ({"grid": "0.2,1"}, "its grid starts at 0, not at 0.2"),
-        ({"steps": 3, "path": "cosine"}, "for the linear path only, and this flow is on Cosine"),
+        ({"grid": "0.2,1"}, "its grid must start at 0, not at 0.2"),
+        ({"steps": 3, "path": "cosine"}, "for the linear path only.*this flow is on Cosine"),
         ({"solver": "anchored:1", "steps": 2}, "takes no value"),
     ],
 )

@@ -1,17 +1,18 @@
-r"""Adaptive solvers: the step follows an estimate of its own error, and the tolerance is what one chooses.
+r"""Adaptive solvers, whose step size is controlled by an error estimate and a tolerance.
 
 An embedded pair of Runge-Kutta methods shares its stages,
 
     k_i = v(x + h sum_j a_ij k_j, t + c_i h),    x' = x + h sum_i b_i k_i,    error = h sum_i (b_i - b^_i) k_i,
 
-and a step is accepted where the error, divided by ``tolerance (1 + max(|x|, |x'|))`` per entry, has a root mean square
-``e`` of at most 1; the next step is ``h min(10, max(1/5, 0.9 e^(-1/5)))``. (Hairer, Nørsett & Wanner, Solving Ordinary
+and a step is accepted if the error, divided by ``tolerance (1 + max(|x|, |x'|))`` per entry, has a root mean square
+``e`` of at most 1. The next step is ``h min(10, max(1/5, 0.9 e^(-1/5)))``. (Hairer, Nørsett & Wanner, Solving Ordinary
 Differential Equations I, section II.4, eqs. 4.10-4.13, rtol = atol = tolerance.)
 
-``rk45`` is Dormand and Prince's 5(4) (table II.5.2), whose last stage is the next step's first. Every sample has its
-own time and step, and leaves the batch when it arrives: what it becomes and what it costs do not depend on its
-companions. States at given times come from the pair's continuous extension of order four (section II.6), so asking
-for them changes neither steps nor calls. ``dopri5`` is torchdiffeq's, with one step and one error for the batch.
+``rk45`` is Dormand and Prince's 5(4) (table II.5.2), whose last stage is the first stage of the next step. Every sample
+has its own time and step size, and leaves the batch when it reaches the end, so its result and its number of calls do
+not depend on the other samples. States at given times come from the pair's continuous extension of order four (section
+II.6), so the trajectory costs no further calls. ``dopri5`` is torchdiffeq's, with one step size and one error norm for
+the batch.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from fewstep.flow.grids import Grid, check_times
 from fewstep.solvers.loop import _like
 
 TOLERANCE = 1e-5
-MAX_CALLS = 20_000  # evaluations of the field per sample, then the solve is given up
-SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0  # of the next step
+MAX_CALLS = 20_000  # evaluations per sample after which the solve is stopped with an error; chosen, not tuned
+SAFETY, SHRINK, GROW = 0.9, 0.2, 10.0  # factors of the next step size: safety, smallest, largest (Hairer, eq. 4.13)
 
 A: tuple[tuple[float, ...], ...] = (
     (),
@@ -47,7 +48,7 @@ B = (*A[-1], 0.0)
 B_HAT = (5179 / 57600, 0.0, 7571 / 16695, 393 / 640, -92097 / 339200, 187 / 2100, 1 / 40)
 C = (0.0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0)
 ERROR = tuple(b - b_hat for b, b_hat in zip(B, B_HAT, strict=True))
-# of the continuous extension: the term theta^2 (1 - theta)^2
+# coefficients d_i of the continuous extension, of the term theta^2 (1 - theta)^2
 DENSE = (
     -12715105075 / 11282082432,
     0.0,
@@ -88,7 +89,7 @@ class Adaptive:
 @final
 @dataclass(frozen=True)
 class Problem:
-    """What an adaptive solver is given; see :func:`solve_adaptive`."""
+    """The arguments of an adaptive solver; see :func:`solve_adaptive`."""
 
     name: str
     tolerance: float
@@ -99,17 +100,17 @@ class Problem:
     trajectory: bool
 
     def not_finite(self, t: float) -> UserError:
-        """The error of a network that returns no numbers."""
+        """The error for a velocity that is NaN or infinite."""
         return UserError(
-            f"the network's velocity is NaN or infinite near t = {t:.6g}, and {self.name} cannot go on, whatever its "
-            f"tolerance (here {self.tolerance:g}). Check the network's weights, its conditions and the scale of the "
-            "start."
+            f"the network's velocity is NaN or infinite near t = {t:.6g}, and {self.name} cannot continue with "
+            f"any tolerance (here {self.tolerance:g}). Check the network's weights, its conditions and the scale of "
+            "the start."
         )
 
     def lost(self, why: str) -> UserError:
-        """The error of a solve that cannot go on."""
+        """The error for a solve that cannot continue."""
         return UserError(
-            f"{self.name} with tolerance {self.tolerance:g} {why}. Raise the tolerance, give x0 in float64, or take a "
+            f"{self.name} with tolerance {self.tolerance:g} {why}. Raise the tolerance, give x0 in float64, or use a "
             "fixed-step solver ('rk4')."
         )
 
@@ -124,18 +125,18 @@ def solve_adaptive(
     *,
     trajectory: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Carry ``x0`` from ``times[0]`` to ``times[-1]``; the field is asked at no time outside of them.
+    """Solve from ``times[0]`` to ``times[-1]``; the field is evaluated between these times only.
 
     Args:
         name: a name of :data:`ADAPTIVE`.
         tolerance: absolute and relative tolerance of one step's error, default 1e-5; at least the resolution of
-            x0's dtype. Data of spread s stretch by 1/s on their way to the noise, and errors with them: inverting
-            takes a tolerance that is small beside s.
+            x0's dtype. Data of spread s, and errors in them, are stretched by 1/s on the way to the noise, so inversion
+            needs a tolerance much smaller than s.
         field: the velocity field, whose calls are counted.
         x0: start, (B, ...), floating point; its dtype is kept.
         times: in either direction.
-        cond: handed to the field; tensors with one row per sample are cut with the samples.
-        trajectory: return the states at ``times`` too.
+        cond: keyword arguments of the field; tensors with one row per sample are indexed like the samples.
+        trajectory: also return the states at ``times``.
 
     Returns:
         The end point (B, ...), the states at ``times`` (an empty list if not asked for), and the network evaluations
@@ -167,9 +168,9 @@ def _check_tolerance(name: str, tolerance: float, dtype: torch.dtype) -> float:
 
 @final
 class _Samples:
-    """The samples under way: rows of the batch, their states, velocities, times and steps.
+    """The samples that have not reached the end: their rows in the batch, states, velocities, times and steps.
 
-    Times and steps are float64, whatever the states are; ``h`` is positive in both directions.
+    Times and steps are float64 for every dtype of the states; ``h`` is positive in both directions.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -192,7 +193,7 @@ class _Samples:
         self.after_rejection = torch.zeros_like(self.rows, dtype=torch.bool)
 
     def evaluate(self, x: Tensor, t: Tensor) -> Tensor:
-        """The field at the samples under way, charged to each of them."""
+        """The field at these samples; the calls are counted for each of them."""
         field = self.problem.field
         before = field.calls
         v = _like(field(x, t.to(x.dtype), **self.cond), x)
@@ -203,10 +204,10 @@ class _Samples:
 
     @torch.no_grad()
     def _first_step(self) -> Tensor:
-        """Hairer's starting step (II.4): of an explicit Euler step that is small, and the change of v over it."""
+        """Hairer's starting step size (II.4), from the change of v over a small Euler step."""
         scale = self.problem.tolerance * (1.0 + self.x.abs())
         size, speed = _rms(self.x / scale), _rms(self.v / scale)
-        # smaller trial steps measure the rounding of v
+        # over a smaller trial step the change of v would be rounding error
         floor = math.sqrt(self.smallest)
         trial = (0.01 * size / speed).nan_to_num(0.0, posinf=1.0).clamp(floor, 1.0).clamp(max=self.length)
         ahead = self.evaluate(self.x + _wide(self.sign * trial, self.x) * self.v, self.t + self.sign * trial)
@@ -216,9 +217,9 @@ class _Samples:
         return torch.minimum(100.0 * trial, step).clamp(self.smallest, self.length)
 
     def attempt(self) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-        """One step of every sample: the new times, slopes and states, and the errors in units of the tolerance."""
+        """One step of every sample: the new times, slopes and states, and the errors relative to the tolerance."""
         rest = (self.last - self.t).abs()
-        arrives = self.h * 1.01 >= rest  # no crumb is left for the next step
+        arrives = self.h * 1.01 >= rest  # a remainder below 1 % is included in this step
         end = torch.where(arrives, self.last, self.t + self.sign * self.h)
         h = _wide(end - self.t, self.x)
         slopes, x = [self.v], self.x
@@ -231,7 +232,7 @@ class _Samples:
         return end, slopes, x, error
 
     def advance(self, end: Tensor, slopes: list[Tensor], x: Tensor, error: Tensor) -> Tensor:
-        """Take the accepted steps, choose the next ones; return who was accepted."""
+        """Take the accepted steps and choose the next step sizes; return which samples were accepted."""
         finite = torch.isfinite(error)
         accepted = error <= 1.0
         factor = torch.where(finite, SAFETY * error.clamp(min=1e-10) ** -0.2, SHRINK).clamp(SHRINK, GROW)
@@ -251,9 +252,9 @@ class _Samples:
         return accepted
 
     def keep(self, under_way: Tensor) -> None:
-        """Leave out the samples that have arrived."""
+        """Keep only the samples ``under_way``."""
         self.rows, self.x, self.v = self.rows[under_way], self.x[under_way], self.v[under_way]
-        # from all of them, as another condition may have as many rows as there are samples left
+        # indexed from the whole batch: a condition may have as many rows as there are samples left, by chance
         self.cond = rows_of(self.problem.cond, self.batch, self.rows)
         self.t, self.h = self.t[under_way], self.h[under_way]
         self.after_rejection = self.after_rejection[under_way]

@@ -1,13 +1,14 @@
-r"""Steps that are anchored at the noise the sample began with (Lee et al., arXiv:2405.20320, released sampler).
+r"""Steps from the initial noise to the current data prediction (Lee et al., arXiv:2405.20320, released sampler).
 
 On the linear path, with the data prediction ``m = x_t + (1 - t) v(x_t, t)``, a step from ``t`` to ``s`` is
 
     x_s = (1 - s) x_0 + s m,
 
-where Euler's step is the same with the noise prediction ``x_t - t v`` in place of ``x_0``. Where trajectories are
-straight the two are one. They are so for a flow of deterministic pairs only: of independent ones the state is *not* on
-the line from its own start to its end, and no number of steps helps. For N(0, 1) to N(0, .7^2) the standard deviation
-of the samples is .000, .329, .476, .581, .858 at 1, 2, 3, 4, 8 steps, and goes on growing.
+Euler's step is the same with the noise prediction ``x_t - t v`` in place of ``x_0``. The two steps are equal if the
+trajectories are straight, as they are for a flow trained on deterministic pairs. For a flow trained on independent
+pairs the state is *not* on the line from its start to its end, and the method does not converge: for N(0, 1) to N(0,
+.7^2) the standard deviation of the samples is .000, .329, .476, .581, .858 at 1, 2, 3, 4, 8 steps, and increases
+further.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class Anchored(Solver):
     """``x_s = (1 - s) x_0 + s (x_t + (1 - t) v)``; one call a step.
 
     Attributes:
-        order: 0: it tends to the flow only where that is straight.
+        order: 0, because it converges to the flow only if the trajectories are straight.
     """
 
     order: int = field(default=0, init=False)
@@ -48,13 +49,13 @@ class Anchored(Solver):
         """
         if not isinstance(path, Linear):
             raise UserError(
-                "solver 'anchored' draws the line from the noise to the data prediction, so it is for the linear path "
-                f"only, and this flow is on {type(path).__name__}: take 'ddim' or 'euler'."
+                "solver 'anchored' is for the linear path only, because its steps lie on the line from the noise to "
+                f"the data prediction; this flow is on {type(path).__name__}. Use 'ddim' or 'euler'."
             )
         if grid[0] != 0.0:
             raise UserError(
-                f"solver 'anchored' takes its start for the noise, so its grid starts at 0, not at {grid[0]:g}: take "
-                "'euler' for a part of the way, or for the way back."
+                f"solver 'anchored' uses its start as the noise, so its grid must start at 0, not at {grid[0]:g}. Use "
+                "'euler' for a grid that starts elsewhere, or that decreases."
             )
         start: Combination | None = None
         nodes = []

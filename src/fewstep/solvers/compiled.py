@@ -1,4 +1,4 @@
-"""The loop as one compiled program: its steps unrolled, the network's layers fused with them."""
+"""The loop under ``torch.compile``: one program per network, with all steps unrolled."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ BACKEND = "inductor"
 
 Program = Callable[..., tuple[Tensor, list[Tensor]]]
 
-# A plan's programs, by network: neither is kept alive by being here.
+# The programs of a plan by network. The references are weak, so plans and networks are not kept alive.
 _programs: WeakKeyDictionary[Plan, WeakKeyDictionary[Any, Program]] = WeakKeyDictionary()
 
 
 def run_compiled(
     plan: Plan, field: Field, x0: Tensor, cond: Mapping[str, Any], *, trajectory: bool = False
 ) -> tuple[Tensor, list[Tensor]]:
-    """:func:`fewstep.solvers.loop.run` under ``torch.compile``, to rounding.
+    """As :func:`fewstep.solvers.loop.run`, compiled; the results agree up to rounding.
 
     Raises:
         UserError: a stochastic plan; no compiler; a network that cannot be compiled.
@@ -34,7 +34,7 @@ def run_compiled(
     if plan.table.stochastic:
         raise UserError(f"compile=True cannot draw the noise of {plan.table.solver!r}: leave compile out.")
     times = plan.times(x0.shape[0], x0.dtype, x0.device)
-    # a field with its count at zero: the program is made for the numbers it finds in it
+    # with the count at zero: torch.compile treats the count as a constant of the program
     counted = copy.copy(field)
     counted.calls = 0
     try:
@@ -50,15 +50,15 @@ def run_compiled(
 
 def _program(plan: Plan, field: Field) -> Program:
     owner: Any = field.velocity if isinstance(field, (CountedField, Guided)) else field
-    if isinstance(owner, MethodType):  # a bound method is made anew whenever it is asked for
+    if isinstance(owner, MethodType):  # Python makes a new object at each access to a bound method
         owner = owner.__self__
     programs = _programs.setdefault(plan, WeakKeyDictionary())
     try:
         found = programs.get(owner)
     except TypeError as error:
         raise UserError(
-            f"compile=True remembers its work by the network, and a {type(owner).__name__} cannot be remembered: wrap "
-            "it in a function."
+            f"compile=True stores its program by a weak reference to the network, and a {type(owner).__name__} has "
+            "none: wrap it in a function."
         ) from error
     if found is None:
         found = programs[owner] = _compile(plan)
@@ -73,7 +73,7 @@ def _compile(plan: Plan) -> Program:
     ) -> tuple[Tensor, list[Tensor]]:
         return run_terms(rows, end, slots, field, x0, times, cond, trajectory)
 
-    # what torch keeps of a program it keeps by its code object, in a small number of variants: each has its own
+    # torch keeps a small number of variants per code object, so each program gets a code object of its own
     code: CodeType = program.__code__.replace()
     own = FunctionType(code, program.__globals__, closure=program.__closure__)
     return torch.compile(own, dynamic=False, backend=BACKEND)

@@ -1,4 +1,4 @@
-r"""Three exact ways of writing a step, and the integrals that multistep solvers need from them.
+r"""Three exact forms of a step, and the integrals in them that multistep solvers need.
 
 On an affine path ``x_t = alpha x1 + sigma x0`` the velocity ``v``, the data prediction ``m = E[x1 | x_t]`` and the
 noise prediction ``e = E[x0 | x_t]`` are linear in each other, and dividing ``x`` by ``sigma`` or ``alpha`` gives
@@ -8,16 +8,16 @@ noise prediction ``e = E[x0 | x_t]`` are linear in each other, and dividing ``x`
     data form       x_b = (sigma_b / sigma_a) x_a + sigma_b int m d(alpha / sigma)
     noise form      x_b = (alpha_b / alpha_a) x_a + alpha_b int e d(sigma / alpha).
 
-With the quantity ``q`` held at its value in ``t_a``, the last two are both ``x_b = alpha_b m_a + sigma_b e_a``
-(DDIM, arXiv:2010.02502, eq. 12), which has no singularity at either end. What is left is
-``int (q - q_a) dw``, and solvers replace ``q`` in it by a polynomial in some variable ``z`` of time: they need
+If the quantity ``q`` is constant, equal to its value at ``t_a``, the last two both give ``x_b = alpha_b m_a + sigma_b
+e_a`` (DDIM, arXiv:2010.02502, eq. 12), which has no singularity at either end. The rest is ``int (q - q_a) dw``.
+Solvers replace ``q`` in it by a polynomial in a variable ``z`` of time. They need the moments
 
     M_k = int ((z - z_a) / (z_b - z_a))^k dw,      k = 1, 2, …
 
-for the measure ``dw`` of the form. The variable is ``t`` (Adams-Bashforth; tAB-DEIS, arXiv:2204.13902),
-``lambda = log(alpha / sigma)`` (DPM-Solver++, arXiv:2211.01095; UniPC, arXiv:2302.04867) or ``sigma / alpha``
-(rhoAB-DEIS). Where ``z`` or ``w`` is infinite (``lambda`` and ``sigma / alpha`` at alpha = 0, ...) it is never
-formed: that step is DDIM, and that value is no node of a later polynomial.
+for the measure ``dw`` of the form. The variable is ``t`` (Adams-Bashforth; tAB-DEIS, arXiv:2204.13902), ``lambda =
+log(alpha / sigma)`` (DPM-Solver++, arXiv:2211.01095; UniPC, arXiv:2302.04867) or ``sigma / alpha`` (rhoAB-DEIS). If
+``z`` or ``w`` is infinite at an end of a step (``lambda`` and ``sigma / alpha`` at alpha = 0, ...), that step is DDIM,
+and the value there is not a node of later polynomials.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from fewstep.flow.grids import Grid
 from fewstep.flow.paths import AffinePath
 from fewstep.solvers.tape import Combination
 
-_ZERO = 1e-290  # alpha and sigma below are zero: their logarithms' exponentials would leave the float range
-_ROUNDING = 1e-15  # sums of two coefficients that are one but for their last digit
+_ZERO = 1e-290  # smaller alpha and sigma are treated as zero: ratios of them would leave the range of float64
+_ROUNDING = 1e-15  # a sum of two coefficients this close to 1 is set to 1
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-# Breakpoints that crowd at both ends: between neighbours a function singular at an end is smooth.
+# Breakpoints that halve the distance to both ends: a function that is singular at an end is smooth between neighbours.
 _HALVES = 0.5 ** np.arange(1, 54)
 _BREAKS = np.unique([*_HALVES, *(1.0 - _HALVES)])
 
@@ -70,7 +70,7 @@ class Schedule:
         return own * x + other * v
 
     def ddim(self, x: Combination, v: Combination, i: int, share: float = 1.0) -> Combination:
-        """``alpha_b m_a + share sigma_b e_a`` for step i; on the linear path, all shared, ``x + (b - a) v``."""
+        """``alpha_b m_a + share sigma_b e_a`` for step i; with ``share = 1`` on the linear path ``x + (b - a) v``."""
         alpha, sigma = self.alpha[i + 1], share * self.sigma[i + 1]
         (data_x, data_v), (noise_x, noise_v) = self.data[i], self.noise[i]
         own = alpha * data_x + sigma * noise_x
@@ -78,7 +78,7 @@ class Schedule:
 
 
 class Form(ABC):
-    """A form of the step and a variable, on a schedule. Step ``i`` runs from time ``i`` to time ``i + 1``."""
+    """A form of the step and a variable ``z``, on a schedule. Step ``i`` runs from time ``i`` to time ``i + 1``."""
 
     def __init__(self, schedule: Schedule) -> None:
         self.schedule = schedule
@@ -89,19 +89,19 @@ class Form(ABC):
 
     @abstractmethod
     def carry(self, i: int) -> float:
-        """Factor by which step i multiplies a change of its state that leaves ``q`` alone."""
+        """The factor by which step i multiplies a change of its start at fixed ``q``."""
 
     @abstractmethod
     def position(self, i: int) -> float | None:
-        """``z`` at time ``i``; None where it is infinite."""
+        """``z`` at time ``i``; None if it is infinite."""
 
     @abstractmethod
     def regular(self, i: int) -> bool:
-        """Whether the integrals of step i exist; where not, the step is the one with constant ``q``."""
+        """Whether the integrals of step i are finite; if not, the step is taken with constant ``q``."""
 
     @abstractmethod
     def total(self, i: int) -> float | None:
-        """``M_0``, the measure of step i; None where it is infinite."""
+        """``M_0``, the measure of step i; None if it is infinite."""
 
     @abstractmethod
     def moments(self, i: int, count: int) -> list[float]:
@@ -111,8 +111,8 @@ class Form(ABC):
         """Step i with constant ``q``."""
         return self.schedule.ddim(x, v, i)
 
-    def slow(self, i: int) -> float:
-        """What ``M_0`` would be if the measure had its density in ``z`` at the end of the step all along."""
+    def total_at_end_density(self, i: int) -> float:
+        """``M_0`` of step i for a measure of constant density in ``z``, that at the end of the step."""
         total = self.total(i)
         assert total is not None
         return total
@@ -120,7 +120,7 @@ class Form(ABC):
 
 @final
 class VelocityInTime(Form):
-    """``q = v`` in ``z = t``: Adams methods. ``dw = dt``, whatever the path."""
+    """``q = v`` in ``z = t``: Adams methods. ``dw = dt``, on every path."""
 
     def quantity(self, x: Combination, v: Combination, i: int) -> Combination:
         return v
@@ -194,9 +194,9 @@ class DataInLambda(_Data):
         h = self._length(i)
         return [self.schedule.alpha[i + 1] * h * integral for integral in exponential_moments(h, count)[1:]]
 
-    def slow(self, i: int) -> float:
-        """``alpha_b h``; ``M_0`` where ``h`` is infinite."""
-        return self.schedule.alpha[i + 1] * self._length(i) if self.regular(i) else super().slow(i)
+    def total_at_end_density(self, i: int) -> float:
+        """``alpha_b h``; ``M_0`` if ``h`` is infinite."""
+        return self.schedule.alpha[i + 1] * self._length(i) if self.regular(i) else super().total_at_end_density(i)
 
     def _length(self, i: int) -> float:
         a, b = self.position(i), self.position(i + 1)
@@ -256,8 +256,8 @@ class NoiseInRho(_Noise):
 def exponential_moments(h: float, count: int) -> list[float]:
     """``J_k = int_0^1 e^(-h (1 - s)) s^k ds`` for ``k = 0, …, count``.
 
-    By parts ``J_k = (1 - k J_(k-1)) / h``, which loses digits for small ``h``; there the exponential's series
-    gives ``J_k = k! sum_n (-h)^n / (n + k + 1)!``.
+    By parts ``J_k = (1 - k J_(k-1)) / h``, which loses digits for small ``h``. For ``|h| < 1`` the exponential's series
+    is used, ``J_k = k! sum_n (-h)^n / (n + k + 1)!``.
     """
     if abs(h) < 1.0:
         return [

@@ -1,12 +1,12 @@
 """The one loop that runs any solver table.
 
-A :class:`Plan` is the table made ready: per row the terms to add up, and which states and velocities nobody
-needs any more. Plans and time tensors are cached, because with small networks the loop's own work is what a
-user would notice.
+A :class:`Plan` is a table prepared for running: for each row the terms to add, and the states and velocities that no
+later row uses. Plans and time tensors are cached, because for small networks the time of the loop itself is a large
+share of the solve.
 
-There are two loops. One adds up a row's terms, which is one kernel for ``x + h v``. Where rows are longer and tensors
-small, a kernel costs the same whatever it does, and the other loop takes the dense form of the table: all states are
-made at once in one block, and each velocity is added to all later ones by one kernel.
+There are two loops. The first adds a row's terms one by one; ``x + h v`` is one kernel. For longer rows and small
+tensors the number of kernels decides the time, so the second loop uses the dense form of the table: all states are one
+block, and one kernel adds a velocity to all later states.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from fewstep.flow.field import CountedField, Field
 from fewstep.solvers.tables import Table
 from fewstep.solvers.tape import Atom
 
-CACHED_SHAPES = 8  # batch shapes whose time tensors a plan keeps
-CACHED_NUMBERS = 1 << 20  # larger blocks of times are made anew for every solve
-DENSE_NUMBERS = 1 << 16  # largest block of states for which one kernel beats the terms one by one
-DENSE_ROWS = 256  # most rows for which the dense form is computed at all: it has their number squared
-DENSE_TERMS = 2.0  # mean number of tensor operations a row beyond which it does
-DENSE_SIZE = 16.0  # largest sum of a row's absolute coefficients: beyond, the dense form would lose digits
+MAX_CACHED_SHAPES = 8  # batch shapes whose time tensors a plan keeps; chosen, not tuned
+MAX_CACHED_TIMES = 1 << 20  # entries; larger blocks of times are not kept; chosen, not tuned
+# Bounds for the dense form, within which it is faster than the terms one by one, and as accurate.
+MAX_DENSE_ENTRIES = 1 << 16  # largest block of states
+MAX_DENSE_ROWS = 256  # the dense form has the square of this number of entries
+MIN_DENSE_OPERATIONS = 2.0  # tensor operations per row, in the mean
+MAX_DENSE_COEFFICIENTS = 16.0  # sum of a row's absolute coefficients, by which rounding errors are multiplied
 
 
 Noise = Callable[[int], Tensor]
@@ -40,26 +41,26 @@ class Row(NamedTuple):
     Slot ``2 j`` holds the state of row j, slot ``2 j + 1`` its velocity; behind those of all rows come the noises.
     """
 
-    base: int  # the slot the sum starts from
-    factor: float  # its coefficient, mostly one
-    terms: tuple[tuple[int, float], ...]  # the other slots and their coefficients
-    free: tuple[int, ...]  # slots nobody needs once this state is formed
-    keep: bool  # a later row needs this state itself
-    node: bool  # this is a grid time's state
-    draw: tuple[int, ...]  # noises first used in this state
+    base: int  # the slot of the first term
+    factor: float  # the coefficient of the first term, usually one
+    terms: tuple[tuple[int, float], ...]  # the slots and coefficients of the other terms
+    free: tuple[int, ...]  # slots that no later state uses
+    keep: bool  # whether a later row uses this state itself
+    node: bool  # whether this is the state at a grid time
+    draw: tuple[int, ...]  # numbers of the noises that are first used in this state
 
 
 class Work(NamedTuple):
-    """Memory of the dense form: all states at once, in the making."""
+    """Memory of the dense form, which holds all states."""
 
     block: Tensor  # (rows + 1, B, ...)
-    states: tuple[Tensor, ...]  # its parts
-    later: tuple[Tensor, ...]  # per row, the states after it
+    states: tuple[Tensor, ...]  # the rows of the block
+    later: tuple[Tensor, ...]  # for each row, the rows after it
 
 
 @final
 class Plan:
-    """A solver table made ready to run.
+    """A solver table prepared for running.
 
     Attributes:
         table: the solver on its grid.
@@ -117,16 +118,16 @@ class Plan:
         return [tuple(slots) for slots in free], [tuple(numbers) for numbers in draw]
 
     def _dense_wins(self) -> bool:
-        """Whether small problems run faster, and as accurately, by the table's dense form."""
+        """Whether the dense form is faster for small problems, and as accurate."""
         rows = [*self.rows[1:], self.end]
         operations = sum(len(row.terms) + (row.factor != 1.0) for row in rows) / len(rows)
-        if operations <= DENSE_TERMS or len(rows) > DENSE_ROWS or self.table.stochastic:
+        if operations <= MIN_DENSE_OPERATIONS or len(rows) > MAX_DENSE_ROWS or self.table.stochastic:
             return False
         a, b = self.table.dense
-        return bool((np.abs(a) + np.abs(b).sum(1)).max() <= DENSE_SIZE)
+        return bool((np.abs(a) + np.abs(b).sum(1)).max() <= MAX_DENSE_COEFFICIENTS)
 
     def weights(self, dtype: torch.dtype, dimensions: int) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """``a`` and, per row k, the column ``b_jk`` for j > k, shaped to multiply states of so many dimensions."""
+        """``a`` and, for each row k, the column ``b_jk`` for j > k, shaped for states with so many axes."""
         found = self._weights.get((dtype, dimensions))
         if found is None:
             with torch.inference_mode(False), torch.no_grad():
@@ -137,9 +138,9 @@ class Plan:
         return found
 
     def borrow(self, shape: torch.Size, dtype: torch.dtype) -> Work:
-        """Memory for the dense form; :meth:`give_back` keeps it for the next solve, which then need not make it.
+        """Memory for the dense form, for the caller's use alone until :meth:`give_back` stores it for the next solve.
 
-        Nobody else has it meanwhile: a network may solve with the same plan itself, and so may another thread.
+        A network that solves with the same plan, or another thread, gets memory of its own.
         """
         found = self._work.pop((shape, dtype), None)
         if found is None:
@@ -149,28 +150,27 @@ class Plan:
         return found
 
     def give_back(self, work: Work) -> None:
-        """Keep borrowed memory."""
-        if len(self._work) >= CACHED_SHAPES:
+        """Store borrowed memory for the next solve."""
+        if len(self._work) >= MAX_CACHED_SHAPES:
             self._work.clear()
         self._work[work.block.shape[1:], work.block.dtype] = work
 
     def times(self, batch: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         """One ``(batch,)`` tensor of times per row.
 
-        They are views of one block, which shares its version counter with them: a block that a network wrote
-        into is not used again.
+        They are views of one block and share its version counter: a block that a network wrote into is not reused.
         """
         key = (batch, dtype, device)
         found = self._times.get(key)
         if found is not None and found[0]._version == found[1]:
             return found[2]
-        # made outside inference mode, whatever mode the caller is in: a solve with gradients may be next
+        # not an inference tensor: a later solve with gradients may use it
         with torch.inference_mode(False), torch.no_grad():
             column = torch.tensor(self.table.times, dtype=torch.float64).to(dtype).to(device)
             block = column[:, None].repeat(1, batch)
             rows = block.unbind(0)
-        if block.numel() <= CACHED_NUMBERS:
-            if len(self._times) >= CACHED_SHAPES:
+        if block.numel() <= MAX_CACHED_TIMES:
+            if len(self._times) >= MAX_CACHED_SHAPES:
                 self._times.clear()
             self._times[key] = (block, block._version, rows)
         return rows
@@ -187,8 +187,8 @@ def run(
 ) -> tuple[Tensor, list[Tensor]]:
     """Run a plan from ``x0``; return the end point and, if asked, the states at the grid's times.
 
-    ``noise(k)`` gives the stochastic solvers' noise number k, like ``x0``.
-    A state that a network has seen is never changed: it may return its own input, or a caller may keep it.
+    ``noise(k)`` returns noise number k of a stochastic solver, shaped like ``x0``. The states are not changed in place
+    after the network has seen them, because a network may return its own input, and a caller may keep it.
     """
     if plan.dense and not torch.is_grad_enabled() and _small(plan, x0):
         return _run_dense(plan, field, x0, cond, trajectory)
@@ -225,7 +225,7 @@ def run_terms(
         if slot == 0 or velocity.dtype is not dtype:
             velocity = _like(velocity, x)
         kept[slot + 1] = velocity
-        del velocity  # the next call must not find it alive where no later row needs it
+        del velocity  # so that it is freed before the next call if no later row uses it
         slot += 2
     if call is not field:
         field.calls += len(rows)
@@ -238,9 +238,9 @@ def run_terms(
 
 
 def _small(plan: Plan, x0: Tensor) -> bool:
-    """Whether the dense form is for this start: in the memory, of a precision and on the device it was measured on."""
+    """Whether the dense form may be used for this start: by its size, dtype and device."""
     return (
-        x0.numel() * (len(plan.rows) + 1) <= DENSE_NUMBERS
+        x0.numel() * (len(plan.rows) + 1) <= MAX_DENSE_ENTRIES
         and x0.dtype in (torch.float32, torch.float64)
         and x0.device.type == "cpu"
         and type(x0) is Tensor
@@ -277,14 +277,14 @@ def _run_dense(
 
 
 def _uncounted(field: Field) -> Callable[..., Any]:
-    """What the loop calls: the network itself where every evaluation counts one, and the loop adds them up."""
+    """The network itself if every evaluation counts one (the loop then counts), else the field."""
     return field.velocity if isinstance(field, CountedField) else field
 
 
 def _form(
     kept: list[Any], base: int, factor: float, terms: tuple[tuple[int, float], ...], free: tuple[int, ...]
 ) -> Tensor:
-    """Add up coefficient × tensor: ``x + h v`` is one kernel; more terms go into the new tensor in place."""
+    """Sum of coefficient × tensor: ``x + h v`` is one kernel; further terms are added in place."""
     x: Tensor = kept[base]
     own = factor != 1.0
     if own:
@@ -303,7 +303,7 @@ def _drawn(noise: Noise | None, k: int) -> Tensor:
 
 
 def _like(velocity: Any, x: Tensor) -> Tensor:
-    """A velocity in its state's dtype; refuses what is no velocity."""
+    """The velocity in the dtype of its state, after a check of its type and shape."""
     if not isinstance(velocity, Tensor):
         raise UserError(
             f"the network returned a {type(velocity).__name__}, and a velocity must be a tensor shaped like "

@@ -1,16 +1,18 @@
-r"""Linear multistep solvers in any form: Adams, DDIM, DEIS, DPM-Solver++, UniPC are one formula.
+r"""Linear multistep solvers: Adams, DDIM, DEIS, DPM-Solver++ and UniPC from one formula.
 
 With the constants of :mod:`fewstep.solvers.forms`, a step with nodes ``z_j`` (earlier values of ``q``) is
 
     x_b = [step with q constant] + sum_j c_j (q_j - q_a),      sum_j c_j r_j^k = M_k,  k = 1, …, number of nodes,
 
-``r_j = (z_j - z_a) / (z_b - z_a)``: exact where ``q`` is a polynomial in ``z`` of that degree. A *corrector*
-(UniPC, arXiv:2302.04867, alg. 1; Moulton's for ``v`` in ``t``) repeats the step with ``q_b``, ``r = 1``, among the
-nodes once the network has been called at the predicted ``x_b``; the same call serves the next step, so N steps cost
-N calls. As the step is linear, the corrected state is the predicted one plus a short sum over nodes.
+``r_j = (z_j - z_a) / (z_b - z_a)``. It is exact if ``q`` is a polynomial in ``z`` whose degree is at most the number of
+nodes. A *corrector* (UniPC, arXiv:2302.04867, alg. 1; Adams-Moulton for ``v`` in ``t``) repeats the step after the
+network was called at the predicted ``x_b``, with ``q_b`` (``r = 1``) as a further node. The next step uses the same
+call, so N steps cost N calls. Because the step is linear, the corrected state is the predicted one plus a short sum
+over nodes.
 
-Start-up is by rising order. Where the last step is singular in the form (data forms end at sigma = 0), the order
-falls to one towards the end: a step with ``r`` steps to go, itself included, has ``r - 1`` nodes at most.
+The first steps have fewer earlier values, so their order is lower. If the last step is singular in the form (data forms
+end at sigma = 0), the order falls to one towards the end: a step with ``r`` steps to go, itself included, has at most
+``r - 1`` nodes.
 """
 
 from __future__ import annotations
@@ -26,13 +28,14 @@ from fewstep.flow.paths import AffinePath
 from fewstep.solvers.forms import Form, Schedule
 from fewstep.solvers.tape import Combination, Solver, Tape
 
-APART = 1e-4  # nodes nearer than this share of the step would be weighed by its inverse
+# Two nodes closer than this share of the step are merged: their weights grow like its inverse. Chosen, not tuned.
+MIN_NODE_DISTANCE = 1e-4
 
 Rule = Callable[[Form, int, int], list[float]]  # (form, step, number of nodes) -> the moments to match
 
 
 def exact(form: Form, i: int, count: int) -> list[float]:
-    """The integrals themselves."""
+    """The moments ``M_1, …, M_count``, as integrals."""
     return form.moments(i, count)
 
 
@@ -44,11 +47,11 @@ def bh2(form: Form, i: int, count: int) -> list[float]:
 
 def bh1(form: Form, i: int, count: int) -> list[float]:
     """With one node ``M_1 = alpha_b h / 2``: UniPC's B_1 (arXiv:2302.04867, sec. 3.4)."""
-    return form.moments(i, count) if count != 1 else [form.slow(i) / 2]
+    return form.moments(i, count) if count != 1 else [form.total_at_end_density(i) / 2]
 
 
-def without_two(form: Form, i: int, count: int) -> list[float]:
-    """As :func:`bh2`, but ``M_2 / 2`` with two nodes: what public DPM-Solver++(3M) code computes.
+def halved_second_moment(form: Form, i: int, count: int) -> list[float]:
+    """As :func:`bh2`, but with ``M_2 / 2`` for two nodes, as in the released code of DPM-Solver++(3M).
 
     Its second difference ``(D_10 - D_11) / (r_0 + r_1)`` is half of ``h^2 m''`` (a divided difference is half the
     second derivative), so the result is of order two only.
@@ -63,11 +66,11 @@ class Multistep(Solver):
     """A linear multistep solver.
 
     Attributes:
-        form: quantity and variable.
+        form: the predicted quantity ``q`` and the variable ``z`` of the polynomial.
         values: how many values of ``q`` the predictor uses, its own included.
         order: order of convergence on smooth fields, away from singular ends and after start-up.
-        corrector: correct with the next call.
-        rule: which moments the coefficients match.
+        corrector: whether each step is corrected with the next network call.
+        rule: the moments that the coefficients match.
         formula, source: see :class:`~fewstep.solvers.tape.Solver`.
     """
 
@@ -81,7 +84,7 @@ class Multistep(Solver):
     b: tuple[float, ...] = field(default=(1.0,), init=False)
 
     def nodes(self, tape: Tape, x: Combination, grid: Grid, path: AffinePath) -> list[Combination]:
-        """The predicted states, where the network is called next, at every grid time after the first."""
+        """The predicted states at every grid time after the first; the network is called at these."""
         form = self.form(Schedule(path, grid))
         last = len(grid) - 2
         falling = not form.regular(last)
@@ -114,12 +117,12 @@ class _Step:
         self.change = self._sum(self.coefficients, [value for _, value in self.past])
 
     def corrected(self, q_b: Combination, z_b: float | None) -> Combination | None:
-        """Corrected minus predicted state; None where the form has no measure for the step."""
+        """Corrected minus predicted state; None if the measure of the step is infinite."""
         values = [*(value for _, value in self.past), q_b]
         if self.form.regular(self.i):
             assert z_b is not None
             weights = self._solve([*(z for z, _ in self.past), z_b])
-        else:  # a singular start: the rule with one node, which is the trapezoid's where z has none
+        else:  # a singular start: one node with M_1 = M_0 / 2
             total = self.form.total(self.i)
             if total is None:
                 return None
@@ -128,11 +131,11 @@ class _Step:
         return self._sum(change, values)
 
     def _apart(self, past: list[tuple[float, Combination]]) -> list[tuple[float, Combination]]:
-        """The nodes that are not as good as at a newer one, or at ``z_a``, where their difference is rounding."""
+        """The nodes without those too close to a newer one or to ``z_a``, whose difference would be rounding error."""
         kept, newest = [], 0.0
         for z, value in past:
             (r,) = self._ratios([z])
-            if abs(r - newest) > APART:
+            if abs(r - newest) > MIN_NODE_DISTANCE:
                 kept.append((z, value))
                 newest = r
         return kept
@@ -145,7 +148,7 @@ class _Step:
         return (np.array(nodes) - a) / (b - a)
 
     def _solve(self, nodes: list[float]) -> list[float]:
-        """The coefficients ``c_j`` from the moments."""
+        """The coefficients ``c_j`` that match the moments."""
         if not nodes:
             return []
         powers = self._ratios(nodes) ** np.arange(1, len(nodes) + 1)[:, None]

@@ -1,4 +1,4 @@
-"""Tables given by numbers alone: fitted solvers, and any table read back from a file."""
+"""Tables from arrays of coefficients: fitted solvers, and tables read from a file."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def numeric_table(solver: str, times: Sequence[float], a: np.ndarray, b: np.ndar
     """The table with rows ``y_j = a_j x_0 + sum_k b_jk v_k`` at ``times`` and, last, the end point at t = 1.
 
     Args:
-        solver: its name.
-        times: where the rows call the network, (J,), the first one 0.
+        solver: the solver's name.
+        times: times of the rows' network calls, (J,), the first one 0.
         a: (J + 1,), the first one 1.
         b: (J + 1, J), strictly lower triangular.
 
     Raises:
-        UserError: shapes that do not belong together, numbers that are not finite, a first row that is not the start,
-            a row that uses its own velocity or a later one.
+        UserError: shapes that do not fit, coefficients that are not finite, a first row that is not the start, a row
+            that uses its own velocity or a later one.
     """
     rows, a, b = len(times), np.asarray(a, dtype=float), np.asarray(b, dtype=float)
     if rows < 1 or a.shape != (rows + 1,) or b.shape != (rows + 1, rows):

@@ -19,7 +19,7 @@ from fewstep.solvers.tape import Combination, Solver, Tape
 @final
 @dataclass(frozen=True)
 class RungeKutta(Solver):
-    """An explicit Runge-Kutta method by its Butcher tableau; it validates itself.
+    """An explicit Runge-Kutta method, given by its Butcher tableau, which is checked for consistency.
 
     Attributes:
         a: the stages' rows (the first is empty).
@@ -53,7 +53,7 @@ class RungeKutta(Solver):
             for weight, slope in zip(row, slopes, strict=True):
                 if weight:
                     point = point + (h * weight) * slope
-            # the last stage of Heun and RK4 lies at s exactly, not at t + (s - t)
+            # a stage with c = 1 is evaluated at s itself, because t + (s - t) may differ from s by rounding
             state, slope = tape.evaluate(point, s if c == 1.0 else t + c * h)
             slopes.append(slope)
             if i == 0:
@@ -65,7 +65,7 @@ class RungeKutta(Solver):
         return end
 
     def nodes(self, tape: Tape, x: Combination, grid: Grid, path: AffinePath) -> list[Combination]:
-        """The states at every grid time after the first; the path plays no part."""
+        """The states at every grid time after the first. The path is not used."""
         nodes = []
         for t, s in itertools.pairwise(grid):
             x = self.step(tape, x, t, s)

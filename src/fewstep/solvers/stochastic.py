@@ -1,4 +1,4 @@
-r"""Stochastic solvers: every step forgets some of its noise and adds as much fresh noise.
+r"""Stochastic solvers: every step replaces a part of its noise by fresh noise.
 
 On an affine path ``x_t = alpha x1 + sigma x0`` with the predictions ``m = E[x1 | x_t]`` and ``e = E[x0 | x_t]``, a step
 from ``t_a`` to ``t_b`` with ``rho = sigma / alpha`` and ``z ~ N(0, I)`` is one of
@@ -6,17 +6,18 @@ from ``t_a`` to ``t_b`` with ``rho = sigma / alpha`` and ``z ~ N(0, I)`` is one 
     ancestral   x_b = alpha_b m + sqrt(sigma_b^2 - s^2) e + s z,     s = eta sigma_b sqrt(1 - (rho_b / rho_a)^2)
     SDE         dx = (v + (g^2 / 2) score) dt + g dW,                g^2 = 2 c sigma,     score = -e / sigma.
 
-Dividing by ``alpha`` makes the path ``x1 + rho x0``, where the posterior of the state at ``rho_b`` given the one at
-``rho_a`` and ``x1`` has variance ``rho_b^2 (1 - (rho_b / rho_a)^2)``: that is ``s`` at ``eta = 1``, whatever the affine
-path (DDIM, arXiv:2010.02502, eq. 16, where ``alpha^2 + sigma^2 = 1``). For every ``g`` the SDE has the flow's laws at
-all times (arXiv:2011.13456, app. D.1; arXiv:2303.08797, sec. 2.4); with ``g^2 = 2 c sigma`` its drift is ``v - c e``,
-linear in ``(x, v)`` and regular. Nothing here is infinite at an end: at alpha = 0 the ratio ``rho_b / rho_a`` is 0, and
-at sigma = 0 there is no noise to add.
+Divided by ``alpha``, the path is ``x1 + rho x0``. There the posterior of the state at ``rho_b``, given the state at
+``rho_a`` and ``x1``, has variance ``rho_b^2 (1 - (rho_b / rho_a)^2)``. This is ``(s / alpha_b)^2`` for ``eta = 1``, on
+every affine path (DDIM, arXiv:2010.02502, eq. 16, where ``alpha^2 + sigma^2 = 1``). For every ``g`` the SDE has the
+same marginal distributions as the flow (arXiv:2011.13456, app. D.1; arXiv:2303.08797, sec. 2.4). With ``g^2 = 2 c
+sigma`` its drift is ``v - c e``, which is linear in ``(x, v)`` and regular. No coefficient is infinite at an end: at
+alpha = 0 the ratio ``rho_b / rho_a`` is 0, and at sigma = 0 no noise is added.
 
 SDE-DPM-Solver++ is the ancestral step with a data prediction extrapolated in ``lambda = -log rho``.
 
-All of this needs ``score = -e / sigma``, true only for a Gaussian base that is independent of the data. For a flow
-of other pairs (optimal transport, reflow) the samples' law is wrong, and no number shows it.
+All of this uses ``score = -e / sigma``, which holds only for a Gaussian base that is independent of the data. For a
+flow trained on other pairs (optimal transport, ReFlow) the samples have a wrong distribution, without any error
+message.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from fewstep.errors import UserError
 from fewstep.flow.grids import Grid
 from fewstep.flow.paths import AffinePath
 from fewstep.solvers.forms import DataInLambda, Schedule
-from fewstep.solvers.multistep import APART
+from fewstep.solvers.multistep import MIN_NODE_DISTANCE
 from fewstep.solvers.tape import Combination, Solver, Tape
 
 
@@ -42,7 +43,7 @@ class Ancestral(Solver):
 
     Attributes:
         eta: from 0 to 1.
-        order: of the laws' convergence in the number of steps.
+        order: order in which the distributions converge.
     """
 
     eta: float
@@ -93,7 +94,7 @@ class StochasticMultistep(Solver):
     At alpha = 0 it is re-noising, ``alpha_b m_a + sigma_b z``; the last step to sigma = 0 is ``m_a``.
 
     Attributes:
-        order: of the laws' convergence in the number of steps, on Gaussian data and away from the ends.
+        order: order in which the distributions converge, on Gaussian data and away from the ends.
     """
 
     order: int = field(default=2, init=False)
@@ -120,7 +121,12 @@ class StochasticMultistep(Solver):
             m, here, ahead = schedule.predict_data(state, v, i), form.position(i), form.position(i + 1)
             fresh = _fresh(schedule, i)
             x = schedule.ddim(state, v, i, math.sqrt(1.0 - fresh**2))
-            if past is not None and here is not None and ahead is not None and here - past[0] > APART * (ahead - here):
+            if (
+                past is not None
+                and here is not None
+                and ahead is not None
+                and here - past[0] > MIN_NODE_DISTANCE * (ahead - here)
+            ):
                 ratio = (ahead - here) / (2.0 * (here - past[0]))
                 x = x + (schedule.alpha[i + 1] * fresh**2 * ratio) * (m - past[1])
             x = _with_noise(x, fresh * schedule.sigma[i + 1], tape)
@@ -132,12 +138,12 @@ class StochasticMultistep(Solver):
 @final
 @dataclass(frozen=True)
 class EulerMaruyama(Solver):
-    """``sde:c``: Euler-Maruyama of ``dx = (v - c e) dt + sqrt(2 c sigma) dW``; the last step to sigma = 0 is Euler's.
+    """``sde:c``: Euler-Maruyama for ``dx = (v - c e) dt + sqrt(2 c sigma) dW``; the step to sigma = 0 is Euler's.
 
     Attributes:
-        c: how much noise, from 0 (Euler) up; a step multiplies what is wrong in ``e`` by about ``1 - c h / sigma``,
-            so the last steps of an even grid bear c below 2.
-        order: of the laws' convergence in the number of steps.
+        c: the amount of noise, 0 or more; 0 is Euler. A step multiplies an error of ``e`` by about ``1 - c h / sigma``,
+            so the last steps of a uniform grid are stable for c below 2.
+        order: order in which the distributions converge.
     """
 
     c: float
@@ -173,7 +179,7 @@ class EulerMaruyama(Solver):
 
 
 def _fresh(schedule: Schedule, i: int) -> float:
-    """``sqrt(1 - (rho_b / rho_a)^2) = sqrt(1 - e^-2h)`` of step i: the fresh part of the noise at its end."""
+    """``sqrt(1 - (rho_b / rho_a)^2) = sqrt(1 - e^-2h)`` of step i: the share of fresh noise at its end, for eta = 1."""
     (alpha_a, alpha_b), (sigma_a, sigma_b) = schedule.alpha[i : i + 2], schedule.sigma[i : i + 2]
     kept = sigma_b * alpha_a / (alpha_b * sigma_a)
     return math.sqrt(1.0 - kept**2)
@@ -186,6 +192,6 @@ def _with_noise(x: Combination, scale: float, tape: Tape) -> Combination:
 def _check_forward(grid: Grid) -> None:
     if grid[0] > grid[-1]:
         raise UserError(
-            "a stochastic solver runs from noise to data only: fresh noise in every step would not lead back to the "
-            "noise that a sample came from. Give increasing times, or invert with an ODE solver ('ddim')."
+            "a stochastic solver runs from noise to data only, because its steps add fresh noise and have no inverse. "
+            "Give increasing times, or invert with a deterministic solver ('ddim')."
         )

@@ -1,20 +1,19 @@
-"""A solver is a table.
+"""Every fixed-step solver as a table of numbers, and the list of them.
 
-The velocity, the data prediction and the noise prediction are all linear in ``(x, v)``, so on a given grid
-every explicit fixed-step solver is a list of rows
+The velocity, the data prediction and the noise prediction are all linear in ``(x, v)``. So on a given grid every
+explicit fixed-step solver is a list of rows
 
     y_j = sum_i a_ji y_i + sum_k b_jk v_k   (i, k < j),      v_j = v(y_j, t_j),
 
-with ``y_0 = x_0`` and an end point of the same form; stochastic solvers add ``sum_l c_jl z_l``, ``z_l ~ N(0, I)``. The
-table is computed in float64 by running the solver's own formulas once on a :class:`~fewstep.solvers.tape.Tape`, which
-records the linear combinations instead of evaluating a network. NFE is the number of rows. Substituting earlier states
-gives the dense lower-triangular form over ``(x_0, v_0, v_1, …)`` (:meth:`Table.dense`), in which equal solvers are
-equal matrices.
+with ``y_0 = x_0`` and an end point of the same form. Stochastic solvers add ``sum_l c_jl z_l``, ``z_l ~ N(0, I)``. The
+table is computed in float64: the solver's formulas run once on a :class:`~fewstep.solvers.tape.Tape`, which records the
+linear combinations and evaluates no network. NFE is the number of rows. Substituting earlier states gives the dense
+lower-triangular form over ``(x_0, v_0, v_1, …)`` (:meth:`Table.dense`), in which equal solvers are equal matrices.
 
-Names: a number is how many values the predictor uses; ``-rho`` and ``-t`` name the variable of the polynomial where
-it is not the usual one (``t`` for DEIS, ``lambda`` for UniPC), ``-bh1`` UniPC's other B, ``-reference`` the form
-without the factor 2 that public DPM-Solver++(3M) code has. ``abm2`` is Adams-Bashforth 2 with the Adams-Moulton
-corrector of order three, evaluated once per step (PEC): the call at the predicted state serves both.
+Names: the number is how many values the predictor uses. ``-rho`` and ``-t`` name the variable of the polynomial if it
+is not the usual one (``t`` for DEIS, ``lambda`` for UniPC). ``-bh1`` is UniPC with the function B_1. ``-reference`` is
+DPM-Solver++(3M) as in its released code, which lacks a factor 2. ``abm2`` is Adams-Bashforth 2 with the Adams-Moulton
+corrector of order three in PEC mode: one call per step, at the predicted state, serves the corrector and the next step.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from fewstep.flow.grids import Grid, check_times
 from fewstep.flow.paths import AffinePath, Linear
 from fewstep.solvers.anchored import Anchored
 from fewstep.solvers.forms import DataInLambda, DataInTime, NoiseInRho, NoiseInTime, VelocityInTime
-from fewstep.solvers.multistep import Multistep, bh1, bh2, without_two
+from fewstep.solvers.multistep import Multistep, bh1, bh2, halved_second_moment
 from fewstep.solvers.runge_kutta import RungeKutta
 from fewstep.solvers.stochastic import Ancestral, EulerMaruyama, StochasticMultistep
 from fewstep.solvers.tape import Combination, Solver, Tape
@@ -44,9 +43,9 @@ class Table:
     """A solver on a grid.
 
     Attributes:
-        solver: its name.
+        solver: the solver's name.
         grid: the times between which it steps.
-        times: where each row calls the network.
+        times: the time of each row's network call.
         points: the rows' states as combinations of earlier states and velocities (row 0 is ``x_0``).
         nodes: the state at every grid time after the first; the last one is the end point.
     """
@@ -69,12 +68,12 @@ class Table:
 
     @cached_property
     def noise(self) -> np.ndarray:
-        """``c`` of shape (J + 1, K): what stochastic solvers add to the dense form, ``sum_l c_jl z_l``."""
+        """``c`` of shape (J + 1, K): stochastic solvers add ``sum_l c_jl z_l`` to the dense form."""
         return self._matrices[2]
 
     @cached_property
     def stochastic(self) -> bool:
-        """Whether any state has fresh noise in it."""
+        """Whether any state contains fresh noise."""
         return any(kind == "z" for state in self._states for kind, _ in state.terms)
 
     @property
@@ -217,7 +216,7 @@ SOLVERS: dict[str, Solver] = {
         formula="x_b = (sigma_b / sigma_a) x_a + (sigma_b / 2) (int P d(alpha / sigma) + int T d(alpha / sigma)); "
         "P(lambda) through m_a, m_1, m_2; T tangent to P at lambda_a",
         source="arXiv:2211.01095, the authors' released code",
-        rule=without_two,
+        rule=halved_second_moment,
     ),
     "unipc1": Multistep(
         DataInLambda,
@@ -308,15 +307,15 @@ SOLVERS: dict[str, Solver] = {
 VALUED: dict[str, Callable[[float], Solver]] = {"ddim": Ancestral, "sde": EulerMaruyama}  # as ``name:value``
 
 EXAMPLES = {"ddim": "ddim:0.5", "sde": "sde:1", "dopri5": "dopri5:1e-5", "rk45": "rk45:1e-5"}
-ADAPTIVE_NAMES = ("dopri5", "rk45")  # of fewstep.solvers.adaptive: what has no table
+ADAPTIVE_NAMES = ("dopri5", "rk45")  # solvers of fewstep.solvers.adaptive, which have no table
 
 
 def find_solver(name: str) -> Solver:
     """Look a solver up by its name, or ``name:value`` (``ddim:0.5``) where the name is in :data:`VALUED`.
 
     Raises:
-        UserError: unknown name; an adaptive solver, which has no table; a value that is no number, out of range, or
-            given to a solver that takes none.
+        UserError: unknown name; an adaptive solver, which has no table; a value that is not a number, is out of range,
+            or is given to a solver that takes none.
     """
     word, value = solver_words(name)
     if word in ADAPTIVE_NAMES:
@@ -328,7 +327,11 @@ def find_solver(name: str) -> Solver:
 
 
 def solver_words(name: str) -> tuple[str, float | None]:
-    """Split ``name`` or ``name:value``, adaptive solvers included (``rk45:1e-4``); refuse what is neither."""
+    """Split ``name`` or ``name:value``, for all solvers, adaptive ones included (``rk45:1e-4``).
+
+    Raises:
+        UserError: as :func:`find_solver`, adaptive solvers excepted.
+    """
     word, colon, text = name.partition(":") if isinstance(name, str) else ("", "", "")
     if word not in SOLVERS and word not in ADAPTIVE_NAMES:
         raise unknown("solver", name, [*SOLVERS, *ADAPTIVE_NAMES])
@@ -352,7 +355,7 @@ def table(solver: str, grid: Grid, path: AffinePath = LINEAR) -> Table:
     ``solver`` is a name or ``name:value``.
 
     Raises:
-        UserError: unknown solver; a grid that turns round or leaves [0, 1].
+        UserError: unknown solver; a grid that is not monotone or leaves [0, 1].
     """
     method = find_solver(solver)
     check_times(grid)

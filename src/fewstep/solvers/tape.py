@@ -1,7 +1,7 @@
-"""What every solver is written with: linear combinations of states, velocities and noise, and the tape recording them.
+"""Linear combinations of states, velocities and noise, the tape that records them, and the base class of solvers.
 
-A solver's formulas are run once on a :class:`Tape`, which hands out atoms instead of evaluating a network; see
-:mod:`fewstep.solvers.tables` for the result.
+A solver's formulas run once on a :class:`Tape`. Where a network would be evaluated, the tape returns a symbol (an atom)
+for the velocity. :mod:`fewstep.solvers.tables` makes a table from the result.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Tape:
         return Combination({("y", j): 1.0}), Combination({("v", j): 1.0})
 
     def noise(self) -> Combination:
-        """Fresh noise N(0, I), independent of all else, as a new atom."""
+        """Fresh noise N(0, I), independent of everything else, as a new atom."""
         self.noises += 1
         return Combination({("z", self.noises - 1): 1.0})
 
 
 class Solver(ABC):
-    """A fixed-step solver: formulas that can be run on a tape.
+    """A fixed-step solver: formulas that run on a tape.
 
     Attributes:
         order: order of convergence on smooth fields, away from singular ends and after start-up.
@@ -83,7 +83,7 @@ class Solver(ABC):
 
     @property
     def converges(self) -> bool:
-        """Whether it tends to the flow of any field as steps grow, and not only where trajectories are straight."""
+        """Whether it converges to the flow of every smooth field, and not of fields with straight trajectories only."""
         return True
 
     @property
@@ -93,4 +93,14 @@ class Solver(ABC):
 
     @abstractmethod
     def nodes(self, tape: Tape, x: Combination, grid: Grid, path: AffinePath) -> list[Combination]:
-        """Run on ``tape`` from state ``x`` at ``grid[0]``; return the states at every later grid time."""
+        """Run the formulas on ``tape`` from state ``x`` at ``grid[0]``.
+
+        Args:
+            tape: records the network calls.
+            x: the start.
+            grid: the times, increasing or decreasing.
+            path: the affine path on which the field was trained.
+
+        Returns:
+            The state at every grid time after the first.
+        """
