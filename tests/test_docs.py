@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import re
 import runpy
 from pathlib import Path
@@ -13,7 +12,6 @@ import pytest
 
 import fewstep as fs
 from fewstep.citations import CITATIONS
-from fewstep.methods.contract.objective import Objective
 from fewstep.methods.registry import METHODS
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
@@ -77,9 +75,6 @@ def test_python_examples_run(document: Path) -> None:
         exec(compile(block, str(document), "exec"), {"__name__": "example"})
 
 
-@pytest.mark.skipif(
-    "nets" not in inspect.signature(Objective.loss).parameters, reason="the example is of the contract with pure losses"
-)
 def test_the_example_of_a_method_trains_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The method file in CONTRIBUTING.md, registered as it says there, learns two narrow modes at -1 and 1."""
     (source,) = re.findall(r"```py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)

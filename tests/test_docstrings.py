@@ -18,7 +18,6 @@ import fewstep
 # Modules that have public names without a docstring. The list only gets shorter: no module may be added.
 UNDOCUMENTED = {
     "fewstep.flow.coupled_gaussian",
-    "fewstep.methods.contract.stage",
     "fewstep.methods.families.distribution",
     "fewstep.methods.slimflow",
     "fewstep.methods.training_pairs.batches",
