@@ -23,7 +23,7 @@ def choose(
             finds its own, times that do not run from noise to data, a stochastic solver after a dependent coupling, a
             solver for straight trajectories after a coupling that leaves them curved.
     """
-    if config.kind == "map":
+    if config.rule.kind == "map":
         return _of_map(config, name, solver, grid, steps)
     solver, chosen = config.solver if solver is None else solver, config.grid if grid is None else grid
     if solver in KINDS:
@@ -31,15 +31,15 @@ def choose(
             raise UserError(f"solver {solver!r} finds its own grid: leave grid out, or name a solver.")
         return solver, "uniform", TUNED_CALLS if steps is None else steps
     adaptive = isinstance(solver, str) and solver.partition(":")[0] in ADAPTIVE_NAMES
-    if not adaptive and config.coupling:
-        found, facts = find_solver(solver), Facts(**config.coupling)
+    if not adaptive and config.coupling is not None:
+        found, facts = find_solver(solver), config.coupling
         if found.stochastic:
             require_independent(facts, f"solver {solver!r}")
         if not found.converges:
             _require_straight(facts, name, solver)
     times = explicit_times(chosen)
     if times is None:
-        return solver, chosen, steps if adaptive or steps is not None else config.default_steps
+        return solver, chosen, steps if adaptive or steps is not None else config.rule.default_steps
     _require_whole_way(times)
     return solver, chosen, steps
 
@@ -71,21 +71,21 @@ def _of_map(
     """
     if solver not in (None, "euler"):
         raise UserError(f"{name!r} is a map with its own sampler: leave solver out.")
-    if config.sampler == "chain" and config.steps is None:
+    if config.rule.sampler == "chain" and config.rule.steps is None:
         return _along_grid(config, name, grid, steps)
-    allowed = config.steps or (1,)
-    made_for = steps is None or steps in allowed or (config.sampler == "restart" and config.steps is None)
-    if config.multiple and steps is not None:
+    allowed = config.rule.steps or (1,)
+    made_for = steps is None or steps in allowed or (config.rule.sampler == "restart" and config.rule.steps is None)
+    if config.rule.multiple and steps is not None:
         made_for = steps > 0 and any(steps % number == 0 for number in allowed)
     if not made_for:
-        multiples = "multiples of " if config.multiple else ""
+        multiples = "multiples of " if config.rule.multiple else ""
         raise UserError(
             f"{name!r} was made for {multiples}{words(allowed)} step(s), not {steps}: leave steps out, or "
             "sample the flow it was distilled from."
         )
     if grid not in (None, "uniform"):
         raise UserError(f"{name!r} is a map with its own sampler: leave grid out.")
-    return "euler", "uniform", config.default_steps if steps is None else steps
+    return "euler", "uniform", config.rule.default_steps if steps is None else steps
 
 
 def _along_grid(
@@ -100,6 +100,6 @@ def _along_grid(
         )
     times = explicit_times(chosen)
     if times is None:
-        return "euler", chosen, config.default_steps if steps is None else steps
+        return "euler", chosen, config.rule.default_steps if steps is None else steps
     _require_whole_way(times)
     return "euler", chosen, steps
