@@ -421,7 +421,7 @@ def test_what_is_no_model_folder_is_refused(refused: Check, verb: str, name: str
 
 
 CONFIGS: list[tuple[str, Any, str]] = [
-    ("format", 2, "newer version"),
+    ("format", 3, "newer version"),
     ("foo", 1, "unknown key 'foo'"),
     ("guidence", 1.5, "did you mean 'guidance'?"),
     ("rule", {"kid": "velocity"}, "did you mean 'rule.kind'?"),

@@ -19,6 +19,7 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import Coupling, Facts, Inpainting, Pair, SuperResolution
 from fewstep.flow.noise import generator_for, noise_rows
 from fewstep.generator import BaseRows, Config, read_config, weights_digest
+from fewstep.metrics.feature_distance import find_features
 from fewstep.solvers.maps import SampleRule
 
 ASSETS = Path(__file__).parent.parent / "benchmarks" / "assets"
@@ -270,7 +271,7 @@ def test_a_folder_of_format_1_is_read_and_written_as_format_2(name: str, tmp_pat
     assert old["format"] == 1
     config = read_config(ASSETS / name)
     assert config.rule == SampleRule(kind=old["kind"], default_steps=old["default_steps"])
-    # what is not known is told from what is: an empty mapping of facts was "not known"
+    # format 1 has an empty mapping where the facts are not known
     assert config.coupling == (Facts(**old["coupling"]) if old["coupling"] else None)
     new = json.loads(json.dumps({"format": 2, **dataclasses.asdict(config)}))
     moved = {field.name for field in dataclasses.fields(SampleRule)}
@@ -279,6 +280,13 @@ def test_a_folder_of_format_1_is_read_and_written_as_format_2(name: str, tmp_pat
     }
     (tmp_path / "config.json").write_text(json.dumps(new), encoding="utf-8")
     assert read_config(tmp_path) == config
+
+
+def test_models_of_format_1_are_loaded() -> None:
+    assert fs.load(ASSETS / "fashion_mnist_teacher").sample(2, steps=1).shape == (2, 28, 28)
+    assert find_features(ASSETS / "fashion_mnist_features", (1, 28, 28)).name.startswith("fashion_mnist_features")
+    with pytest.raises(UserError, match="model of kind 'velocity', which has no features"):
+        find_features(ASSETS / "fashion_mnist_teacher", (1, 28, 28))
 
 
 def test_a_map_of_format_1_keeps_how_it_is_sampled(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Which solver, grid and number of steps a model is sampled with, from what the user said and what the model is."""
+"""Which solver, grid and number of steps a model is sampled with, from the user's arguments and the model's config."""
 
 from __future__ import annotations
 
@@ -16,12 +16,20 @@ TUNED_CALLS = 8  # network evaluations of a tuned sampler when the user names no
 def choose(
     config: Config, name: str, solver: str | None, grid: GridSpec | None, steps: int | None
 ) -> tuple[str, GridSpec, int | None]:
-    """The solver, grid and steps to use; None steps where the grid or the solver settles them.
+    """Choose how to sample: the user's arguments where given, the model's own way otherwise.
+
+    Args:
+        config: of the model.
+        name: the model's name, for messages.
+        solver, grid, steps: the user's; None where not given.
+
+    Returns:
+        Solver, grid and steps; steps is None where the grid or the solver fixes their number.
 
     Raises:
-        UserError: what the model cannot be sampled with: step counts a map was not made for, a grid for a solver that
-            finds its own, times that do not run from noise to data, a stochastic solver after a dependent coupling, a
-            solver for straight trajectories after a coupling that leaves them curved.
+        UserError: step counts that a map was not made for; a grid for a solver that finds its own; times that do not
+            run from 0 to 1; a stochastic solver for a model of a dependent coupling; a solver for straight
+            trajectories for a model whose trajectories are curved.
     """
     if config.rule.kind == "map":
         return _of_map(config, name, solver, grid, steps)
@@ -53,21 +61,22 @@ def _require_whole_way(times: Grid) -> None:
 
 
 def _require_straight(facts: Facts, name: str, solver: str) -> None:
-    """Refuse a solver that tends to the flow only where trajectories are straight, which takes deterministic pairs."""
+    """Refuse a solver that is right for straight trajectories only, unless the pairs were deterministic."""
     if not facts.deterministic:
         raise UserError(
-            f"solver {solver!r} is for straight trajectories, and those of {name!r} are curved, as it was trained on "
-            "noise that does not determine the data: a spread of .7 would come out as .329, .476, .581, .858 at 2, "
-            "3, 4, 8 steps, and no number of them helps. Take 'euler', or straighten the model with reflow first."
+            f"solver {solver!r} is for straight trajectories, and those of {name!r} are curved, because it was trained "
+            "on noise that does not determine the data. On N(0, .7^2) the samples' standard deviation would be .329, "
+            ".476, .581, .858 at 2, 3, 4, 8 steps: it does not converge. Take 'euler', or straighten the model with "
+            "reflow first."
         )
 
 
 def _of_map(
     config: Config, name: str, solver: str | None, grid: GridSpec | None, steps: int | None
 ) -> tuple[str, GridSpec, int | None]:
-    """A map has its own sampler, for the steps it was made for.
+    """The way of a map: its own sampler, with the step counts that it was made for.
 
-    Where none are fixed, ``chain`` goes along any grid, and ``restart`` takes any number of even steps.
+    Where these are not fixed, ``chain`` takes any grid, and ``restart`` any number of uniform steps.
     """
     if solver not in (None, "euler"):
         raise UserError(f"{name!r} is a map with its own sampler: leave solver out.")
@@ -91,11 +100,11 @@ def _of_map(
 def _along_grid(
     config: Config, name: str, grid: GridSpec | None, steps: int | None
 ) -> tuple[str, GridSpec, int | None]:
-    """A two-time map takes any steps on any grid that needs no velocity to be found."""
+    """The way of a two-time map: any number of steps, on any grid that is not found from a velocity."""
     chosen = "uniform" if grid is None else grid
     if isinstance(chosen, str) and chosen in FROM_MODEL:
         raise UserError(
-            f"grid {chosen!r} is made for a velocity and its solver, and {name!r} is a map, exact or not on any grid: "
+            f"grid {chosen!r} is found from a velocity's solver error, and {name!r} is a map, which has no solver: "
             "leave grid out, or name another."
         )
     times = explicit_times(chosen)

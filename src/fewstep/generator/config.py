@@ -97,7 +97,7 @@ def from_format_1(values: Mapping[str, Any]) -> dict[str, Any]:
     names = {entry.name for entry in fields(SampleRule)}
     rule = {key: value for key, value in values.items() if key in names}
     others = {key: value for key, value in values.items() if key not in names}
-    return {**others, "rule": rule, "coupling": others.get("coupling") or None}
+    return {"rule": rule, **others, "coupling": others.get("coupling") or None}
 
 
 def _check_keys(path: Path, values: Mapping[str, Any], record: type, prefix: str = "") -> None:
