@@ -10,7 +10,7 @@ from fewstep.generator.config import Config
 from fewstep.generator.model_folder import words
 from fewstep.solvers.tables import ADAPTIVE_NAMES, find_solver
 
-TUNED_CALLS = 8  # network evaluations of a tuned sampler when the user names no number
+TUNED_CALLS = 8  # network evaluations of a tuned sampler when the user names no number; chosen, not tuned
 
 
 def choose(

@@ -142,9 +142,8 @@ def _of_folder(
             f"features {str(folder)!r}: the folder has no config.json: it is no finished stage. Give {WAYS}."
         )
     config = read_json(folder / "config.json")
-    rule = (
-        config.get("rule", config) if isinstance(config, dict) else None
-    )  # format 1 has the rule's keys beside others
+    # format 1 has the keys of the rule at the top level
+    rule = config.get("rule", config) if isinstance(config, dict) else None
     kind = rule.get("kind") if isinstance(rule, dict) else None
     if kind != "features":
         raise UserError(
