@@ -421,16 +421,19 @@ def test_what_is_no_model_folder_is_refused(refused: Check, verb: str, name: str
 
 
 CONFIGS: list[tuple[str, Any, str]] = [
-    ("format", 2, "newer version"),
+    ("format", 3, "newer version"),
     ("foo", 1, "unknown key 'foo'"),
-    ("kid", "velocity", "did you mean 'kind'?"),
+    ("guidence", 1.5, "did you mean 'guidance'?"),
+    ("rule", {"kid": "velocity"}, "did you mean 'rule.kind'?"),
+    ("coupling", {"independant": True}, "did you mean 'coupling.independent'?"),
     ("shape", "two", "'shape' must be"),
     ("shape", 2, "'shape' must be"),
     ("shape", [], "no shape of a sample"),
     ("shape", [3], "samples of shape [2]"),
-    ("kind", "velocty", "'kind' must be 'velocity', 'map' or 'features'"),
-    ("steps", "abc", "'steps' must be"),
-    ("default_steps", 0, "at least 1"),
+    ("rule", {"kind": "velocty"}, "'rule.kind' must be 'velocity', 'map' or 'features'"),
+    ("rule", {"steps": "abc"}, "'rule.steps' must be"),
+    ("rule", {"default_steps": 0}, "at least 1"),
+    ("coupling", {"deterministic": "maybe"}, "'coupling.deterministic' must be"),
     ("network", [3], "'network' must be"),
     ("network", {"name": "mlpx"}, "did you mean 'mlp'?"),
     ("network", None, "module=net"),
@@ -448,7 +451,8 @@ CONFIGS: list[tuple[str, Any, str]] = [
 def test_a_damaged_config_is_refused(refused: Check, tiny_run: Path, key: str, value: Any, words: str) -> None:
     copy_model(tiny_run)
     fields = json.loads(Path("model/config.json").read_text(encoding="utf-8"))
-    fields[key] = {**fields["network"], **value} if key == "network" and isinstance(value, dict) else value
+    nested = key in ("network", "rule", "coupling") and isinstance(value, dict)
+    fields[key] = {**fields[key], **value} if nested else value
     Path("model/config.json").write_text(json.dumps(fields), encoding="utf-8")
     refused("sample", "model", "--num", "4", "--out", "x.npy", words=words)
 
@@ -465,6 +469,8 @@ def copy_model(run: Path) -> None:
         (b"[1]", "not a fewstep model's config"),
         (b'{"_class_name": "UNet2DModel"}', "not a fewstep model's config"),
         (b'{"format": 1}', "'shape' is missing"),
+        (b'{"format": 2}', "'shape' is missing"),
+        (b'{"format": 3}', "newer version"),
         (b"\xff\xfe\0", "not whole JSON"),
     ],
 )

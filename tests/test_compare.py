@@ -14,7 +14,7 @@ from conftest import quietly
 from fewstep.data.dataset import DataSet
 from fewstep.data.load import from_array, load_data
 from fewstep.errors import UserError
-from fewstep.generator import Config, Generator, load
+from fewstep.generator import BaseRows, Config, Generator, load
 from fewstep.metrics import data_rows, evaluate, moment_matched_gaussian
 from fewstep.pipeline.compare import GAUSSIAN, TRAINING, compare, name_apart, table
 
@@ -113,6 +113,24 @@ def linear(size: int, bias: float = 0.0, **config: object) -> Generator:
             return self.net(x)
 
     return Generator(Timeless(), config=Config(shape=(size,), **config))  # type: ignore[arg-type]
+
+
+def test_a_model_is_measured_on_no_more_samples_than_it_has_starts() -> None:
+    rows = np.random.default_rng(0).normal(size=(600, 2))
+    data = from_array(rows)
+    starts = torch.as_tensor(rows[:40] + 0.1, dtype=torch.float32)
+    config = {"scaling": data.scaling.as_dict(), "base": "examples"}
+    few = Generator(linear(2).module, config=Config(shape=(2,), stage="few", **config), base_rows=starts)  # type: ignore[arg-type]
+    many = linear(2, scaling=data.scaling.as_dict(), stage="many")
+    result = compare([few, many], data, steps=[1], samples=200, say=hush)
+    counts = {row["model"]: row["samples"] for row in result["rows"] if not row.get("control")}
+    assert counts == {"few": 40, "many": 200}
+    assert result["rows"][0]["scores"]["n_generated"] == 40
+    assert "few: 40 samples only" in table(result)
+    assert "many:" not in table(result)
+    few.base = BaseRows(starts[:5])
+    with pytest.raises(UserError, match="5 different starts"):
+        compare([few], data, steps=[1], samples=200, say=hush)
 
 
 def test_a_model_with_another_scaling_is_measured_in_the_datas_units() -> None:

@@ -31,7 +31,7 @@ from fewstep.methods.families.velocity_source import VelocitySource
 from fewstep.networks import build, resolve
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
-from fewstep.solvers.maps import Fresh
+from fewstep.solvers.maps import FreshNoise, SampleRule
 from fewstep.training.world import LocalWorld
 from objective_cases import loss_of
 
@@ -219,7 +219,7 @@ def test_as_many_euler_steps_as_segments_are_the_flow_map(segments: int) -> None
 
 
 def restarted(**changes: Any) -> fs.Generator:
-    config = Config(shape=(1,), kind="map", default_steps=1, sampler="restart")
+    config = Config(shape=(1,), rule=SampleRule("map", default_steps=1, sampler="restart"))
     rows = changes.pop("base_rows", None)
     return fs.Generator(ToEnd(GAUSSIAN), config=replace(config, **changes), base_rows=rows)
 
@@ -248,13 +248,13 @@ def test_a_sample_is_a_function_of_seed_and_row() -> None:
 
 def test_fresh_noise_is_the_bases_own_and_differs_by_step() -> None:
     y = torch.zeros(1000, 1)
-    gaussian = Fresh(Linear(), seed=3)
+    gaussian = FreshNoise(Linear(), seed=3)
     one, two = (gaussian(y, 0.5, step) for step in (0, 1))
     assert abs(float((one * two).mean())) < 4 * 0.25 / math.sqrt(1000)
     rows = torch.tensor([[-8.0], [8.0]])
-    values = Fresh(Linear(), 3, base_rows=rows)(y + 1, 0.5, 0)
+    values = FreshNoise(Linear(), 3, base_rows=rows)(y + 1, 0.5, 0)
     assert sorted(values.unique().tolist()) == [-3.5, 4.5]
-    vp = Fresh(make_path("cosine"), 3)(y + 1, 0.5, 0)
+    vp = FreshNoise(make_path("cosine"), 3)(y + 1, 0.5, 0)
     torch.testing.assert_close(vp, math.sqrt(0.5) * (1 + 2 * one), rtol=1e-5, atol=1e-5)
 
 
@@ -266,7 +266,7 @@ def test_maps_are_sampled_their_own_way() -> None:
             generator.sample(3, **wrong)
     with pytest.raises(UserError, match="steps"):
         generator.sample(3, steps=0)
-    fm = fs.Generator(ToEnd(GAUSSIAN, 2), config=Config(shape=(1,), kind="map", steps=(2,), default_steps=2))
+    fm = fs.Generator(ToEnd(GAUSSIAN, 2), config=Config(shape=(1,), rule=SampleRule("map", (2,), 2)))
     for steps in (1, 3, 4):
         with pytest.raises(UserError, match=rf"made for 2 step\(s\), not {steps}"):
             fm.sample(3, steps=steps)
@@ -347,7 +347,7 @@ def test_stages_from_a_teacher_and_from_data(tiny_run: Path, tmp_path: Path) -> 
     recipe = make_recipe({"data": DATA, "network": {"name": "mlp", "preset": "tiny"}, "stages": stages}, "x")
     run_recipe(recipe, tmp_path, LocalWorld(quiet=True))
     loaded = {name: load(tmp_path / name) for name in stages}
-    assert {name: model.config.steps for name, model in loaded.items()} == {
+    assert {name: model.config.rule.steps for name, model in loaded.items()} == {
         "cd": None,
         "ct": None,
         "scm": None,
@@ -356,10 +356,10 @@ def test_stages_from_a_teacher_and_from_data(tiny_run: Path, tmp_path: Path) -> 
     }
     assert [loaded[name].draw(10).nfe for name in stages] == [1, 1, 1, 2, 3]
     assert loaded["scm"].draw(10, steps=4).nfe == 4
-    digest = loaded["cd"].config.coupling["teacher"]
+    digest = loaded["cd"].config.coupling.teacher
     assert digest
-    assert digest == loaded["cfm"].config.coupling["teacher"]
-    assert loaded["ct"].config.coupling["teacher"] is None
+    assert digest == loaded["cfm"].config.coupling.teacher
+    assert loaded["ct"].config.coupling.teacher is None
     assert (tmp_path / "three" / "rounds" / "regression").is_dir()
     # a teacher's start and two thousand samples: already nearer to its ends than its own one step
     whole = load(tiny_run / "teacher")
@@ -381,7 +381,7 @@ def test_guidance_is_baked_in_and_known(labelled_run: Path, tmp_path: Path) -> N
     for name in stages:
         model = load(tmp_path / name)
         assert model.config.guidance == 2
-        assert model.config.coupling["guidance"] == 2
+        assert model.config.coupling.guidance == 2
         with pytest.raises(UserError, match=r"guidance 2(\.0)? baked"):
             model.sample(4, guidance=2.0)
         at = [float(np.median(model.sample(50, label=label)[:, 0])) for label in (2, 9)]

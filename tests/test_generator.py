@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +16,13 @@ from torch import Tensor, nn
 import fewstep as fs
 from fewstep.data.scaling import Scaling
 from fewstep.errors import UserError
-from fewstep.flow.noise import noise_rows
-from fewstep.generator import Config, read_config, weights_digest
+from fewstep.flow.couplings import Coupling, Facts, Inpainting, Pair, SuperResolution
+from fewstep.flow.noise import generator_for, noise_rows
+from fewstep.generator import BaseRows, Config, read_config, weights_digest
+from fewstep.metrics.feature_distance import find_features
+from fewstep.solvers.maps import SampleRule
+
+ASSETS = Path(__file__).parent.parent / "benchmarks" / "assets"
 
 
 class Affine(nn.Module):
@@ -241,13 +247,11 @@ def test_samples_that_are_not_finite_are_refused() -> None:
 def test_config_json_holds_every_field_and_reads_back_equal(tmp_path: Path) -> None:
     config = Config(
         shape=(2,),
-        kind="map",
-        steps=(1, 2),
-        default_steps=1,
+        rule=SampleRule("map", steps=(1, 2), default_steps=1),
         class_weights=(0.25, 0.75),
         label_names=("a", "b"),
         guidance=1.5,
-        coupling={"independent": False},
+        coupling=Facts(independent=False, deterministic=True),
         method="distill",
         stage="s",
         data={"name": "moons"},
@@ -259,3 +263,121 @@ def test_config_json_holds_every_field_and_reads_back_equal(tmp_path: Path) -> N
         *vars(config),
     }
     assert "Guidance 1.5 is baked" in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", ["fashion_mnist_teacher", "fashion_mnist_features"])
+def test_a_folder_of_format_1_is_read_and_written_as_format_2(name: str, tmp_path: Path) -> None:
+    old = json.loads((ASSETS / name / "config.json").read_text(encoding="utf-8"))
+    assert old["format"] == 1
+    config = read_config(ASSETS / name)
+    assert config.rule == SampleRule(kind=old["kind"], default_steps=old["default_steps"])
+    # format 1 has an empty mapping where the facts are not known
+    assert config.coupling == (Facts(**old["coupling"]) if old["coupling"] else None)
+    new = json.loads(json.dumps({"format": 2, **dataclasses.asdict(config)}))
+    moved = {field.name for field in dataclasses.fields(SampleRule)}
+    assert {key: new[key] for key in old.keys() - moved - {"format", "coupling"}} == {
+        key: value for key, value in old.items() if key not in moved | {"format", "coupling"}
+    }
+    (tmp_path / "config.json").write_text(json.dumps(new), encoding="utf-8")
+    assert read_config(tmp_path) == config
+
+
+def test_models_of_format_1_are_loaded() -> None:
+    assert fs.load(ASSETS / "fashion_mnist_teacher").sample(2, steps=1).shape == (2, 28, 28)
+    assert find_features(ASSETS / "fashion_mnist_features", (1, 28, 28)).name == "features@c623ed"
+    with pytest.raises(UserError, match="model of kind 'velocity', which has no features"):
+        find_features(ASSETS / "fashion_mnist_teacher", (1, 28, 28))
+
+
+def test_a_map_of_format_1_keeps_how_it_is_sampled(tmp_path: Path) -> None:
+    rule = {"kind": "map", "steps": [1, 2], "multiple": True, "default_steps": 2, "sampler": "chain"}
+    (tmp_path / "config.json").write_text(json.dumps({"format": 1, "shape": [2], **rule, "coupling": {}}))
+    config = read_config(tmp_path)
+    assert config.rule == SampleRule("map", (1, 2), 2, multiple=True, sampler="chain")
+    assert config.coupling is None
+
+
+# --- starts made from data ----------------------------------------------------------------------------------------
+
+KEPT = 16
+
+
+class Drift(nn.Module):
+    """v(x, t, context) = the mean of the context: the end point shows start and context."""
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        return torch.zeros_like(x) + context.flatten(1).mean(1).reshape(-1, *(1,) * (x.ndim - 1))
+
+
+def restorer(coupling: Coupling, shape: tuple[int, ...]) -> tuple[fs.Generator, Pair]:
+    """A generator that starts from 16 damaged rows, and the rows with what was kept of them."""
+    x1 = torch.randn(KEPT, *shape, generator=generator_for("kept"))
+    pair = coupling.pair(x1, {}, generator_for("damage", 0))
+    generator = fs.Generator(Drift(), config=Config(shape=shape, base="examples"))
+    generator.base = BaseRows.of_examples(pair)
+    return generator, pair
+
+
+COUPLINGS = [(Inpainting(), (24,)), (Inpainting(), (2, 4, 4)), (SuperResolution(2, 0.3), (1, 4, 4))]
+
+
+def examples_of(draw: Any, pair: Pair) -> Tensor:
+    """Which kept row each sample started from, told by its context."""
+    assert draw.context is not None
+    same = (draw.context[:, None] == pair.cond["context"][None]).flatten(2).all(2)
+    assert bool((same.sum(1) == 1).all())
+    return same.int().argmax(1)
+
+
+@pytest.mark.parametrize(("coupling", "shape"), COUPLINGS, ids=["vectors", "images", "sharpened"])
+def test_samples_from_damaged_data_are_functions_of_seed_and_number(coupling: Any, shape: tuple[int, ...]) -> None:
+    generator, pair = restorer(coupling, shape)
+    draw = generator.draw(64, steps=1, seed=3)
+    assert len(draw.x.unique(dim=0)) == 64
+    few = generator.draw(20, steps=1, seed=3, batch_size=7)
+    torch.testing.assert_close(few.x, draw.x[:20], rtol=0, atol=0)
+    other = generator.draw(64, steps=1, seed=4)
+    assert not bool((other.x[:, None] == draw.x[None]).flatten(2).all(2).any())
+    rows, others = examples_of(draw, pair), examples_of(other, pair)
+    for k in range(4):  # every kept example once before any repeats
+        assert sorted(rows[16 * k : 16 * k + 16].tolist()) == list(range(KEPT))
+    assert not torch.equal(rows, others)
+
+
+def test_the_unknown_part_is_fresh_noise_and_the_known_part_the_examples() -> None:
+    generator, pair = restorer(Inpainting(), (24,))
+    draw = generator.draw(8000, steps=1, seed=0)
+    rows = examples_of(draw, pair)
+    mask, known = pair.cond["context"][rows].chunk(2, dim=1)
+    torch.testing.assert_close(mask * draw.x0, known, rtol=0, atol=0)
+    noise = draw.x0[mask == 0]
+    assert abs(float(noise.mean())) < 4 / np.sqrt(len(noise))
+    assert float(noise.std()) == pytest.approx(1.0, abs=4 / np.sqrt(2 * len(noise)))
+    blurred, kept = restorer(SuperResolution(2, 0.3), (1, 4, 4))
+    start = blurred.draw(2000, steps=1, seed=0)
+    added = start.x0 - kept.cond["context"][examples_of(start, kept)]
+    assert float(added.std()) == pytest.approx(0.3, abs=4 * 0.3 / np.sqrt(2 * added.numel()))
+
+
+def test_the_damage_is_kept_with_the_model(tmp_path: Path) -> None:
+    generator, _ = restorer(Inpainting(), (24,))
+    generator.save(tmp_path)
+    again = fs.load(tmp_path, module=Drift())
+    assert again.distinct_starts is None
+    torch.testing.assert_close(again.sample(40, steps=2, seed=5), generator.sample(40, steps=2, seed=5), rtol=0, atol=0)
+
+
+def test_complete_starts_of_older_folders_are_chosen_by_the_seed_and_repeats_are_told(tmp_path: Path) -> None:
+    _, pair = restorer(Inpainting(), (24,))
+    old = Config(shape=(24,), base="examples")
+    fs.Generator(Drift(), config=old, base_rows=pair.x0, base_context=pair.cond["context"]).save(tmp_path)
+    with pytest.warns(UserWarning, match="at most 16 samples differ"):
+        generator = fs.load(tmp_path, module=Drift())
+    assert generator.distinct_starts == KEPT
+    one, two = (generator.draw(KEPT, steps=1, seed=seed) for seed in (0, 1))
+    assert len(one.x.unique(dim=0)) == KEPT
+    assert not torch.equal(one.x, two.x)
+    torch.testing.assert_close(one.x0, pair.x0[examples_of(one, pair)], rtol=0, atol=0)
+    with pytest.warns(UserWarning, match="of 64 samples, only 16 differ"):
+        many = generator.draw(64, steps=1, seed=0)
+    torch.testing.assert_close(many.x[:KEPT], one.x, rtol=0, atol=0)

@@ -351,7 +351,7 @@ def test_a_discriminator_without_a_leash_is_stopped_with_advice(tmp_path: Path) 
 def test_the_student_is_a_map_of_one_step_and_its_card_says_what_it_is(tmp_path: Path) -> None:
     run(tmp_path)
     model = fs.load(tmp_path / "onestep")
-    assert (model.config.kind, model.config.steps, model.config.method) == ("map", (1,), "instaflow")
+    assert (model.config.rule.kind, model.config.rule.steps, model.config.method) == ("map", (1,), "instaflow")
     assert model.draw(10).nfe == 1
     kept = read_tensors(tmp_path / "onestep/model.safetensors")
     assert not any("discriminator" in name for name in kept)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import fewstep as fs
 from fewstep.diagnostics.pick import candidates
 from fewstep.errors import UserError
-from fewstep.flow.couplings import GaussianSource, Independent, Pair
+from fewstep.flow.couplings import Facts, GaussianSource, Independent, Pair
 from fewstep.flow.denoiser import DenoiserVelocity, denoise
 from fewstep.flow.grids import make_grid
 from fewstep.flow.noise import Draws, generator_for
@@ -217,9 +217,9 @@ def test_anchored_steps_are_refused_where_they_mean_nothing(how: dict[str, Any],
 
 
 def test_a_generator_takes_anchored_steps_for_deterministic_pairs_only() -> None:
-    curved = {"independent": True, "deterministic": False}
-    transport = {"independent": False, "deterministic": False}
-    straight = {"independent": False, "deterministic": True}
+    curved = Facts(independent=True, deterministic=False)
+    transport = Facts(independent=False, deterministic=False)
+    straight = Facts(independent=False, deterministic=True)
     for coupling in (curved, transport):
         module = Field(fs.closed_form.coupled_gaussian(0.0, 0.7, 0.0).velocity)
         model = fs.Generator(module, config=Config(shape=(1,), coupling=coupling))

@@ -32,6 +32,7 @@ from fewstep.report.samples import COLUMNS, Plane, frame, label_argument, real_c
 from fewstep.report.sheets import principal_directions
 from fewstep.report.trajectories import LINES, follow
 from fewstep.report.words import headline, number, warnings
+from fewstep.solvers.maps import SampleRule
 from fewstep.store.files import read_json, write_json
 from fewstep.store.pairs import PairStore
 
@@ -135,7 +136,7 @@ def trio(digits: DataSet) -> list[Generator]:
     return [
         model(digits, "teacher", 1, classes=10, method="flow_matching"),
         model(digits, "straight", 2, classes=10, method="reflow", guidance=2.0),
-        model(digits, "onestep", 3, classes=10, method="distill", kind="map", steps=(1,), default_steps=1),
+        model(digits, "onestep", 3, classes=10, method="distill", rule=SampleRule("map", (1,), 1)),
     ]
 
 
@@ -349,7 +350,7 @@ def test_colour_images_keep_their_colours(tmp_path: Path) -> None:
 
 def test_maps_alone_have_neither_trajectories_nor_straightness(tmp_path: Path) -> None:
     data = vectors(2)
-    only = model(data, "m", 5, kind="map", steps=(1,), default_steps=1)
+    only = model(data, "m", 5, rule=SampleRule("map", (1,), 1))
     path = write_report(tmp_path / "r.html", result=result_of([only], data), models=[only], data=data, title="one")
     page = Page(path)
     assert "Trajectories" not in page.text

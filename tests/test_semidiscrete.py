@@ -116,7 +116,8 @@ def test_a_flow_learns_from_it_and_is_straighter(tmp_path: Path) -> None:
     )
     assert straight.straightness < 0.4 * usual.straightness
     model = load(tmp_path / "semidiscrete/flow")
-    assert model.config.coupling["independent"] is False
+    assert model.config.coupling is not None
+    assert model.config.coupling.independent is False
     with pytest.raises(UserError, match="needs the score"):
         model.sample(4, steps=4, solver="sde:1")
 

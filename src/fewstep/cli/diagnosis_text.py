@@ -61,8 +61,8 @@ def advice(choice: Choice) -> str:
 
 def conclusions(model: Generator, d: Diagnosis, found: Sequence[Choice]) -> list[str]:
     """The verdict, with the best solver of every number of calls."""
-    deterministic = model.config.coupling.get("deterministic")
-    lines = verdict(d, deterministic=None if deterministic is None else bool(deterministic))
+    coupling = model.config.coupling
+    lines = verdict(d, deterministic=None if coupling is None else coupling.deterministic)
     best = [f"{choice.solver} at {choice.calls}" for choice in found]
     return [*lines, f"Best solvers by a pilot run: {', '.join(best)} calls."] if best else lines
 

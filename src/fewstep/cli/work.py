@@ -126,7 +126,7 @@ def diagnose(options: arguments.Diagnose) -> int:
         raise UserError(f"--num must be at least 2, got {options.num}.")
     calls = [] if options.calls == "none" else number_list("--calls", options.calls)
     model = load(options.model, device=default_device())
-    if model.config.kind != "velocity":
+    if model.config.rule.kind != "velocity":
         raise UserError(
             f"{options.model} is a one-step map, and has no velocity along t: diagnose the flow it was distilled from."
         )

@@ -32,7 +32,8 @@ class Pair:
     Attributes:
         x0, x1: (B, ...).
         cond: conditions, each (B, ...), by the name of the network's keyword (``label``, ``context``).
-        beside: rows that no network is conditioned on, such as unpaired data; of any length.
+        beside: rows that no network is conditioned on, such as unpaired data; of any length. A coupling whose x0 is
+            Gaussian given its context adds ``start_mean`` and ``start_scale``: x0 = start_mean + start_scale * noise.
     """
 
     x0: Tensor
@@ -241,8 +242,9 @@ class Inpainting(Coupling):
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
         kept = _without_context(_checked(x1, cond), "in-painting")
         noise = _draw(GaussianSource(tuple(x1.shape[1:])), x1, generator)
-        x0, context = inpainting_base(x1, random_mask(x1, generator), noise)
-        return Pair(x0, x1, {**kept, "context": context})
+        mask = random_mask(x1, generator)
+        x0, context = inpainting_base(x1, mask, noise)
+        return Pair(x0, x1, {**kept, "context": context}, {"start_mean": mask * x1, "start_scale": 1 - mask})
 
 
 @final
@@ -277,7 +279,8 @@ class SuperResolution(Coupling):
         kept = _without_context(_checked(x1, cond), "super-resolution")
         noise = _draw(GaussianSource(tuple(x1.shape[1:])), x1, generator)
         context = block_average(x1, self.factor)
-        return Pair(context + self.sigma * noise, x1, {**kept, "context": context})
+        law = {"start_mean": context, "start_scale": torch.full_like(context[:, :1], self.sigma)}
+        return Pair(context + self.sigma * noise, x1, {**kept, "context": context}, law)
 
 
 @final

@@ -1,19 +1,22 @@
-"""A generator: what the user holds in the end.
+"""A generator: a base distribution, a network, how it is sampled, and how samples are turned back into data.
 
-A base distribution, a network, how it should be sampled, and how to turn the result back into data. On disk
-it is a folder with ``config.json``, ``model.safetensors`` (EMA weights) and a card, ``README.md``.
+On disk it is a folder with ``config.json``, ``model.safetensors`` (EMA weights) and a card, ``README.md``; with a base
+made of data, ``base.safetensors`` too.
 """
 
 from __future__ import annotations
 
 from fewstep.generator.config import FORMAT, Config, read_config
 from fewstep.generator.label_draws import Label
-from fewstep.generator.model import Draw, Generator, load
+from fewstep.generator.load import load
+from fewstep.generator.model import Draw, Generator
 from fewstep.generator.model_folder import model_card, save_model
+from fewstep.generator.starts import BaseRows
 from fewstep.store.tensors import read_tensors, weights_digest
 
 __all__ = [
     "FORMAT",
+    "BaseRows",
     "Config",
     "Draw",
     "Generator",

@@ -1,4 +1,4 @@
-"""Labels of a class-conditional model's samples: the user's words, or drawn as often as in the data."""
+"""Labels of a class-conditional model's samples: the user's, or drawn as often as in the data."""
 
 from __future__ import annotations
 
@@ -18,10 +18,21 @@ Label = int | str | Sequence[int] | Sequence[str] | Tensor
 
 
 def draw_labels(config: Config, name: str, num: int, label: Label | None, seed: int) -> Tensor | None:
-    """Class numbers (num,) of the samples ``0 … num``: the wished ones, or drawn as often as in the data.
+    """Class numbers of the samples ``0 … num - 1``: the user's, or drawn as often as in the data.
+
+    Args:
+        config: of the model.
+        name: the model's name, for messages.
+        num: number of samples.
+        label: one for all samples, one per sample, or None to draw them: label ``i`` is a function of (seed, i).
+        seed: the samples' seed.
+
+    Returns:
+        ``(num,)`` int64, from 0; None for a model that takes no labels.
 
     Raises:
-        UserError: labels of another number or that are not there, labels for a model that takes none.
+        UserError: as many labels as neither 1 nor ``num``; a label that the data do not have; labels for a model that
+            takes none.
     """
     if not config.class_weights:
         if label is not None:
@@ -47,7 +58,7 @@ def draw_labels(config: Config, name: str, num: int, label: Label | None, seed: 
 
 
 def label_numbers(config: Config, name: str, label: Label) -> Tensor:
-    """Class numbers ``(n,)`` of one label or of several, which may be names."""
+    """Class numbers ``(n,)`` of one label or of several, which may be the data's names."""
     names = config.label_names
     given = label.flatten().tolist() if isinstance(label, Tensor) else np.asarray(label).flatten().tolist()
     wrong = [n for n in given if isinstance(n, bool) or not isinstance(n, int | str)]
@@ -61,7 +72,7 @@ def label_numbers(config: Config, name: str, label: Label) -> Tensor:
             )
         return torch.tensor([int(n) for n in given], dtype=torch.long)
     position = {str(known_name): k for k, known_name in enumerate(names)}
-    # where classes have names (image folders) their numbers will do too; where they are numbers, those
+    # classes named by words (image folders) may be given by number too; classes named by numbers only by those
     named = all(isinstance(n, str) for n in names)
     numbers = {str(k): k for k in range(len(names))} if named else {}
     known = {**numbers, **position}

@@ -1,15 +1,12 @@
-"""The generator itself: from a user's wish for samples to samples in the data's units."""
+"""The generator: from what the user asks for to samples in the data's units."""
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -17,22 +14,22 @@ from fewstep.data.scaling import Scaling
 from fewstep.diagnostics.pick import Choice
 from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError
-from fewstep.flow.field import CountedField, Field, Guided
+from fewstep.flow.field import Field
 from fewstep.flow.grids import FROM_MODEL, GridSpec, make_grid
-from fewstep.flow.noise import integer_rows, noise_rows
 from fewstep.flow.paths import make_path
 from fewstep.generator.choose import choose
-from fewstep.generator.config import Config, read_config, sample_shape
+from fewstep.generator.config import Config, sample_shape
+from fewstep.generator.guidance import guided_field
 from fewstep.generator.label_draws import Label, draw_labels
-from fewstep.generator.model_folder import read_base, save_model
+from fewstep.generator.model_folder import save_model
 from fewstep.generator.samplers import Pilot, Samplers
-from fewstep.networks import build
-from fewstep.solvers.maps import Fresh, run_map
-from fewstep.solvers.solve import check_start, solve
+from fewstep.generator.starts import BaseRows, Starts, distinct_starts, draw_starts, given_starts
+from fewstep.solvers.maps import FreshNoise, run_map
+from fewstep.solvers.solve import solve
 from fewstep.solvers.tables import Table
-from fewstep.store.tensors import read_tensors, weights_digest
+from fewstep.store.tensors import weights_digest
 
-TUNING_SEED = 0x7E57  # of the noises samplers are tuned on, other than the ones anybody asks for
+TUNING_SEED = 0x7E57  # of the noises that samplers are tuned on; a user's seeds are seldom this number
 
 
 @final
@@ -41,11 +38,11 @@ class Draw:
     """Samples in network units.
 
     Attributes:
-        x: ``(num, *shape)``.
-        x0: the base samples they come from.
-        label: ``(num,)`` or None.
+        x: samples, ``(num, *shape)`` float32 on the CPU.
+        x0: the base samples they come from, ``(num, *shape)``.
+        label: class numbers, ``(num,)`` int64; None for an unconditional model.
         nfe: network evaluations per sample, counted.
-        context: what the network was shown of the data, or None.
+        context: what the network was shown of the data, ``(num, ...)``; None for a model that takes no context.
     """
 
     x: Tensor
@@ -62,14 +59,32 @@ class Draw:
 
 @final
 class Generator:
-    """Sample a flow model, save it, load it back.
+    """A network with all that is needed to sample it: base samples, solver or map sampler, labels, data units.
+
+    ``sample`` solves ``dx/dt = v(x, t, **cond)`` from base noise ``x0`` (t = 0) to data ``x1`` (t = 1), or calls the
+    map's own sampler, and takes the result to the data's units.
 
     Args:
-        module: ``v(x, t, **cond)``; put into eval mode.
+        module: ``v(x, t, **cond)``: ``x`` (B, *shape) in network units, ``t`` (B,) in [0, 1]. It is put into eval mode.
         shape: shape of one sample; left out when ``config`` is given.
-        config: everything else; see :class:`Config`.
-        base_rows: rows of an empirical base, or the kept examples of one made from data, network units.
-        base_context: the examples' contexts.
+        config: everything else; see :class:`~fewstep.generator.config.Config`.
+        base_rows: rows of an empirical base, or complete starts made from data, (N, *shape) in network units.
+        base_context: the contexts of these starts, (N, ...).
+
+    Attributes:
+        name: the recipe's stage, or the module's class.
+        base: the rows that base samples are made of; None for a Gaussian base.
+        folder: where it was loaded from; None for one that was made in memory.
+
+    Raises:
+        UserError: a module that is no ``torch.nn.Module``; neither or both of ``shape`` and ``config``.
+
+    >>> import torch, fewstep as fs
+    >>> class Ones(torch.nn.Module):
+    ...     def forward(self, x, t):
+    ...         return torch.ones_like(x)
+    >>> fs.Generator(Ones(), shape=(2,)).sample(noise=torch.zeros(1, 2), steps=4)
+    tensor([[1., 1.]])
     """
 
     def __init__(
@@ -96,10 +111,9 @@ class Generator:
             config = Config(shape=sample_shape(shape))
         self.module = module.eval()
         self.config = config
-        self.base_rows = base_rows
-        self.base_context = base_context
+        self.base = None if base_rows is None else BaseRows(base_rows, base_context)
         self.name = config.stage or type(module).__name__
-        self.folder: Path | None = None  # where it was loaded from
+        self.folder: Path | None = None
         self.samplers: Samplers | None = None  # found by tune(), read from the folder when first needed
 
     @property
@@ -110,7 +124,7 @@ class Generator:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights compute in."""
+        """The floating-point type of the weights."""
         floating = (p.dtype for p in self.module.parameters() if p.dtype.is_floating_point)
         return next(floating, torch.float32)
 
@@ -118,6 +132,11 @@ class Generator:
     def conditional(self) -> bool:
         """Whether it takes labels."""
         return bool(self.config.class_weights)
+
+    @property
+    def distinct_starts(self) -> int | None:
+        """How many different base samples there are; None where they are drawn without end."""
+        return distinct_starts(self.config, self.base)
 
     def sample(
         self,
@@ -138,12 +157,13 @@ class Generator:
         Args:
             num: how many; may be left out when ``noise`` is given.
             steps: solver steps; network evaluations for ``auto`` and ``fitted`` (default 8).
-            solver, grid: for a velocity model; a map has its own. ``auto`` and ``fitted`` are found for the model
-                (:meth:`tune`) and bring their own grid.
+            solver, grid: for a velocity model; a map has its own sampler. ``auto`` and ``fitted`` are found for the
+                model (:meth:`tune`) and bring their own grid.
             label: one label for all, one per sample, or None to draw them as often as in the data. Labels are
                 the data's own: numbers, or names where the data has names.
             guidance: guidance weight of a conditional velocity model (two network calls per evaluation).
-            seed: sample ``i`` is a function of (seed, i) alone.
+            seed: sample ``i`` is a function of (seed, i) alone. A model that starts from data (in-painting,
+                super-resolution) damages example ``k_i`` with noise ``i``, and uses all examples before repeating one.
             noise: base samples ``(num, *shape)`` in network units, instead of drawing them.
             context: with ``noise``, what the network is shown of the data (in-painting, super-resolution).
             batch_size: rows per network call; it does not change the samples.
@@ -152,7 +172,7 @@ class Generator:
             ``(num, *data_shape)`` float32 on the CPU.
 
         Raises:
-            UserError: a number below 1, an unknown name, a label that is not there, a step count the model
+            UserError: a number below 1, an unknown name, a label that is not there, a step count that the model
                 was not made for, guidance it cannot take, samples that are not finite.
         """
         draw = self.draw(
@@ -189,9 +209,9 @@ class Generator:
         context: Tensor | None = None,
         batch_size: int = 256,
     ) -> Draw:
-        """As :meth:`sample`, in network units and with the count of network evaluations."""
+        """As :meth:`sample`, in network units, with the base samples, conditions and network evaluations."""
         chosen, grid, steps = choose(self.config, self.name, solver, grid, steps)
-        field_ = self._field(guidance)
+        field_ = guided_field(self.module, self.config, self.name, guidance)
         how: str | Table = chosen
         if chosen in KINDS:
             assert steps is not None, "tuned samplers have a number of calls"
@@ -234,10 +254,12 @@ class Generator:
         row: int,
     ) -> tuple[Tensor, int]:
         """From noise to data, by the map's own sampler or a solver: end points and evaluations per sample."""
-        if self.config.sampler != "euler":
-            fresh = Fresh(make_path(self.config.path), seed, row, self.base_rows)
+        sampler = self.config.rule.sampler
+        if sampler != "euler":
+            rows = None if self.base is None else self.base.rows
+            fresh = FreshNoise(make_path(self.config.path), seed, row, rows)
             two_time = bool((self.config.network or {}).get("two_time"))
-            return run_map(self.config.sampler, field_, start, make_grid(grid, steps), cond, fresh, two_time)
+            return run_map(sampler, field_, start, make_grid(grid, steps), cond, fresh, two_time)
         path = self.config.path
         solution = solve(field_, start, solver=how, steps=steps, grid=grid, cond=cond, path=path, seed=seed, row=row)
         return solution.x, solution.nfe
@@ -251,8 +273,14 @@ class Generator:
             calls: evaluations per sample; a guided one is two network calls.
             kind: ``auto`` or ``fitted``.
             guidance: guidance weight it is to be sampled with.
+
+        Returns:
+            The solver's table of numbers, with the error that it was chosen by.
+
+        Raises:
+            UserError: a map, which has its own sampler.
         """
-        if self.config.kind == "map":
+        if self.config.rule.kind == "map":
             raise UserError(f"{self.name!r} is a map with its own sampler: tune the flow it was distilled from.")
         return self._samplers().tuned(kind, calls, guidance, self.config.shape, self._pilot(guidance))
 
@@ -263,129 +291,37 @@ class Generator:
         return self.samplers
 
     def _pilot(self, guidance: float | None) -> Pilot:
-        """Starts and conditions as :meth:`draw` makes them, of a seed that is nobody else's."""
+        """Starts and conditions as :meth:`draw` makes them, of the tuning seed."""
 
         def pilot(num: int) -> tuple[Field, Tensor, dict[str, Tensor]]:
             x0, context = self._starts(num, None, None, TUNING_SEED)
             labels = draw_labels(self.config, self.name, num, None, TUNING_SEED)
             cond = Draw(x0, x0, labels, 0, context).conditions(self.device)
-            return self._field(guidance), x0.to(self.device, self.dtype), cond
+            return guided_field(self.module, self.config, self.name, guidance), x0.to(self.device, self.dtype), cond
 
         return pilot
 
-    def _field(self, guidance: float | None) -> Field:
-        if guidance is not None and not math.isfinite(guidance):
-            raise UserError(f"guidance must be a finite number, got {guidance}.")
-        if guidance is None or (guidance == 1.0 and self.config.guidance is None):
-            return CountedField(self.module)
-        if self.config.guidance is not None:
-            raise UserError(
-                f"{self.name!r} has guidance {self.config.guidance} baked into its weights: guiding it again "
-                "is wrong. Leave guidance out."
-            )
-        if not self.conditional:
-            raise UserError(f"guidance needs a class-conditional model, and {self.name!r} takes no labels.")
-        if self.config.kind == "map":
-            raise UserError(f"{self.name!r} is a map; guidance must be baked in when it is distilled.")
-        if not self.config.guidable and guidance != 1.0:
-            raise UserError(
-                f"{self.name!r} never learned without labels, and guidance compares the two: guide its teacher, or "
-                "bake the guidance in with 'guidance:' in the recipe."
-            )
-        return Guided(self.module, guidance)
-
-    def _starts(
-        self, num: int | None, noise: Tensor | None, context: Tensor | None, seed: int
-    ) -> tuple[Tensor, Tensor | None]:
-        """Base samples and their contexts: the user's, or rows of the seed's table."""
-        shape = self.config.shape
-        if noise is None and context is not None:
-            raise UserError("a context belongs to its noise: pass noise=x0 with it.")
+    def _starts(self, num: int | None, noise: Tensor | None, context: Tensor | None, seed: int) -> Starts:
+        """Base samples and their contexts: the user's, or drawn for the seed."""
         if noise is not None:
-            check_start(noise)
-            if tuple(noise.shape[1:]) != shape:
-                raise UserError(f"noise has rows of shape {tuple(noise.shape[1:])}, the model needs {shape}.")
-            if num not in (None, len(noise)):
-                raise UserError(f"num={num} and noise of {len(noise)} rows contradict each other: leave num out.")
-            needed = (self.config.network or {}).get("context", 0)
-            if (context is None and needed) or (context is not None and len(context) != len(noise)):
-                raise UserError(f"{self.name!r} takes a context: pass one row of it per row of noise, context=c.")
-            return noise, context
-        if not isinstance(num, int | np.integer) or isinstance(num, bool) or num < 1:
-            raise UserError(f"the number of samples must be a whole number of at least 1, got {num!r}.")
-        _check_memory(num, shape)
-        if self.config.base == "gaussian":
-            return noise_rows(num, shape, seed=seed), None
-        if self.base_rows is None:
-            raise UserError(f"{self.name!r} starts from data and its base rows are missing: pass noise=x0.")
-        if self.config.base == "empirical":
-            return self.base_rows[integer_rows(num, len(self.base_rows), seed=seed)], None
-        rows = torch.arange(num) % len(self.base_rows)  # the kept examples in order, whatever the seed
-        return self.base_rows[rows], None if self.base_context is None else self.base_context[rows]
+            return given_starts(self.config, self.name, num, noise, context)
+        if context is not None:
+            raise UserError("a context belongs to its noise: pass noise=x0 with it.")
+        return draw_starts(self.config, self.name, self.base, num, seed)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``config.json``, ``model.safetensors`` and a card to a folder, atomically file by file."""
-        saved = save_model(folder, self.module.state_dict(), self.config, self.base_rows, self.base_context)
+        """Write ``config.json``, ``model.safetensors``, a card and what else the model needs, each file atomically.
+
+        Args:
+            folder: made if need be.
+
+        Returns:
+            The folder.
+
+        Raises:
+            UserError: the folder cannot be written.
+        """
+        saved = save_model(folder, self.module.state_dict(), self.config, self.base)
         if self.samplers is not None and len(self.samplers):
             self.samplers.write(saved)
         return saved
-
-
-def load(folder: str | Path, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Generator:
-    """Load a model folder.
-
-    Args:
-        folder: holds ``config.json`` and ``model.safetensors``.
-        module: the network to fill with the weights; needed for a module fewstep did not build.
-        device: where to put it.
-
-    Raises:
-        UserError: no model folder, a truncated file, weights that do not fit the network.
-    """
-    folder = Path(folder)
-    config = read_config(folder)
-    if config.kind == "features":
-        raise UserError(
-            f"{folder} holds features (method {config.method!r}), not a generator: there is nothing to sample. Name it "
-            f"where features are asked for: 'features:' in a recipe, or fewstep compare … --features {folder}."
-        )
-    if module is None:
-        if config.network is None:
-            raise UserError(
-                f"{folder} holds the weights of a module fewstep did not build: pass it, "
-                f"fs.load({str(folder)!r}, module=net)."
-            )
-        with torch.random.fork_rng(devices=[]):
-            module = build(config.network)
-    state = read_tensors(folder / "model.safetensors")
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        what = [" ".join(line.split()) for line in str(error).splitlines()[1:]] or [str(error)]
-        more = f" (and {len(what) - 1} more)" if len(what) > 1 else ""
-        raise UserError(
-            f"the weights in {folder} do not fit the network: {what[0].rstrip('.')}{more}. They belong to "
-            "another network than config.json describes: copy the folder again."
-        ) from error
-    rows, context = None, None
-    if config.base != "gaussian":
-        rows, context = read_base(folder / "base.safetensors", config.shape)
-    module = module.to(device).requires_grad_(False)
-    generator = Generator(module, config=config, base_rows=rows, base_context=context)
-    generator.name = config.stage or folder.name
-    generator.folder = folder
-    return generator
-
-
-def _check_memory(num: int, shape: tuple[int, ...]) -> None:
-    """Refuse a number of samples that cannot fit into this machine's memory."""
-    size = 4 * num * math.prod(shape)
-    try:
-        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):  # not on every system
-        return
-    if size > memory:
-        raise UserError(
-            f"{num:,} samples of shape {shape} take {size / 2**30:.0f} GiB, and this machine has "
-            f"{memory / 2**30:.0f} GiB of memory: draw fewer at a time, with other seeds."
-        )

@@ -10,40 +10,54 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.generator.config import FORMAT, Config
+from fewstep.generator.starts import BaseRows
 from fewstep.store.files import make_folder, write_bytes, write_json, write_text
 from fewstep.store.tensors import read_tensors, unshared
 
+BASE_FILE = "base.safetensors"
 
-def save_model(
-    folder: str | Path,
-    state: Mapping[str, Tensor],
-    config: Config,
-    base_rows: Tensor | None = None,
-    base_context: Tensor | None = None,
-) -> Path:
-    """Write a model folder. ``config.json`` comes last, so a folder that has it is whole."""
+
+def save_model(folder: str | Path, state: Mapping[str, Tensor], config: Config, base: BaseRows | None = None) -> Path:
+    """Write a model folder, each file atomically. ``config.json`` comes last: a folder that has it is complete.
+
+    Args:
+        folder: made if need be.
+        state: the weights by name.
+        config: everything else.
+        base: the rows of a base that is kept with the model; not written where the base is Gaussian.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
     from safetensors.torch import save
 
     folder = make_folder(Path(folder))
     tensors = unshared({name: value.cpu() for name, value in state.items()})
     write_bytes(folder / "model.safetensors", save(tensors))
-    if base_rows is not None and config.base != "gaussian":
-        base = {"rows": base_rows.contiguous()}
-        if base_context is not None:
-            base["context"] = base_context.contiguous()
-        write_bytes(folder / "base.safetensors", save(base))
+    if base is not None and config.base != "gaussian":
+        write_bytes(folder / BASE_FILE, save(unshared(base.tensors())))
     write_text(folder / "README.md", model_card(config, sum(value.numel() for value in tensors.values())))
     write_json(folder / "config.json", {"format": FORMAT, **asdict(config)})
     return folder
 
 
-def read_base(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Rows of a base that is kept with the model, and their contexts where they have any."""
+def read_base(path: Path, shape: tuple[int, ...]) -> BaseRows:
+    """Read the rows of a base that is kept with the model, with their contexts and noise scales where they have any.
+
+    Raises:
+        UserError: no safetensors file, no rows of the model's shape, contexts or scales of another number.
+    """
     base = read_tensors(path)
     rows = base.get("rows")
     if rows is None or tuple(rows.shape[1:]) != shape or not len(rows):
         raise UserError(f"{path} holds no base rows of shape {shape}: copy the folder again.")
-    return rows, base.get("context")
+    found = BaseRows(rows, base.get("context"), base.get("scale"))
+    if any(len(value) != len(rows) for value in found.tensors().values()):
+        raise UserError(f"{path} holds {len(rows)} base rows, and contexts of another number: copy the folder again.")
+    return found
 
 
 def model_card(config: Config, parameters: int) -> str:
@@ -52,9 +66,9 @@ def model_card(config: Config, parameters: int) -> str:
         f" on `{config.data['name']}`" if config.data.get("name") else ""
     )
     tag, about = "flow-matching", _about_flow(config)
-    map_ = {"chain": "flow map", "restart": "consistency map", "euler": "one-step map"}[config.sampler]
-    what = map_ if config.kind == "map" else "velocity field"
-    if config.kind == "features":
+    map_ = {"chain": "flow map", "restart": "consistency map", "euler": "one-step map"}[config.rule.sampler]
+    what = map_ if config.rule.kind == "map" else "velocity field"
+    if config.rule.kind == "features":
         tag, about, what = "feature-extraction", _about_features(config), "feature network"
     head = ["---", "library_name: fewstep", f"tags: [{tag}]", "---", f"# {config.stage or 'flow model'}", ""]
     about[0] = f"A {what} of {parameters:,} parameters{whose}. {about[0]}"
@@ -62,13 +76,13 @@ def model_card(config: Config, parameters: int) -> str:
 
 
 def _about_flow(config: Config) -> list[str]:
-    steps = words(config.steps) if config.steps else "any number of"
+    steps = words(config.rule.steps) if config.rule.steps else "any number of"
     module = "" if config.network else ", module=net"  # a network that only the user can build
     lines = [f"Samples in {steps} step(s)."]
     if config.guidance is not None:
         lines.append(f"Guidance {config.guidance:g} is baked into the weights; do not guide it again.")
     if config.features is not None:
-        lines.append(f"Its loss looked through the features `{config.features}`: others must judge it.")
+        lines.append(f"Its loss used the features `{config.features}`: judge it by others, or the score is biased.")
     sample = f'x = fs.load("path/to/this/folder"{module}).sample(64, seed=0)'
     return [*lines, "", "```python", "import fewstep as fs", "", sample, "```"]
 

@@ -1,7 +1,7 @@
-"""Samplers and grids that are found for a model, and kept beside its weights as numbers: ``samplers.json``.
+"""Samplers and grids that were found for a model, kept as numbers in its folder: ``samplers.json``.
 
-What is found belongs to weights, a number of calls or steps, and guidance. The file names the weights it was made for;
-beside other weights it is ignored, and written anew.
+Each belongs to the weights, a number of calls or steps, and a guidance weight. The file holds the weights' digest;
+beside other weights it is ignored and overwritten.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fewstep.store.files import read_json, write_json
 
 FILE = "samplers.json"
 FORMAT = 1
-GRID_NOISES = 256
+GRID_NOISES = 256  # a grid is found on the flow of so many noises; chosen, not tuned
 
 Pilot = Callable[[int], tuple[Field, Tensor, dict[str, Any]]]  # number of noises -> the field, starts, conditions
 
 
 @final
 class Samplers:
-    """What was found for one model so far, and how to find more.
+    """The samplers and grids found for one model so far; finds further ones when asked.
 
     Args:
         weights: digest of the weights.
         path: name of the path the model was trained on.
-        folder: where it is kept; None for a model that lies nowhere.
+        folder: the model's folder; None for a model in memory only.
     """
 
     def __init__(self, weights: str, path: str, folder: Path | None = None) -> None:
@@ -50,7 +50,7 @@ class Samplers:
         return len(self._choices) + len(self._grids)
 
     def tuned(self, kind: str, calls: int, guidance: float | None, shape: tuple[int, ...], pilot: Pilot) -> Choice:
-        """The sampler of that kind with that many calls, found now if need be."""
+        """The sampler of a kind (``auto``, ``fitted``) with a number of calls; found now unless it was before."""
         key = f"{kind}, {check_steps(calls)} calls{_guided(guidance)}"
         if key not in self._choices:
             field, x0, cond = pilot(noises_for(kind, shape))
@@ -59,7 +59,7 @@ class Samplers:
         return self._choices[key]
 
     def grid(self, name: str, steps: int, guidance: float | None, pilot: Pilot) -> Grid:
-        """The model's grid of that name and number of steps, made now if need be."""
+        """The model's grid of a name and a number of steps; made now unless it was before."""
         key = f"{name}, {check_steps(steps)} steps{_guided(guidance)}"
         if key not in self._grids:
             field, x0, cond = pilot(GRID_NOISES)
@@ -74,12 +74,12 @@ class Samplers:
         write_json(folder / FILE, {"format": FORMAT, "weights": self.weights, "choices": choices, "grids": grids})
 
     def _keep(self) -> None:
-        """A folder that cannot be written to is no reason not to sample."""
+        """Write the file, unless there is no folder or it cannot be written to: sampling goes on without."""
         if self.folder is not None and os.access(self.folder, os.W_OK):
             self.write(self.folder)
 
     def _read(self, folder: Path) -> None:
-        """Take what ``samplers.json`` holds, if it is there and of these weights."""
+        """Read ``samplers.json``, if it is there and belongs to these weights."""
         if not (folder / FILE).is_file():
             return
         values: Any = read_json(folder / FILE)

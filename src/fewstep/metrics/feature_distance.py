@@ -142,7 +142,9 @@ def _of_folder(
             f"features {str(folder)!r}: the folder has no config.json: it is no finished stage. Give {WAYS}."
         )
     config = read_json(folder / "config.json")
-    kind = config.get("kind") if isinstance(config, dict) else None
+    # format 1 has the keys of the rule at the top level
+    rule = config.get("rule", config) if isinstance(config, dict) else None
+    kind = rule.get("kind") if isinstance(rule, dict) else None
     if kind != "features":
         raise UserError(
             f"features {str(folder)!r}: it holds a model of kind {kind!r}, which has no features. Train some with a "

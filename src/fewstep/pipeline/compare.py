@@ -77,7 +77,7 @@ def compare(
     for model in models:
         way = way_of(model, solver, grid)
         for number in steps_of(model, steps if fixed is None else (len(fixed) - 1,)):
-            draw = model.draw(count, steps=number, seed=seed, solver=way[0], grid=way[1])
+            draw = model.draw(count_for(model, count), steps=number, seed=seed, solver=way[0], grid=way[1])
             scores = score(in_reference_units(draw.x, model, data)).as_dict()
             rows.append(row(model, number, draw, scores, way))
             say(f"  {model.name} at {number} step(s): energy {scores['energy']:.4f}")
@@ -99,7 +99,9 @@ def compare(
         "data": {"name": data.name, "fingerprint": data.fingerprint, "shape": list(data.shape)},
         "rows": rows,
         "diagnosis": {
-            model.name: diagnose_model(model, seed).as_dict() for model in models if model.config.kind == "velocity"
+            model.name: diagnose_model(model, seed).as_dict()
+            for model in models
+            if model.config.rule.kind == "velocity"
         },
     }
 
@@ -159,6 +161,21 @@ def check_count(samples: int | None, reference: int, say: Say) -> int:
     return min(samples, most)
 
 
+def count_for(model: Generator, count: int) -> int:
+    """How many samples of a model are measured: ``count``, or its different starts where there are fewer.
+
+    Raises:
+        UserError: fewer different starts than the nearest-neighbour scores need.
+    """
+    starts = model.distinct_starts
+    if starts is not None and starts < LEAST_ROWS:
+        raise UserError(
+            f"{model.name!r} has {starts} different starts, and a comparison needs at least {LEAST_ROWS} samples: "
+            "train it again with more held-out rows."
+        )
+    return count if starts is None else min(count, starts)
+
+
 def in_reference_units(x: Tensor, model: Generator, data: DataSet) -> Tensor:
     """Samples in the data's network units; a model scaled otherwise goes through the data's own units."""
     if model.config.scaling == data.scaling.as_dict():
@@ -195,28 +212,29 @@ def name_apart(models: Sequence[Generator], folders: Sequence[Path]) -> None:
 
 def way_of(model: Generator, solver: str | None, grid: GridSpec | None) -> Way:
     """How a model is sampled: as asked for, or a map by its own sampler."""
-    return (solver, grid) if model.config.kind == "velocity" else (None, None)
+    return (solver, grid) if model.config.rule.kind == "velocity" else (None, None)
 
 
 def steps_of(model: Generator, steps: Sequence[int]) -> list[int]:
     """The step counts a model is measured at."""
-    own = model.config.steps
-    if model.config.kind == "map" and model.config.sampler == "euler":
-        return list(own or (model.config.default_steps,))
+    own = model.config.rule.steps
+    if model.config.rule.kind == "map" and model.config.rule.sampler == "euler":
+        return list(own or (model.config.rule.default_steps,))
     wanted = sorted(set(steps))
-    if model.config.kind == "map" and own is not None:
-        return [number for number in wanted if number in own] or [model.config.default_steps]
+    if model.config.rule.kind == "map" and own is not None:
+        return [number for number in wanted if number in own] or [model.config.rule.default_steps]
     return wanted
 
 
 def row(model: Generator, steps: int, draw: Draw, scores: dict[str, Any], way: Way) -> dict[str, Any]:
     """One line of the table."""
-    velocity, grid = model.config.kind == "velocity", way[1] or model.config.grid
+    velocity, grid = model.config.rule.kind == "velocity", way[1] or model.config.grid
     return {
         "model": model.name,
         "method": model.config.method,
         "steps": steps,
         "nfe": draw.nfe,
+        "samples": len(draw.x),
         "solver": way[0] or model.config.solver if velocity else "own",
         "grid": (grid if isinstance(grid, str) else list(grid)) if velocity else None,
         "parameters": parameter_count(model.module),
@@ -232,11 +250,12 @@ def add_times(
     Absolute times on a shared machine mean little; ratios from one interleaved run do.
     """
     by_name = {model.name: model for model in models}
+    timed = min(count_for(model, TIMED_ROWS) for model in models)
 
     def work(line: dict[str, Any]) -> Callable[[], object]:
         model = by_name[line["model"]]
         chosen, times = way_of(model, solver, grid)
-        return lambda: model.draw(TIMED_ROWS, steps=line["steps"], seed=seed, solver=chosen, grid=times)
+        return lambda: model.draw(timed, steps=line["steps"], seed=seed, solver=chosen, grid=times)
 
     works = [work(line) for line in rows]
     repeats = [_draws_per_timing(draw) for draw in works]
@@ -262,7 +281,7 @@ def _draws_per_timing(draw: Callable[[], object]) -> int:
 
 def diagnose_model(model: Generator, seed: int) -> Any:
     """Straightness and its kin of a velocity model, on the seed's noises."""
-    draw = model.draw(DIAGNOSED, steps=1, seed=seed)
+    draw = model.draw(count_for(model, DIAGNOSED), steps=1, seed=seed)
     cond = draw.conditions(model.device)
     return diagnose(model.module, draw.x0.to(model.device), cond=cond)
 
@@ -307,7 +326,18 @@ def table(result: dict[str, Any]) -> str:
         f"{result['protocol']['seed']}; data-data floor {first['energy_floor']:.4f}{beside}. Never read "
         "energy or sliced W2 without precision and recall. time: relative to the slowest row."
     )
-    return "\n".join([show(head), rule, *map(show, lines), "", notes])
+    return "\n".join([show(head), rule, *map(show, lines), "", " ".join([notes, *fewer_samples(result)])])
+
+
+def fewer_samples(result: dict[str, Any]) -> list[str]:
+    """A sentence for every model that was measured on fewer samples than the protocol's."""
+    wanted = result["protocol"]["samples"]
+    counts = {line["model"]: line.get("samples", wanted) for line in result["rows"]}
+    return [
+        f"{name}: {count} samples only, its number of different starts."
+        for name, count in counts.items()
+        if count < wanted
+    ]
 
 
 def _cell(line: dict[str, Any], key: str) -> str:

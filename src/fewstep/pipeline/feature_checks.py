@@ -16,6 +16,7 @@ from fewstep.generator import Config, Generator, read_config
 from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
 from fewstep.metrics.feature_distance import LPIPS, LPIPS_NETS, WAYS, FeatureDistance, find_features
+from fewstep.solvers.maps import SampleRule
 
 NO_VELOCITY = {
     "map": "is a one-step map, not a velocity field: learn from the flow it was distilled from.",
@@ -27,7 +28,7 @@ def features_config(data: DataSet, name: str, options: Options, network: dict[st
     """What ``config.json`` of a stage of features says."""
     return Config(
         shape=data.shape,
-        kind="features",
+        rule=SampleRule(kind="features"),
         network=network,
         scaling=data.scaling.as_dict(),
         method=options.method,
@@ -119,4 +120,4 @@ def cached_features(judge: FeatureDistance) -> Callable[[Tensor], Tensor]:
 
 def models_among(folders: Sequence[Path]) -> list[Path]:
     """The folders that hold models, without those of feature networks."""
-    return [folder for folder in folders if read_config(folder).kind != "features"]
+    return [folder for folder in folders if read_config(folder).rule.kind != "features"]

@@ -323,7 +323,9 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: 
                 raise UserError(f"{where}: its {role} {chosen!r} comes later: put that stage before this one.")
             _check_folder(where, role, chosen, earlier)
         if chosen is not None:
-            kind = find_method(earlier[chosen].method).makes if chosen in earlier else read_config(Path(chosen)).kind
+            kind = (
+                find_method(earlier[chosen].method).makes if chosen in earlier else read_config(Path(chosen)).rule.kind
+            )
             if kind != "velocity" and not (role == "init" and kind == "map" and spec.starts_from_maps):
                 raise UserError(f"{where}: the {role} {chosen!r} {NO_VELOCITY[kind]}")
     return options

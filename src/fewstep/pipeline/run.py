@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.flow.noise import mix
-from fewstep.generator import Config, load, save_model
+from fewstep.generator import BaseRows, Config, load, save_model
 from fewstep.methods.contract.objective import Collapse
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Plan, Stage
@@ -164,13 +164,17 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
             raise keep_best(run, stage, config, collapse, objective.best()) from collapse
         if run.world.rank == 0:
             trainer.save(keep=1 if last else 2)
-            rows, context = run.base_rows, None
-            if plan.examples is not None:
-                rows, context = plan.examples.x0, plan.examples.cond.get("context")
-            save_model(stage.folder if last else kept, trainer.ema.state, config, rows, context)
+            save_model(stage.folder if last else kept, trainer.ema.state, config, kept_base(run, plan))
         run.world.barrier()
         if not last:
             previous = as_teacher(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
+
+
+def kept_base(run: Run, plan: Plan | None = None) -> BaseRows | None:
+    """The rows kept with a model: the plan's examples, or the recipe's base; None where that is Gaussian."""
+    if plan is not None and plan.examples is not None:
+        return BaseRows.of_examples(plan.examples)
+    return None if run.base_rows is None else BaseRows(run.base_rows)
 
 
 def keep_best(
@@ -181,7 +185,7 @@ def keep_best(
         return UserError(str(collapse))
     folder = stage.folder / "best"
     if run.world.rank == 0:
-        save_model(folder, dict(best), config, run.base_rows, None)
+        save_model(folder, dict(best), config, kept_base(run))
     return UserError(f"{collapse} What it was at its best is in {folder}.")
 
 
@@ -214,11 +218,7 @@ def stage_config(
         guidance = teacher.guidance
     return Config(
         shape=run.data.shape,
-        kind=plan.rule.kind,
-        steps=plan.rule.steps,
-        multiple=plan.rule.multiple,
-        default_steps=plan.rule.default_steps,
-        sampler=plan.rule.sampler,
+        rule=plan.rule,
         network=network,
         scaling=run.data.scaling.as_dict(),
         class_weights=weights,
@@ -227,7 +227,7 @@ def stage_config(
         guidable=plan.null_trained,
         path=plan.path,
         base="examples" if plan.examples else "gaussian" if run.base_rows is None else "empirical",
-        coupling={**vars(plan.facts)},
+        coupling=plan.facts,
         features=plan.features,
         method=options.method,
         stage=name,

@@ -16,7 +16,7 @@ from fewstep.store.files import as_read
 
 def frozen(generator: Generator, name: str) -> Teacher:
     """A generator as a teacher."""
-    if generator.config.kind != "velocity":
+    if generator.config.rule.kind != "velocity":
         raise UserError(f"{name!r} is a one-step map, not a velocity field: learn from the flow it was distilled from.")
     if generator.config.base == "examples":
         raise UserError(
@@ -28,7 +28,7 @@ def frozen(generator: Generator, name: str) -> Teacher:
 
 def as_teacher(generator: Generator, name: str) -> Teacher:
     """A generator's network, frozen: what an earlier phase of the stage left, whatever it is sampled by."""
-    state = generator.module.state_dict()
+    state, coupling = generator.module.state_dict(), generator.config.coupling
     return Teacher(
         velocity=generator.module,
         digest=weights_digest(state),
@@ -38,7 +38,7 @@ def as_teacher(generator: Generator, name: str) -> Teacher:
         name=name,
         state=state,
         network=generator.config.network or {},
-        independent=bool(generator.config.coupling.get("independent", True)),
+        independent=coupling is None or coupling.independent,
     )
 
 
@@ -51,9 +51,9 @@ def load_initial(run: Run, chosen: str, options: Options) -> Teacher:
     if not find_method(options.method).starts_from_maps:
         return load_teacher(run, chosen)
     generator = load_model(run, chosen)
-    if generator.config.kind == "velocity":
+    if generator.config.rule.kind == "velocity":
         return frozen(generator, chosen)
-    network, made_for = network_of(run, options), generator.config.steps
+    network, made_for = network_of(run, options), generator.config.rule.steps
     if not same_weights(generator.config.network or {}, network):
         raise UserError(
             f"the init {chosen!r} is a map of another network ({generator.config.network}) than the student's "

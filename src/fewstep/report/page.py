@@ -141,14 +141,15 @@ def describe(model: Generator, result: Mapping[str, Any]) -> dict[str, str]:
         about.append(f"{len(config.class_weights)} classes")
     if config.guidance is not None:
         about.append(f"guidance {config.guidance:g} baked in")
-    if config.coupling.get("deterministic"):
+    if config.coupling is not None and config.coupling.deterministic:
         about.append("trained on pairs")
-    one_step = config.kind == "map" and config.sampler == "euler" and config.steps in (None, (1,))
+    rule = config.rule
+    one_step = rule.kind == "map" and rule.sampler == "euler" and rule.steps in (None, (1,))
     return {
         "name": model.name,
         "method": config.method or "–",
-        "kind": "one-step map" if one_step else config.kind,
-        "solver": f"{config.solver}, {config.grid}" if config.kind == "velocity" else "its own",
+        "kind": "one-step map" if one_step else rule.kind,
+        "solver": f"{config.solver}, {config.grid}" if rule.kind == "velocity" else "its own",
         "network": str((config.network or {}).get("name", type(model.module).__name__)),
         "parameters": number(row["parameters"]),
         "about": ", ".join(about) or "–",

@@ -60,7 +60,7 @@ def trajectories(
     pairs: Mapping[str, Path],
 ) -> Picture | None:
     """One panel per velocity model, after a panel of independent pairs; None without a velocity model."""
-    flows = {name: model for name, model in models.items() if model.config.kind == "velocity"}
+    flows = {name: model for name, model in models.items() if model.config.rule.kind == "velocity"}
     if not flows:
         return None
     plane = Plane(data)

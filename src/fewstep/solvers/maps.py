@@ -1,4 +1,7 @@
-"""Samplers of learned flow maps, one function each; a velocity, or a map that is called like one, has solvers."""
+"""Samplers of learned flow maps, one function each: ``chain`` and ``restart``.
+
+A velocity, and a one-time map that is called like one (``euler``), are sampled by :func:`fewstep.solvers.solve.solve`.
+"""
 
 from __future__ import annotations
 
@@ -26,12 +29,13 @@ class SampleRule:
     """How a finished network is sampled.
 
     Attributes:
-        kind: ``velocity`` (any solver, any number of steps), ``map`` (its own sampler), or ``features`` (no sampler).
-        steps: the step counts it was made for; None for any.
-        multiple: multiples of these step counts are right too.
+        kind: ``velocity``: any solver, any number of steps; ``map``: its own ``sampler``; ``features``: a feature
+            network, which is not sampled.
+        steps: the step counts that a map was made for; None: any number for ``chain`` and ``restart``, 1 for ``euler``.
         default_steps: steps when the user names none.
-        sampler: of a map: ``euler``: one call ``v(x, t)`` per step; ``chain``: one call ``u(x, t, r)`` per step, to the
-            step's end; ``restart``: to the data and back to fresh noise.
+        multiple: whether multiples of ``steps`` are right too.
+        sampler: of a map. ``euler``: one call ``v(x, t)`` per step, as of a velocity; ``chain``: one call
+            ``u(x, t, r)`` per step, to the step's end; ``restart``: one call to the data, then fresh noise is added.
     """
 
     kind: Literal["velocity", "map", "features"] = "velocity"
@@ -42,16 +46,25 @@ class SampleRule:
 
 
 def chain(u: Field, x: Tensor, times: Grid, cond: Mapping[str, Any]) -> Tensor:
-    """``x <- x + (t_{i+1} - t_i) u(x, t_i, t_{i+1})``, one call per step.
+    """Compose the steps of a two-time map: ``x <- x + (t_{i+1} - t_i) u(x, t_i, t_{i+1})``, one call per step.
 
-    The exact average velocity gives the same end point on every grid, since its maps compose (arXiv:2505.13447, alg. 2;
-    arXiv:2406.07507).
+    The maps of the exact average velocity compose, so its end point is the same on every grid.
 
     Args:
-        u: two-time field, called ``u(x, t, r=r, **cond)``.
-        x: (B, ...) at ``times[0]``.
-        times: where the steps begin and end.
+        u: average velocity, called ``u(x, t, r=r, **cond)``; ``t`` and ``r`` are (B,), in [0, 1].
+        x: states at ``times[0]``, (B, ...).
+        times: ends of the steps, increasing from 0 (noise) to 1 (data).
         cond: further keyword arguments of every call.
+
+    Returns:
+        States at ``times[-1]``, in the shape and dtype of ``x``.
+
+    Source: arXiv:2505.13447, algorithm 2; arXiv:2406.07507.
+
+    >>> from fewstep.flow.field import CountedField
+    >>> u = CountedField(lambda x, t, r: torch.ones_like(x))
+    >>> chain(u, torch.zeros(1, 2), (0.0, 0.25, 1.0), {}), u.calls
+    (tensor([[1., 1.]]), 2)
     """
     for t, r in itertools.pairwise(times):
         start, end = (torch.full((len(x),), time, dtype=x.dtype, device=x.device) for time in (t, r))
@@ -61,14 +74,16 @@ def chain(u: Field, x: Tensor, times: Grid, cond: Mapping[str, Any]) -> Tensor:
 
 @final
 @dataclass(frozen=True)
-class Fresh:
-    """Takes samples back to a time before the data, with base noise of their own: a function of (seed, row, draw).
+class FreshNoise:
+    """Takes samples from the data (t = 1) back to an earlier time, with fresh base noise.
+
+    The noise is a function of (seed, row, step), so that a sample does not depend on its batch.
 
     Attributes:
-        path: the path the map was trained on.
+        path: the path that the map was trained on.
         seed: the samples' seed.
-        row: index of the first one.
-        base_rows: rows the base draws from; None: it is Gaussian.
+        row: index of the first sample.
+        base_rows: rows (N, ...) that the base noise is drawn from; None: it is Gaussian.
     """
 
     path: AffinePath
@@ -77,7 +92,16 @@ class Fresh:
     base_rows: Tensor | None = None
 
     def __call__(self, y: Tensor, r: float, step: int) -> Tensor:
-        """``alpha(r) y + sigma(r) eps``, with the noise that belongs to step number ``step``, from 0."""
+        """``alpha(r) y + sigma(r) eps``, with the fresh noise ``eps`` of step number ``step`` (from 0).
+
+        Args:
+            y: samples at the data, (B, ...).
+            r: the time to go back to, in [0, 1].
+            step: number of the step.
+
+        Returns:
+            States at ``r``, in the shape and dtype of ``y``.
+        """
         draw = FIRST_DRAW + step
         if self.base_rows is None:
             noise = noise_rows(len(y), y.shape[1:], seed=self.seed, start=self.row, draw=draw)
@@ -87,19 +111,26 @@ class Fresh:
         return self.path.interpolate(noise.to(y), y, torch.full((len(y),), r, dtype=y.dtype, device=y.device))
 
 
-def restart(f: Field, x: Tensor, times: Grid, cond: Mapping[str, Any], fresh: Fresh, two_time: bool = False) -> Tensor:
-    """``y = x + (1 - t_i) f(x, t_i)``, then ``x = alpha(t_{i+1}) y + sigma(t_{i+1}) eps`` with fresh ``eps``.
+def restart(
+    f: Field, x: Tensor, times: Grid, cond: Mapping[str, Any], fresh: FreshNoise, two_time: bool = False
+) -> Tensor:
+    """Go to the data, ``y = x + (1 - t_i) f(x, t_i)``, and back, ``x = alpha(t_{i+1}) y + sigma(t_{i+1}) eps``.
 
-    One call per step, the last one ending at the data (arXiv:2303.01469, alg. 1). Of the exact map, y has the law of
-    the data after every step, so the number of steps and their times do not matter.
+    ``eps`` is fresh noise; the last step ends at ``y``. One call per step. With the exact map, ``y`` has the law of the
+    data after every step, for any number of steps at any times.
 
     Args:
-        f: field, called ``f(x, t, **cond)``.
-        x: (B, ...) at ``times[0]``.
-        times: where the map is asked, from 0, and 1 at the end.
+        f: the map's velocity, called ``f(x, t, **cond)``; ``t`` is (B,), in [0, 1].
+        x: states at ``times[0]``, (B, ...).
+        times: where the map is called, from 0 (noise), and 1 (data) at the end.
         cond: further keyword arguments of every call.
-        fresh: takes y back.
-        two_time: it is called with ``r = 1`` too.
+        fresh: adds the fresh noise.
+        two_time: whether ``f`` is called with ``r = 1`` too.
+
+    Returns:
+        Samples at the data, in the shape and dtype of ``x``.
+
+    Source: arXiv:2303.01469, algorithm 1.
     """
     one = {"r": torch.ones(len(x), dtype=x.dtype, device=x.device)} if two_time else {}
     y = x
@@ -117,13 +148,25 @@ def run_map(
     x0: Tensor,
     times: Grid,
     cond: Mapping[str, Any],
-    fresh: Fresh | None = None,
+    fresh: FreshNoise | None = None,
     two_time: bool = True,
 ) -> tuple[Tensor, int]:
-    """Sample a map on a grid: the samples and the network evaluations per sample, counted.
+    """Sample a map on a grid, without gradients.
+
+    Args:
+        sampler: ``chain`` or ``restart``.
+        field: the network, counted.
+        x0: base samples, (B, ...).
+        times: ends of the steps, from 0 (noise) to 1 (data).
+        cond: further keyword arguments of every call.
+        fresh: adds the fresh noise of ``restart``.
+        two_time: whether ``restart`` calls the network with ``r = 1`` too.
+
+    Returns:
+        The samples (B, ...), and the network evaluations per sample, counted.
 
     Raises:
-        UserError: a map that has no sampler of its own.
+        UserError: another sampler, or ``restart`` without its fresh noise.
     """
     before = field.calls
     if sampler == "chain":
