@@ -82,7 +82,7 @@ def test_scaling_takes_any_float_tensor_and_gives_float32_on_the_cpu() -> None:
 def test_long_inputs_are_converted_in_equal_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = Scaling(127.5, 127.5, (0, 255), (1, 5, 6), "HW")
     whole = scaling.to_network(GREY)
-    monkeypatch.setattr("fewstep.data.scaling._CHUNK", 7 * 30)
+    monkeypatch.setattr("fewstep.data.scaling._MAX_CHUNK_VALUES", 7 * 30)
     assert torch.equal(scaling.to_network(GREY), whole)
     assert np.array_equal(scaling.to_data(whole).round().numpy(), GREY)
 
@@ -120,7 +120,7 @@ def test_rows_of_another_shape_are_refused() -> None:
     scaling = Scaling(shape=(1, 2, 2), layout="HW")
     with pytest.raises(UserError, match=r"rows have shape \(3, 2\).* rows of shape \(2, 2\) \(inside the net"):
         scaling.to_network(np.zeros((5, 3, 2)))
-    with pytest.raises(UserError, match=r"rows of shape \(2, 2\) came, and this data has \(1, 2, 2\)"):
+    with pytest.raises(UserError, match=r"the rows have shape \(2, 2\), and the data has rows of shape \(1, 2, 2\)"):
         scaling.to_data(torch.zeros(5, 2, 2))
     with pytest.raises(UserError, match=r"rows have shape \(3,\).* rows of shape \(2,\)\."):
         Scaling(shape=(2,)).to_network(np.zeros((5, 3)))
@@ -143,7 +143,7 @@ def test_vectors_are_standardised_per_feature_and_constant_features_stay() -> No
 
 def test_the_statistics_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = RNG.normal(1e6, 1.0, (1000, 2))
-    monkeypatch.setattr(rules_module, "_CHUNK", 2 * 33)
+    monkeypatch.setattr(rules_module, "_MAX_CHUNK_VALUES", 2 * 33)
     scaling = from_array(rows).scaling
     assert scaling.shift == pytest.approx(rows.mean(0), rel=1e-14)
     assert scaling.scale == pytest.approx(rows.std(0), rel=1e-9)
