@@ -465,7 +465,7 @@ def copy_model(run: Path) -> None:
         (b"[1]", "not a fewstep model's config"),
         (b'{"_class_name": "UNet2DModel"}', "not a fewstep model's config"),
         (b'{"format": 1}', "'shape' is missing"),
-        (b"\xff\xfe\0", "not whole JSON"),
+        (b"\xff\xfe\0", "not complete JSON"),
     ],
 )
 def test_a_config_that_is_none_is_refused(refused: Check, tiny_run: Path, content: bytes, words: str) -> None:

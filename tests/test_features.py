@@ -88,7 +88,7 @@ def test_configurations_are_plain_complete_and_checked() -> None:
     config = resolve_features({"widths": [8, 16]}, (1, 8, 8), 10)
     assert config == {"name": "features", "shape": [1, 8, 8], "outputs": 10, "widths": [8, 16]}
     assert resolve_features(config, (1, 8, 8), 10) == config
-    with pytest.raises(UserError, match="no velocity network such as 'mlp'"):
+    with pytest.raises(UserError, match="cannot be a velocity network such as 'mlp'"):
         resolve_features({"name": "mlp"}, (1, 8, 8), 10)
     with pytest.raises(UserError, match="did you mean 'widths'"):
         resolve_features({"width": [8]}, (1, 8, 8), 10)
@@ -96,7 +96,7 @@ def test_configurations_are_plain_complete_and_checked() -> None:
         resolve_features(config, (2,), 10)
     with pytest.raises(UserError, match="lacks outputs, widths"):
         build_features({"name": "features", "shape": [2]})
-    with pytest.raises(UserError, match=r"of samples of shape \(1, 8, 8\), not \(1, 9, 8\)"):
+    with pytest.raises(UserError, match=r"takes samples of shape \(1, 8, 8\), not \(1, 9, 8\)"):
         build_features(config).pooled(torch.zeros(2, 1, 9, 8))
 
 

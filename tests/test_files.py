@@ -146,10 +146,10 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
     ("content", "cause"),
     [
         (b"", "the file is empty"),
-        (b'{"a": [1, 2', r"not whole JSON \(Expecting"),
-        (b"\x93NUMPY\x01", "not whole JSON .*decode"),
+        (b'{"a": [1, 2', r"not complete JSON \(Expecting"),
+        (b"\x93NUMPY\x01", "not complete JSON .*decode"),
         (b'{"a": NaN}', "it holds NaN, which is not JSON"),
-        (b"[" * 100_000, "not whole JSON"),
+        (b"[" * 100_000, "not complete JSON"),
     ],
 )
 def test_bad_json_is_named_with_its_cause(tmp_path: Path, content: bytes, cause: str) -> None:

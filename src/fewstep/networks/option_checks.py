@@ -1,7 +1,7 @@
 """Checks for the values of a network configuration.
 
-Each checker takes the full name of a key and the value found there, and returns the plain (JSON) value or
-raises :class:`~fewstep.errors.UserError` naming the key, the value and what is expected.
+Each checker takes the full name of a key and its value. It returns the plain (JSON) value, or raises a
+:class:`~fewstep.errors.UserError` that names the key, the value and what is expected.
 """
 
 from __future__ import annotations
@@ -65,7 +65,11 @@ def data_shape(value: object) -> list[int]:
 
 
 def checked(name: str, given: Mapping[str, object], checkers: Mapping[str, Checker]) -> dict[str, Any]:
-    """Check the options ``given`` to network ``name``; a key without a checker is refused."""
+    """Check the options ``given`` to network ``name``.
+
+    Raises:
+        UserError: a value is wrong, or a key has no checker.
+    """
     for key in given:
         if key not in checkers:
             raise unknown(f"key for network {name!r}:", key, [*checkers, "name", "preset", "two_time"])
@@ -73,5 +77,9 @@ def checked(name: str, given: Mapping[str, object], checkers: Mapping[str, Check
 
 
 def features(shape: Sequence[int]) -> int:
-    """Number of values D in one sample."""
+    """Number of values D in one sample.
+
+    >>> features((3, 8, 8))
+    192
+    """
     return math.prod(shape)
