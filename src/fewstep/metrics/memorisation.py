@@ -1,6 +1,6 @@
 r"""Checks whether a generator copies its training data.
 
-There are three measures, because each alone misses or mistakes some cases:
+There are three measures, because each of them fails in some cases (given with it):
 
 1. *Distance.* Distances of generated samples to their nearest training sample are compared with the same
    distances of held-out data (Meehan, Chaudhuri & Dasgupta, arXiv 2004.05675). :attr:`Memorisation.share`
