@@ -64,6 +64,15 @@ def _range(clip: Any) -> tuple[float, float]:
     return numbers[0], numbers[1]
 
 
+def _shape(shape: Any) -> tuple[int, ...]:
+    """Return the shape of a row as a tuple."""
+    sizes = tuple(shape) if isinstance(shape, Sequence) and not isinstance(shape, str) else ()
+    whole = all(isinstance(size, (int, np.integer)) and not isinstance(size, bool) and size > 0 for size in sizes)
+    if not sizes or not whole:
+        raise UserError(f"scaling: shape must be a list of positive whole numbers, got {shape!r}.")
+    return tuple(int(size) for size in sizes)
+
+
 @final
 @dataclass(frozen=True)
 class Scaling:
@@ -77,7 +86,7 @@ class Scaling:
         layout: how the file arranges a row, see the table of the module.
 
     Raises:
-        UserError: a value is not finite, a scale is not positive, or a length does not fit the shape.
+        UserError: a value is not finite, a scale is not positive, the shape is not one, or a length does not fit it.
 
     >>> Scaling(shift=127.5, scale=127.5, clip=(0, 255)).to_network(torch.tensor([[0.0, 255.0]]))
     tensor([[-1.,  1.]])
@@ -95,7 +104,7 @@ class Scaling:
         if self.clip is not None:
             object.__setattr__(self, "clip", _range(self.clip))
         if self.shape is not None:
-            object.__setattr__(self, "shape", tuple(int(size) for size in self.shape))
+            object.__setattr__(self, "shape", _shape(self.shape))
         if self.layout not in get_args(Layout):
             raise unknown("layout of rows", self.layout, get_args(Layout))
         self._check_shape()
