@@ -1,4 +1,4 @@
-"""A mistake gets one paragraph naming the cause and the fix, exit code 2, and leaves nothing behind."""
+"""A user's mistake gives one paragraph with cause and fix, exit code 2, and writes no files."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ SAMPLE = [
 
 
 @pytest.mark.parametrize(("options", "words"), SAMPLE, ids=[" ".join(options) for options, _ in SAMPLE])
-def test_a_wrong_wish_for_samples_is_refused(refused: Check, tiny_run: Path, options: list[str], words: str) -> None:
+def test_wrong_sampling_options_are_refused(refused: Check, tiny_run: Path, options: list[str], words: str) -> None:
     number = [] if options[0] == "--num" else ["--num", "4"]
     refused("sample", tiny_run / "teacher", *number, *options, "--out", "new/x.npy", words=words)
 

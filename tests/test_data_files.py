@@ -1,4 +1,4 @@
-"""Arrays, idx files, image folders and labels: what is read, and what is refused with which words."""
+"""Arrays, idx files, image folders and labels: contents that are read, and errors for those that are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Features: the perceptual distance, the networks under it, the stage that trains one, and who may judge whom."""
+"""Features: the perceptual distance, its networks, the stage that trains one, and the use of features as a judge."""
 
 from __future__ import annotations
 
@@ -408,7 +408,7 @@ def test_a_recipe_may_judge_by_a_stage() -> None:
     assert make_recipe({**recipe(), "compare": {"features": "f"}}, "here").header.compare.features == "f"
 
 
-# --- what a word stands for
+# --- features by name
 
 
 def test_files_of_cifar_resnets_are_found(tmp_path: Path) -> None:
@@ -479,7 +479,7 @@ def test_lpips_names_its_extra() -> None:
         find_features("lpips:vgg", (3, 32, 32))
 
 
-def test_lpips_refuses_what_it_cannot_look_at() -> None:
+def test_lpips_refuses_samples_that_are_not_grey_or_rgb_images() -> None:
     with pytest.raises(UserError, match="did you mean 'alex'"):
         find_features("lpips:alexnet", (3, 32, 32))
     for shape in [(2,), (4, 32, 32)]:

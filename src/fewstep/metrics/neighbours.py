@@ -91,7 +91,10 @@ def neighbour_radius(x: Tensor, k: int) -> Tensor:
 def nearest(x: Tensor, y: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
     """Find the ``k`` nearest rows of ``y (M, D)`` for each row of ``x (N, D)``.
 
-    If ``y`` is ``x`` itself (the same object), a row is not its own neighbour.
+    Args:
+        x: ``(N, D)``.
+        y: ``(M, D)``. If it is the same object as ``x``, a row is not its own neighbour.
+        k: number of neighbours.
 
     Returns:
         Squared distances and row numbers, both ``(N, k)``, nearest first; the distance is infinite where ``y`` has

@@ -83,6 +83,12 @@ def as_tensor(samples: Samples, name: str) -> Tensor:
 def as_pair(x: Samples, y: Samples, names: tuple[str, str] = ("x", "y"), least: int = 2) -> tuple[Tensor, Tensor]:
     """Flatten two sets of samples to ``(N, D)`` and ``(M, D)``, both on the device of the first.
 
+    Args:
+        x: samples ``(N, ...)``.
+        y: samples ``(M, ...)``.
+        names: how errors name them.
+        least: smallest number of samples in each.
+
     Raises:
         UserError: the dimensions differ, or :func:`as_rows` refuses one of the sets.
     """
@@ -100,6 +106,11 @@ def pick(size: int, most: int, seed: int = 0) -> np.ndarray:
 
     If ``size`` exceeds ``most``, these are the first of ``default_rng(seed).permutation(size)``. Rows at equal
     intervals would be biased for data that are stored with the classes in turn.
+
+    Args:
+        size: number of rows.
+        most: largest number of rows to choose.
+        seed: seed of the permutation.
 
     Returns:
         Sorted row numbers.

@@ -98,14 +98,25 @@ def distance(d2: Tensor) -> Tensor:
 
 
 def energy_from_moments(x: Within, y: Within, cross: Between) -> Estimate:
-    """:func:`energy` from the moments of :func:`distance` within and between the samples."""
+    """:func:`energy` from the moments of :func:`distance`.
+
+    Args:
+        x: moments within the first sample.
+        y: moments within the second sample.
+        cross: moments between the two.
+    """
     diagonal_x, diagonal_y = (x.size - 1) / x.size, (y.size - 1) / y.size
     value = 2.0 * cross.mean - diagonal_x * x.mean - diagonal_y * y.mean
     return Estimate(value, standard_error(x, y, cross))
 
 
 def floor_from_moments(y: Within, n: int, m: int) -> Estimate:
-    """:func:`energy_floor` from the moments of :func:`distance` within ``y``.
+    """:func:`energy_floor` from the moments of :func:`distance`.
+
+    Args:
+        y: moments within a sample of the data.
+        n: size of the generated sample.
+        m: size of the reference sample.
 
     Raises:
         UserError: ``n`` or ``m`` is below 1.

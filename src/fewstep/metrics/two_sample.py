@@ -119,7 +119,13 @@ def between(x: Tensor, y: Tensor, kernel: Kernel) -> Between:
 
 
 def standard_error(x: Within, y: Within, cross: Between) -> float:
-    """Standard error of ``T`` (module docstring), for the U-statistic and for the V-statistic."""
+    """Standard error of ``T`` (module docstring), for the U-statistic and for the V-statistic.
+
+    Args:
+        x: moments within the first sample.
+        y: moments within the second sample.
+        cross: moments between the two.
+    """
     n, m = x.size, y.size
     first = float((2.0 * (cross.rows - x.rows)).var()) / n + float((2.0 * (cross.cols - y.rows)).var()) / m
     second = 2.0 * x.centred_square / n**2 + 2.0 * y.centred_square / m**2 + 4.0 * cross.centred_square / (n * m)

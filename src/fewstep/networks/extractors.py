@@ -141,7 +141,11 @@ class FeatureNet(nn.Module):
         self.head = nn.Linear(widths[-1], outputs)
 
     def layers(self, x: Tensor) -> list[Tensor]:
-        """The activations of every stage: (B, C, h, w) of images, (B, C) otherwise."""
+        """The activations of every stage: (B, C, h, w) of images, (B, C) otherwise.
+
+        Raises:
+            UserError: the samples x are not (B, *shape).
+        """
         if tuple(x.shape[1:]) != self.shape:
             raise UserError(f"this feature network takes samples of shape {self.shape}, not {tuple(x.shape[1:])}.")
         h, out = x if self.image else x.flatten(1), []

@@ -44,7 +44,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 def complete_options(shape: list[int], preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Complete checked options with those of the preset; an MLP takes samples of any shape."""
+    """Complete checked options with those of the preset; an MLP takes samples of any shape.
+
+    Args:
+        shape: shape of one sample.
+        preset: all options of the preset.
+        given: the options that were given.
+    """
     return {**preset, **given}
 
 

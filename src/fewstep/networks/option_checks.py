@@ -24,7 +24,12 @@ def _is_int(value: object) -> bool:
 
 
 def positive(key: str, value: object) -> int:
-    """An integer of at least 1."""
+    """An integer of at least 1.
+
+    >>> positive("network.width", 0)
+    Traceback (most recent call last):
+    fewstep.errors.UserError: network.width is 0 (int), but it must be a positive whole number.
+    """
     if not isinstance(value, int) or not _is_int(value) or value < 1:
         raise _refuse(key, value, "a positive whole number")
     return value
@@ -65,7 +70,15 @@ def data_shape(value: object) -> list[int]:
 
 
 def checked(name: str, given: Mapping[str, object], checkers: Mapping[str, Checker]) -> dict[str, Any]:
-    """Check the options ``given`` to network ``name``.
+    """Check the options of a network.
+
+    Args:
+        name: the network's name, for errors.
+        given: the options that were given.
+        checkers: the check of every option.
+
+    Returns:
+        The given options as plain values.
 
     Raises:
         UserError: a value is wrong, or a key has no checker.

@@ -72,6 +72,11 @@ def complete_options(shape: list[int], preset: dict[str, Any], given: dict[str, 
     Options of a preset are adapted to the image: fewer levels, no patches or no attention where they do not fit.
     A given option that does not fit is refused.
 
+    Args:
+        shape: shape of one image.
+        preset: all options of the preset.
+        given: the options that were given.
+
     Returns:
         All options of the network.
 

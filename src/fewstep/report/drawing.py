@@ -163,6 +163,11 @@ def label_ends(ax: Axes, labels: Sequence[tuple[float, str, str]], gap: float = 
     """Write labels ``(y, text, colour)`` at the right of the axes, moved apart where they would overlap.
 
     It must be called after the limits of the axes are set.
+
+    Args:
+        ax: the axes.
+        labels: height in data units, text and colour of every label.
+        gap: smallest distance between labels, as a share of the axes' height.
     """
     places = [
         (float(ax.transAxes.inverted().transform(ax.transData.transform((1.0, y)))[1]), text, colour)
@@ -195,7 +200,13 @@ def _bottom(members: Sequence[float], gap: float) -> float:
 
 
 def picture(figure: Figure, alt: str, caption: str = "") -> Picture:
-    """Render a figure to a PNG with a palette of 256 colours."""
+    """Render a figure to a PNG with a palette of 256 colours.
+
+    Args:
+        figure: the figure.
+        alt: a description for readers who cannot see it.
+        caption: what it shows and how to read it.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from PIL import Image
 

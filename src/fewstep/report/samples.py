@@ -112,7 +112,13 @@ def label_words(data: DataSet, classes: Tensor | None) -> list[str]:
 
 
 def reference_units(x: Tensor, model: Generator, data: DataSet) -> Tensor:
-    """Convert a model's network units to those of the data; a model without a scaling uses data units."""
+    """Convert a model's network units to those of the data; a model without a scaling uses data units.
+
+    Args:
+        x: rows ``(N, *shape)`` in the model's network units.
+        model: the model.
+        data: the data of the comparison.
+    """
     if model.config.scaling == data.scaling.as_dict():
         return x
     rows = x.float().cpu().numpy()
@@ -135,7 +141,13 @@ def pick_rows(data: DataSet, count: int, seed: int) -> Array:
 
 
 def real_columns(data: DataSet, classes: Tensor | None, seed: int) -> Array:
-    """The number of a training row for every column, of the column's class where there are classes."""
+    """The number of a training row for every column, of the column's class where there are classes.
+
+    Args:
+        data: the data.
+        classes: class numbers of the columns, or None.
+        seed: seed of the choice.
+    """
     rows = pick_rows(data, len(data.train), seed)
     if classes is None or data.labels is None:
         return rows[:COLUMNS]
@@ -148,7 +160,10 @@ def real_columns(data: DataSet, classes: Tensor | None, seed: int) -> Array:
 
 
 def image_strips(result: Mapping[str, Any], models: Mapping[str, Generator], data: DataSet, seed: int) -> Samples:
-    """Draw one strip of training images, and one strip per model and step count with the same classes."""
+    """Draw one strip of training images, and one strip per model and step count with the same classes.
+
+    Arguments as in :func:`samples`.
+    """
     classes = class_columns(models, COLUMNS)
     limits = grey_limits(data)
     real = data_units(data.network_rows(real_columns(data, classes, seed)), data)
@@ -233,7 +248,10 @@ def point_panels(
     colours: Mapping[str, str],
     seed: int,
 ) -> Picture:
-    """Draw one panel per model and step count, a row of panels for each model."""
+    """Draw one panel per model and step count, a row of panels for each model.
+
+    Arguments as in :func:`samples`.
+    """
     plane = Plane(data)
     real = plane(data.network_rows(pick_rows(data, POINTS, seed)))
     across: dict[str, list[Row]] = {}

@@ -144,6 +144,9 @@ def channels_last(array: Array) -> Array:
 def to_bytes(array: Array, limits: Limits) -> Array:
     """Map values to uint8: the lower limit to 0, the upper to 255; values outside are clipped.
 
+    Raises:
+        UserError: the lower limit is above the upper limit.
+
     >>> to_bytes(np.array([-1.0, 0.5, 2.0]), (0.0, 1.0))
     array([  0, 128, 255], dtype=uint8)
     """
@@ -155,7 +158,14 @@ def to_bytes(array: Array, limits: Limits) -> Array:
 
 
 def tile(tiles: Array, columns: int, cell: int = CELL, largest: int = MAX_SIDE) -> Any:
-    """Arrange byte images ``(N, H, W, C)`` in rows of one Pillow image, with light grey gaps."""
+    """Arrange byte images in rows of one Pillow image, with light grey gaps.
+
+    Args:
+        tiles: images ``(N, H, W, C)``, uint8.
+        columns: images per row.
+        cell: side in pixels to which small images are enlarged, about.
+        largest: side in pixels to which larger images are reduced.
+    """
     from PIL import Image
 
     tiles = resize(tiles, cell, largest)

@@ -67,7 +67,16 @@ def trajectories(
     result: Mapping[str, Any],
     pairs: Mapping[str, Path],
 ) -> Picture | None:
-    """Draw a panel of independent pairs and one panel per velocity model; None without a velocity model."""
+    """Draw a panel of independent pairs and one panel per velocity model; None without a velocity model.
+
+    Args:
+        models: the models by name.
+        data: the data of the comparison.
+        colours: colour of every model.
+        seed: seed of the noise and of the data shown.
+        result: the comparison.
+        pairs: folder of the pairs that a model was trained on, by model name.
+    """
     flows = {name: model for name, model in models.items() if model.config.kind == "velocity"}
     if not flows:
         return None
