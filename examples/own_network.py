@@ -48,7 +48,7 @@ def main(steps: int = 1500) -> None:
     print(f"straightness {d.straightness:.3f}, error of one step {d.one_step_gap:.3f}")
     for count in (2, 4, 8, 16):
         error = (fs.solve(network, x0, solver="midpoint", steps=count).x - exact).square().sum(1).mean().sqrt()
-        print(f"midpoint, {count:2} steps: error {error:.3f} against the exact flow map")
+        print(f"midpoint, {count:2} steps: {error:.3f} from the exact flow map")
     with tempfile.TemporaryDirectory() as folder:
         fs.Generator(network, shape=(2,)).save(folder)
         again = fs.load(folder, module=Network())

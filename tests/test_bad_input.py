@@ -613,7 +613,7 @@ def test_a_mistake_ends_the_process_with_2_and_without_a_traceback(here: Path) -
     assert not Path("out").exists()
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(here: Path) -> None:
+def test_ctrl_c_ends_with_130_and_the_same_command_continues(here: Path) -> None:
     arguments = ("run", "r.yaml", "--out", "out", "--set", "stages.onestep.samples=500_000")
     process = command(*arguments)
     deadline = time.monotonic() + 60
@@ -625,7 +625,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(here: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Traceback" not in error
-    assert "fewstep: interrupted; the same command goes on" in error
+    assert "fewstep: interrupted; the same command continues" in error
     assert not list(here.rglob(".tmp-*"))
     # the stages that were finished stay, and the rest can be had with fewer samples only in a new folder
     assert json.loads(Path("out/straight/stage.json").read_text(encoding="utf-8"))["done"] is True
