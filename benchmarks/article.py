@@ -1,7 +1,7 @@
 """The article's claims about ReFlow on digits: `python benchmarks/article.py --out runs/article --seeds 0,1,2`.
 
-One teacher per seed; every line of the table is a ReFlow stage learnt from it, equal in samples seen. The same command
-again resumes. Prints a Markdown table of means over seeds (with the largest deviation from the mean).
+One teacher per seed; every line of the table is a ReFlow stage of that teacher, with the same number of samples seen.
+The same command again resumes. It prints a Markdown table of means over seeds, with the largest deviation.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from fewstep.pipeline.run import run_recipe
 from fewstep.store.files import read_json, write_json
 from fewstep.training.world import LocalWorld, set_threads
 
-SAMPLES = 600_000
+SAMPLES = 600_000  # of every ReFlow stage
 
 
 def reflow(**options: Any) -> dict[str, Any]:
+    """A ReFlow stage with these options."""
     return {"method": "reflow", "teacher": "teacher", "samples": SAMPLES, **options}
 
 
@@ -46,10 +47,10 @@ STAGES: dict[str, dict[str, Any]] = {
 
 
 def run_seed(out: Path, seed: int) -> dict[str, dict[str, float]]:
-    """Train and measure one seed; measured figures are kept beside the models."""
-    kept = out / "measured.json"
-    if kept.exists():
-        figures: dict[str, dict[str, float]] = read_json(kept)
+    """Train and measure one seed; the figures are stored in the folder of the models and reused."""
+    stored = out / "measured.json"
+    if stored.exists():
+        figures: dict[str, dict[str, float]] = read_json(stored)
         return figures
     recipe = make_recipe({"data": "digits", "seed": seed, "stages": STAGES}, "benchmarks/article.py")
     folders = run_recipe(recipe, out, LocalWorld())
@@ -64,7 +65,7 @@ def run_seed(out: Path, seed: int) -> dict[str, dict[str, float]]:
         row[f"recall{tag}"] = line["scores"]["recall"]
     for name, diagnosis in result["diagnosis"].items():
         figures[name]["S"] = diagnosis["straightness"]
-    write_json(kept, figures)
+    write_json(stored, figures)
     return figures
 
 
@@ -72,7 +73,7 @@ COLUMNS = ("S", "energy@1", "precision@1", "recall@1", "energy@4", "energy@50", 
 
 
 def table(seeds: list[dict[str, dict[str, float]]]) -> str:
-    """Means over seeds, with the largest deviation."""
+    """The Markdown table: means over seeds, with the largest deviation."""
     lines = ["| stage | " + " | ".join(COLUMNS) + " |", "|:--|" + "--:|" * len(COLUMNS)]
     for name in STAGES:
         cells = []
@@ -86,12 +87,13 @@ def table(seeds: list[dict[str, dict[str, float]]]) -> str:
 
 
 def main() -> None:
+    """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/article"))
     parser.add_argument("--seeds", default="0")
     arguments = parser.parse_args()
     set_threads()
-    seeds = [int(word) for word in arguments.seeds.split(",")]
+    seeds = [int(part) for part in arguments.seeds.split(",")]
     print(table([run_seed(arguments.out / f"seed-{seed}", seed) for seed in seeds]))
 
 

@@ -1,12 +1,12 @@
-"""What each ingredient of one-step distillation gains: `python benchmarks/distillation.py digits|fashion_mnist`.
+"""Effect of each loss term of one-step distillation: `python benchmarks/distillation.py digits|fashion_mnist`.
 
-Every row is one student, trained, judged and written to OUT/rows.jsonl; the same command again goes on with the rows
-that are missing, and prints the table of those that are there. `--rows "rec; all, real = data"` makes only those;
-`--seeds 0,1,2` are those of teachers and students alike. Fashion-MNIST needs `--data` with the folder of its idx files,
-and takes the teacher and the judge from `benchmarks/assets`. Scores are medians over the seeds, with the least and the
-most where there are several: energy distance and neighbours on the network's values, the Fréchet distance on features
-that no loss looks through. `rmse` is the distance per dimension to the teacher's endpoints on held-out noises. `s` are
-CPU seconds of the student. Run with OMP_NUM_THREADS=1.
+Every row is one student, which is trained, scored and written to OUT/rows.jsonl; the same command again makes the
+missing rows and prints the table. `--rows "rec; all, real = data"` makes only those; `--seeds 0,1,2` are the seeds of
+teachers and of students. Fashion-MNIST needs `--data` with the folder of its idx files; its teacher and judge are in
+`benchmarks/assets`. Scores are medians over the seeds, with the smallest and largest value where there are several:
+energy distance and neighbours in network units, the Fréchet distance on features that no loss uses. `rmse` is the
+root mean square distance per dimension to the teacher's endpoints on held-out noise. `s` are CPU seconds of the
+student. Run with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -32,11 +32,19 @@ from fewstep.store.pairs import PairStore
 from fewstep.training.world import set_threads
 
 SCRIPT = "benchmarks/distillation.py"
-TIMED, REPEATS = 64, 7  # samples of a timing, and how often it is repeated
+TIMED, REPEATS = 64, 7  # samples of a timing, and its repetitions
 
 
 class Setting:
-    """A data set, what is trained first, how students learn, and what differs for small ones (from scratch)."""
+    """A data set with its recipes.
+
+    Args:
+        data: the data of the recipes.
+        network: the network of the recipes.
+        first: stages that are trained before the students.
+        student: options of every student.
+        small: options that differ for students with a smaller network.
+    """
 
     def __init__(
         self,
@@ -50,6 +58,7 @@ class Setting:
 
 
 def digits() -> Setting:
+    """The 8 x 8 digits, with a teacher of their own."""
     first = {
         "teacher": {"method": "flow_matching", "samples": 800_000},
         "straight": {"method": "reflow", "teacher": "teacher", "samples": 600_000},
@@ -62,6 +71,7 @@ def digits() -> Setting:
 
 
 def fashion_mnist(folder: Path) -> Setting:
+    """Fashion-MNIST, with the teacher in assets."""
     image: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     image |= {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
     data = {
@@ -86,7 +96,7 @@ SMALL = {"1/4": 0.25, "1/8": 0.125}
 
 
 def students() -> dict[str, Row]:
-    """Every student by name: what it changes of the setting's student."""
+    """The students by name; each is a set of options that replace those of the setting."""
     off: Row = {"method": "instaflow", "adversarial": 0}
     on, gentle = {"method": "instaflow", **HARD}, {"method": "instaflow", **GENTLE}
     seen = {"features": "features", "shares": [0.5, 0.1, 0.4]}
@@ -126,13 +136,13 @@ def students() -> dict[str, Row]:
 
 
 def prepare(setting: Setting, out: Path, seed: int) -> None:
-    """Teacher, straight flow and features."""
+    """Train teacher, straight flow and features."""
     fields = {"data": setting.data, "network": setting.network, "seed": seed, "stages": setting.first}
     train(fields, out, SCRIPT)
 
 
 def student(setting: Setting, out: Path, seed: int, name: str, changes: Row) -> tuple[Path, float]:
-    """Train one student; its folder and the CPU seconds."""
+    """Train one student; return its folder and the CPU seconds."""
     folder = out / "students" / "".join(letter if letter.isalnum() else "-" for letter in name)
     known = find_method(changes["method"]).options.model_fields
     usual = {**setting.student, **(setting.small if "network" in changes else {})}
@@ -144,7 +154,7 @@ def student(setting: Setting, out: Path, seed: int, name: str, changes: Row) -> 
             stage[key] = str(found if found.is_dir() else ASSETS / f"fashion_mnist_{word}")
     tag = {"slimflow": "slimflow", "reflow": "round-1"}.get(stage["method"], "distill")
     made = [*out.glob(f"straight/pairs/{tag}"), *sorted((out / "students").glob(f"*/student/pairs/{tag}"))]
-    if made and not folder.exists():  # equal requests make equal pairs: no need to make them again
+    if made and not folder.exists():  # equal requests give equal pairs, so they are copied
         shutil.copytree(made[0], folder / "student" / "pairs" / tag)
     fields = {"data": setting.data, "network": setting.network, "seed": seed, "stages": {"student": stage}}
     began = time.process_time()
@@ -153,7 +163,7 @@ def student(setting: Setting, out: Path, seed: int, name: str, changes: Row) -> 
 
 
 def time_ratio(model: Generator, teacher: Generator) -> float:
-    """Wall time of one step over the teacher's fifty, medians of interleaved timings."""
+    """Wall time of one step over that of the teacher's fifty steps; medians of alternating timings."""
     works: list[Callable[[], object]] = [lambda: model.draw(TIMED, steps=1), lambda: teacher.draw(TIMED, steps=50)]
     times: list[list[float]] = [[], []]
     for _ in range(REPEATS):
@@ -175,7 +185,7 @@ def rmse(model: Generator, pairs: Path) -> float:
 
 
 def measure(setting: Setting, out: Path, seed: int, name: str, changes: Row | None) -> Row:
-    """One line of rows.jsonl."""
+    """Make one line of rows.jsonl."""
     data = load_data(setting.data, seed=seed)
     found = out / "teacher"
     teacher = load(found if found.is_dir() else ASSETS / "fashion_mnist_teacher")
@@ -206,7 +216,7 @@ COLUMNS = (
 
 
 def table(rows: Rows) -> str:
-    """Medians over seeds, and the range in brackets."""
+    """The Markdown table: medians over seeds, with the range in brackets."""
     ranged = (*SCORES, "rmse")
     lines = [
         [name, *(spread(rows.values(name, key), form, key in ranged) for key, _, form in COLUMNS)]
@@ -216,13 +226,14 @@ def table(rows: Rows) -> str:
 
 
 def main() -> None:
+    """Make the missing rows and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=["digits", "fashion_mnist"])
     parser.add_argument("--data", type=Path, default=Path(), help="folder of the Fashion-MNIST files")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--rows", help="names, separated by ';'; all when absent")
+    parser.add_argument("--rows", help="names, separated by ';'; default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/distillation"))
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="only print the table of the existing rows")
     arguments = parser.parse_args()
     set_threads()
     setting = digits() if arguments.setting == "digits" else fashion_mnist(arguments.data)
@@ -231,7 +242,7 @@ def main() -> None:
     wanted: dict[str, Row | None] = {"teacher @1": None, "teacher @50": None, "straight @1": None, **students()}
     if arguments.rows:
         wanted = {name.strip(): wanted[name.strip()] for name in arguments.rows.split(";")}
-    for seed in [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]:
+    for seed in [] if arguments.table else [int(part) for part in arguments.seeds.split(",")]:
         out = base / str(seed)
         prepare(setting, out, seed)
         for name, changes in wanted.items():

@@ -1,17 +1,16 @@
 """Few-step methods side by side: `python benchmarks/maps.py digits|fashion_mnist|mixtures|modes`.
 
-``digits`` and ``fashion_mnist``: every row is one model, trained from the same teacher (or from the data, where it says
-so) on as many samples, or with `--seconds S` for as many CPU seconds, and judged at the step counts it is made for.
-Rows are kept in OUT, and the same command goes on with those that are missing; `--rows "a; b"` makes only those.
-Fashion-MNIST needs `--data` with the folder of its idx files, and takes the teacher and the judge from
-`benchmarks/assets`.
+``digits`` and ``fashion_mnist``: every row is one model, trained from the same teacher (or from the data, where its
+name says so) on the same number of samples, or with `--seconds S` for the same CPU time, and scored at the step counts
+that it supports. Rows are stored in OUT, and the same command makes the missing ones; `--rows "a; b"` makes only
+those. Fashion-MNIST needs `--data` with the folder of its idx files; its teacher and judge are in `benchmarks/assets`.
 
-``mixtures``: random mixtures on the line and in the plane, defaults with `teacher:` given. W1 to fresh samples of the
-law (in the plane the mean over directions), in units of one Euler step of the teacher.
+``mixtures``: random mixtures on the line and in the plane, default options and a teacher. W1 to new samples of the law
+(in the plane the mean over directions), divided by that of one Euler step of the teacher.
 
-``modes``: 25 modes of width .08 on a grid of spacing 1, distribution matching with defaults. Energy distance of one
-call to 10,000 fresh samples in units of the teacher's at 100 steps, and how many of 10,000 samples the least mode has
-within three widths.
+``modes``: 25 modes of width .08 on a grid of spacing 1, distribution matching with default options. Energy
+distance of one call to 10,000 new samples, divided by that of the teacher at 100 steps, and the number of 10,000
+samples within three widths of the mode that has fewest.
 
 Run with OMP_NUM_THREADS=1.
 """
@@ -44,12 +43,20 @@ from fewstep.training.world import set_threads
 
 SCRIPT = "benchmarks/maps.py"
 ANY, ONE = (1, 2, 4, 8), (1,)
-GAMES = ("fgm", "sid", "dmd", "realuid")
+MATCHING = ("fgm", "sid", "dmd", "realuid")  # distribution matching methods
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A data set, what is trained first, the budget of every model, and what some methods change."""
+    """A data set with its recipes.
+
+    Attributes:
+        data: the data of the recipes.
+        network: the network of the recipes.
+        first: stages that are trained before the models.
+        usual: options of every model.
+        changes: by method, options that differ from the usual ones.
+    """
 
     data: Any
     network: Row
@@ -58,43 +65,50 @@ class Setting:
     changes: dict[str, Row] = field(default_factory=dict)
 
     def header(self, seed: int) -> Row:
-        """What all recipes have."""
+        """The fields that all recipes have."""
         return {"data": self.data, "network": self.network, "seed": seed}
 
 
 def digits() -> Setting:
-    """The teacher's own budget in samples."""
+    """The 8 x 8 digits; every model has the teacher's number of samples."""
     first = {
         "teacher": {"method": "flow_matching", "samples": 800_000},
         "judge": {"method": "features", "samples": 200_000, "network": {"widths": [24, 48, 96]}},
     }
-    changes: dict[str, Row] = {name: {"samples": 400_000} for name in GAMES}
+    changes: dict[str, Row] = {name: {"samples": 400_000} for name in MATCHING}
     return Setting("digits", {"name": "mlp", "preset": "small"}, first, {"samples": 800_000}, changes)
 
 
 def fashion_mnist(folder: Path) -> Setting:
-    """A budget that a CPU can bear; with `--seconds` it is the time that is the same."""
+    """Fashion-MNIST, with numbers of samples for a CPU; `--seconds` gives all models the same time instead."""
     data = {"path": str(folder / "train-images-idx3-ubyte.gz"), "name": "fashion_mnist"}
     usual: Row = {"samples": 150_000, "batch_size": 128, "lr": 5e-4, "precision": "bf16"}
     pairs: Row = {"pairs": 10_000, "solver": "midpoint", "nfe": 16, "tolerance": 0.4}
     game: Row = {"samples": 240_000, "batch_size": 64, "start": 0.4, "start_lr": 5e-4, "lr": 5e-5}
     game |= {"time": "exponential:3.5", "online_lr": 3e-4, "online_ema": 0.9, "online_turns": 1}
-    changes = {"reflow": pairs, "instaflow": pairs, **dict.fromkeys(GAMES, game)}
+    changes = {"reflow": pairs, "instaflow": pairs, **dict.fromkeys(MATCHING, game)}
     return Setting(data, {"name": "unet", "preset": "small"}, {}, usual, changes)
 
 
 @dataclass(frozen=True)
 class Model:
-    """One row: a stage, and the step counts it is judged at."""
+    """One row of the table.
+
+    Attributes:
+        stage: the fields of its stage.
+        steps: step counts at which it is scored.
+        from_data: whether it is trained on data, without a teacher.
+        start: name of an earlier row whose model it starts from.
+    """
 
     stage: Row
     steps: tuple[int, ...] = ANY
     from_data: bool = False
-    start: str | None = None  # another row, made before, whose model it starts from
+    start: str | None = None
 
 
 def models() -> dict[str, Model]:
-    """Every model by name."""
+    """The models by name."""
     return {
         "reflow": Model({"method": "reflow", "mix": 1.0}),
         "instaflow, regression": Model({"method": "instaflow", "adversarial": 0}, ONE),
@@ -123,7 +137,7 @@ def models() -> dict[str, Model]:
 
 
 def stage_of(setting: Setting, model: Model, teacher: Path) -> Row:
-    """The stage's fields."""
+    """The fields of a model's stage, without options that its method does not have."""
     method = model.stage["method"]
     known = find_method(method).options.model_fields
     stage = setting.usual | setting.changes.get(method, {}) | model.stage
@@ -133,14 +147,14 @@ def stage_of(setting: Setting, model: Model, teacher: Path) -> Row:
 
 
 def seconds_of(setting: Setting, stage: Row, folder: Path, seed: int) -> float:
-    """Train; CPU seconds."""
+    """Train a stage; return the CPU seconds."""
     began = time.process_time()
     train(setting.header(seed) | {"stages": {"model": stage}}, folder, SCRIPT)
     return time.process_time() - began
 
 
 def samples_in(setting: Setting, stage: Row, folder: Path, seed: int, seconds: float) -> tuple[int, float]:
-    """How many samples a stage sees in so many CPU seconds, from short runs; and the seconds of its pairs."""
+    """Estimate from short runs the samples that a stage sees in ``seconds``, and the seconds for its pairs."""
     batch = stage.get("batch_size", 256)
 
     def short(batches: int, tag: str) -> float:
@@ -156,28 +170,28 @@ def samples_in(setting: Setting, stage: Row, folder: Path, seed: int, seconds: f
 
 
 def copy_pairs(source: Path, target: Path) -> None:
-    """Equal requests make equal pairs: no need to make them again."""
+    """Copy the pairs of one run to another: equal requests give equal pairs."""
     if source != target and (source / "model" / "pairs").exists() and not target.exists():
         shutil.copytree(source / "model" / "pairs", target / "model" / "pairs")
 
 
 def seeds_of(arguments: argparse.Namespace) -> list[int]:
-    """The seeds whose rows are to be made."""
-    return [] if arguments.table else [int(word) for word in arguments.seeds.split(",")]
+    """The seeds of the rows to make."""
+    return [] if arguments.table else [int(part) for part in arguments.seeds.split(",")]
 
 
 def names_of(arguments: argparse.Namespace, every: Iterable[str]) -> list[str]:
-    """The rows that are to be made."""
+    """The names of the rows to make."""
     return [name.strip() for name in arguments.rows.split(";")] if arguments.rows else list(every)
 
 
 def folder_of(out: Path, name: str) -> Path:
-    """Where a row's model is."""
+    """The folder of a row's model."""
     return out / "models" / "".join(c if c.isalnum() else "-" for c in name)
 
 
 def scores(path: Path, steps: tuple[int, ...], data: Any, judge: FeatureDistance, **how: Any) -> Row:
-    """``name@steps`` of every score."""
+    """Scores at every step count, as ``score@steps``; step counts that the model refuses are left out."""
     found = {}
     for count in steps:
         try:
@@ -188,7 +202,7 @@ def scores(path: Path, steps: tuple[int, ...], data: Any, judge: FeatureDistance
 
 
 def table(rows: Rows) -> str:
-    """A line per model; energy (range over seeds), Fréchet distance, precision/recall at every step count."""
+    """The Markdown table: energy (range over seeds), Fréchet distance, precision/recall at every step count."""
     lines = []
     for name in rows.names:
         cells = []
@@ -207,7 +221,7 @@ def table(rows: Rows) -> str:
 
 
 def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
-    """Digits and Fashion-MNIST."""
+    """Make the rows of digits or Fashion-MNIST and print the table."""
     rows, known = Rows(base / "rows.jsonl"), models()
     controls = ["Gaussian", "teacher", "teacher, auto"]
     wanted = names_of(arguments, [*controls, *known])
@@ -250,7 +264,7 @@ def images(setting: Setting, arguments: argparse.Namespace, base: Path) -> None:
 
 
 def mixture(dimension: int, seed: int) -> tuple[Any, Tensor]:
-    """A random mixture, and 20,000 of its samples; on the line, seed 0 is one that does not change."""
+    """A random mixture and 20,000 of its samples; on the line, seed 0 gives a mixture with fixed parameters."""
     draw = np.random.default_rng((seed, dimension))
     parts = int(draw.integers(2, 5) if dimension == 1 else draw.integers(3, 9))
     weights = draw.dirichlet(np.full(parts, 4.0))
@@ -262,16 +276,16 @@ def mixture(dimension: int, seed: int) -> tuple[Any, Tensor]:
 
 
 def distances(x: Tensor, law: Any, seed: int) -> dict[str, float]:
-    """W1 and W2 between sorted samples on the line; in the plane their means over 64 directions."""
+    """W1 and W2 to new samples of the law; in the plane their means over 64 directions."""
     y = law.sample(len(x), generator_for("judge", seed)).to(x)
     angles = torch.arange(64 if x[0].numel() > 1 else 1) * (torch.pi / 64)
     directions = torch.stack([angles.cos(), angles.sin()])[: x[0].numel()].to(x)
-    apart = (x @ directions).sort(0).values - (y @ directions).sort(0).values
-    return {"w1": float(apart.abs().mean()), "w2": float(apart.square().mean(0).sqrt().mean())}
+    gaps = (x @ directions).sort(0).values - (y @ directions).sort(0).values
+    return {"w1": float(gaps.abs().mean()), "w2": float(gaps.square().mean(0).sqrt().mean())}
 
 
 def trained(out: Path, samples: Tensor, seed: int) -> tuple[Row, Generator]:
-    """A teacher with defaults on the samples; the recipe's header, and the teacher."""
+    """Train a teacher with default options on samples; return the fields of its recipe and the teacher."""
     out.mkdir(parents=True, exist_ok=True)
     np.save(out / "data.npy", samples.float().numpy())
     header = {"data": str(out / "data.npy"), "seed": seed}
@@ -280,12 +294,13 @@ def trained(out: Path, samples: Tensor, seed: int) -> tuple[Row, Generator]:
 
 
 def modes(arguments: argparse.Namespace, base: Path) -> None:
-    """25 modes."""
+    """Make the rows of the mixture of 25 modes and print the table."""
     rows, width = Rows(base / "rows.jsonl"), 0.08
     centres = torch.cartesian_prod(*[torch.arange(-2.0, 3.0, dtype=torch.float64)] * 2)
     law = closed_form.mixture(torch.full((25,), 0.04).to(centres), centres, torch.full((25,), width).to(centres))
 
-    def look(model: Generator, steps: int, seed: int) -> tuple[float, int]:
+    def measure(model: Generator, steps: int, seed: int) -> tuple[float, int]:
+        """Energy distance, and samples of the mode that has fewest."""
         x, real = model.sample(10_000, steps=steps).double(), law.sample(10_000, generator_for("judge", seed))
         near = torch.cdist(x, centres).min(1)
         inside = torch.bincount(near.indices[near.values < 3 * width], minlength=25)
@@ -295,16 +310,16 @@ def modes(arguments: argparse.Namespace, base: Path) -> None:
         out = base / str(seed)
         header, teacher = trained(out, law.sample(20_000, generator_for("modes", seed)), seed)
         if ("teacher at 100", seed) not in rows:
-            found, least = look(teacher, 100, seed)
+            found, least = measure(teacher, 100, seed)
             rows.add({"name": "teacher at 100", "seed": seed, "energy": found, "ratio": 1.0, "least": least})
         unit = rows.values("teacher at 100", "energy", seed)[0]
-        for name in names_of(arguments, GAMES):
+        for name in names_of(arguments, MATCHING):
             if (name, seed) in rows:
                 continue
             stage = {"teacher": str(out / "teacher"), **models()[name].stage}
             began = time.process_time()
             train({**header, "stages": {"model": stage}}, out / name, SCRIPT)
-            seconds, (found, least) = time.process_time() - began, look(load(out / name / "model"), 1, seed)
+            seconds, (found, least) = time.process_time() - began, measure(load(out / name / "model"), 1, seed)
             line = {"name": name, "seed": seed, "energy": found, "ratio": found / unit, "least": least}
             rows.add(line | {"seconds": seconds})
     lines = [
@@ -315,7 +330,7 @@ def modes(arguments: argparse.Namespace, base: Path) -> None:
 
 
 def mixtures(arguments: argparse.Namespace, base: Path) -> None:
-    """Random mixtures."""
+    """Make the rows of random mixtures and print the table."""
     rows = Rows(base / "rows.jsonl")
     known = {name: model for name, model in models().items() if not model.from_data and model.start is None}
     wanted = names_of(arguments, known)
@@ -343,14 +358,15 @@ def mixtures(arguments: argparse.Namespace, base: Path) -> None:
 
 
 def main() -> None:
+    """Make the missing rows of a setting and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=["digits", "fashion_mnist", "mixtures", "modes"])
     parser.add_argument("--data", type=Path, default=Path(), help="folder of the Fashion-MNIST files")
     parser.add_argument("--seeds", default="0")
-    parser.add_argument("--seconds", type=float, help="CPU seconds of every model, instead of its samples")
-    parser.add_argument("--rows", help="names, separated by ';'; all when absent")
+    parser.add_argument("--seconds", type=float, help="CPU seconds of every model, instead of a number of samples")
+    parser.add_argument("--rows", help="names, separated by ';'; default: all")
     parser.add_argument("--out", type=Path, default=Path("runs/maps"))
-    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--table", action="store_true", help="only print the table of the existing rows")
     arguments = parser.parse_args()
     set_threads()
     base = arguments.out / arguments.setting / (f"{arguments.seconds:g}s" if arguments.seconds else "samples")

@@ -1,8 +1,8 @@
 """Minibatch optimal transport: time and excess cost against scipy and POT, as a markdown table.
 
-Run on one thread: ``OMP_NUM_THREADS=1 python benchmarks/ot.py``. Each time includes the cost matrix; the
-solvers are interleaved in shuffled order, and the median over repetitions and batches is given. The excess is
-the total squared distance over the optimum, in the worst batch seen.
+Run on one thread: ``OMP_NUM_THREADS=1 python benchmarks/ot.py``. Each time includes the cost matrix. The
+solvers are timed in shuffled order; the table has the median over repetitions and batches. The excess cost is the
+total squared distance relative to the optimum minus one, in the worst batch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sklearn.datasets import load_digits, make_moons
 from fewstep.errors import require_extra
 from fewstep.flow.ot import assignment
 
-# This file is called like POT's module, and Python looks beside the script first.
+# This file has the name of POT's module, and Python searches the folder of the script first: remove that folder.
 sys.path = [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parent]
 
 Solver = Callable[[torch.Tensor, torch.Tensor], np.ndarray]
@@ -36,20 +36,24 @@ REPETITIONS, SEEDS = 5, 4
 
 
 def squared_distances(x0: torch.Tensor, x1: torch.Tensor) -> np.ndarray:
+    """The cost matrix (n, n)."""
     a, b = x0.numpy(), x1.numpy()
     return (a**2).sum(1)[:, None] + (b**2).sum(1)[None] - 2 * a @ b.T
 
 
 def by_fewstep(x0: torch.Tensor, x1: torch.Tensor) -> np.ndarray:
+    """The row of x0 for every row of x1, by fewstep."""
     return assignment(x0, x1).numpy()
 
 
 def by_scipy(x0: torch.Tensor, x1: torch.Tensor) -> np.ndarray:
+    """The same by scipy's exact assignment."""
     rows, columns = linear_sum_assignment(squared_distances(x0, x1))
     return rows[np.argsort(columns)]
 
 
 def by_pot(x0: torch.Tensor, x1: torch.Tensor) -> np.ndarray:
+    """The same by POT's network simplex."""
     weights = np.full(len(x0), 1 / len(x0))
     plan = require_extra("ot", "ot").emd(weights, weights, squared_distances(x0, x1).astype(np.float64))
     return plan.argmax(0)
@@ -59,28 +63,32 @@ SOLVERS: dict[str, Solver] = {"fewstep": by_fewstep, "scipy": by_scipy, "POT": b
 
 
 def eight_gaussians(n: int, seed: int) -> torch.Tensor:
+    """Eight Gaussians of std 0.1 on a circle of radius 2."""
     generator = torch.Generator().manual_seed(seed)
     angle = torch.randint(8, (n,), generator=generator) * (math.pi / 4)
     return 2 * torch.stack([angle.cos(), angle.sin()], 1) + 0.1 * torch.randn(n, 2, generator=generator)
 
 
 def moons(n: int, seed: int) -> torch.Tensor:
+    """scikit-learn's two moons."""
     return torch.from_numpy(make_moons(n, noise=0.05, random_state=seed)[0]).float()
 
 
 def digits(n: int, seed: int) -> torch.Tensor:
+    """Rows of the 8 x 8 digits in [-1, 1]."""
     rows = np.random.default_rng(seed).choice(1797, n, replace=False)
     return torch.from_numpy(load_digits().data[rows] / 8 - 1).float()
 
 
 def low_rank(n: int, seed: int) -> torch.Tensor:
+    """64 dimensions that depend on 8 latent ones, with noise."""
     generator = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
-    return torch.tanh(hidden / 2) + 0.1 * torch.randn(n, 64, generator=generator)
+    latent = torch.randn(n, 8, generator=generator) @ torch.randn(8, 64, generator=generator)
+    return torch.tanh(latent / 2) + 0.1 * torch.randn(n, 64, generator=generator)
 
 
 def measure(make: Callable[[int, int], torch.Tensor], n: int) -> dict[str, tuple[float, float]]:
-    """Median milliseconds and worst excess cost of each solver."""
+    """Median milliseconds and largest excess cost of each solver."""
     times: dict[str, list[float]] = {name: [] for name in SOLVERS}
     excess = dict.fromkeys(SOLVERS, 0.0)
     for seed in range(SEEDS):
@@ -99,10 +107,12 @@ def measure(make: Callable[[int, int], torch.Tensor], n: int) -> dict[str, tuple
 
 
 def total(x0: torch.Tensor, x1: torch.Tensor, perm: np.ndarray) -> float:
+    """Total squared distance of an assignment."""
     return float((x0[torch.from_numpy(perm)].double() - x1.double()).pow(2).sum())
 
 
 def main() -> None:
+    """Measure every data set and size, and print the table."""
     torch.set_num_threads(1)
     print("| data | D | n | fewstep ms | scipy ms | POT ms | faster than scipy / POT | excess cost |")
     print("|---|---|---|---|---|---|---|---|")

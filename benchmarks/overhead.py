@@ -1,10 +1,10 @@
-"""What the library's own work costs beside the network: `python benchmarks/overhead.py [--check]`.
+"""Overhead of the library beside the network: `python benchmarks/overhead.py [--check]`.
 
-Every line times the library against the same work written by hand, back to back, in rounds of shuffled order.
-Printed are the median and the 10th percentile in microseconds per unit (a solver step, a network call, a
-training step), the median over rounds of the ratio, and the ratio of the 10th percentiles. A bar is missed
-when both ratios are above it, as other processes disturb them. `--check` exits with 1 when a bar is missed.
-Run it with OMP_NUM_THREADS=1.
+Every line compares the time of the library with that of the same work written by hand, one after the other, in
+rounds of shuffled order. It has the median and the 10th percentile in microseconds per unit (a solver step, a network
+call, a training step), the median over rounds of the ratio, and the ratio of the 10th percentiles. A bar is missed if
+both ratios are above it, because other processes disturb each of them. With `--check` the exit code is 1 if a bar is
+missed. Run it with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ SOLVER_CALLS = {"euler": 1, "midpoint": 2, "heun": 2, "rk4": 4}  # network calls
 BATCH = 256
 SIZE = 2  # dimensions of the training case
 
-# Euler is the bar users feel; stages and histories add tensor operations that a hand-written solver has too
+# The bars are higher for solvers with stages and histories, whose tensor operations the bare network calls lack.
 BARS = {"euler": 1.12, "heun": 1.15, "ab2": 1.18, "dpm++2m": 1.2, "unipc2": 1.2}
-SMALLEST = 0.1  # what is added for a network whose calls cost ten tensor operations
+SMALL_NETWORK_ALLOWANCE = 0.1  # added to the bar for a network whose call takes about ten tensor operations
 
 
 @dataclass
@@ -57,6 +57,7 @@ class Case:
     times: dict[str, list[float]] = field(default_factory=lambda: {"ours": [], "by_hand": []})
 
     def measure(self, side: str) -> None:
+        """Time one side once and store microseconds per unit."""
         work = getattr(self, side)
         began = time.perf_counter()
         for _ in range(self.repeats):
@@ -64,16 +65,20 @@ class Case:
         self.times[side].append((time.perf_counter() - began) / self.repeats / self.units * 1e6)
 
     def ratio(self) -> float:
+        """Median over rounds of the library's time over that by hand."""
         rounds = zip(self.times["ours"], self.times["by_hand"], strict=True)
         return statistics.median(ours / by_hand for ours, by_hand in rounds)
 
     def low_ratio(self) -> float:
+        """Ratio of the 10th percentiles."""
         return float(np.percentile(self.times["ours"], 10) / np.percentile(self.times["by_hand"], 10))
 
     def missed(self) -> bool:
+        """Whether both ratios are above the bar."""
         return min(self.ratio(), self.low_ratio()) > self.bar
 
     def line(self) -> str:
+        """The line of the table."""
         cells = [self.name]
         for side in ("ours", "by_hand"):
             values = self.times[side]
@@ -98,7 +103,7 @@ class TinyMLP(nn.Module):
 
 
 class OneParameter(nn.Module):
-    """``v(x, t) = w x``: a training step on it is all but overhead."""
+    """``v(x, t) = w x``: nearly all time of its training step is overhead."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -167,7 +172,7 @@ def training_case(steps: int) -> Case:
 
 
 def hand_written_training(data: DataSet, options: Options, steps: int) -> Callable[[], float]:
-    """The step as one would write it for this case alone."""
+    """The same training steps, written by hand for this case only."""
     network = OneParameter()
     rows = data.network_rows(data.train)
     generator = torch.Generator().manual_seed(0)
@@ -200,6 +205,7 @@ def hand_written_training(data: DataSet, options: Options, steps: int) -> Callab
 
 
 def all_cases() -> list[Case]:
+    """The lines of the table."""
     nets = {"MLP 3x64": TinyMLP(64, 3).eval(), "MLP 2x32": TinyMLP(32, 2).eval()}
     plans = [
         ("euler", 8),
@@ -221,7 +227,7 @@ def all_cases() -> list[Case]:
                 net,
                 torch.randn(batch, SIZE),
                 *plan,
-                BARS.get(plan[0], 1.2) + (SMALLEST if name == "MLP 2x32" else 0.0),
+                BARS.get(plan[0], 1.2) + (SMALL_NETWORK_ALLOWANCE if name == "MLP 2x32" else 0.0),
                 max(1, 64 // plan[1]),
             )
             for name, net in nets.items()
@@ -234,6 +240,7 @@ def all_cases() -> list[Case]:
 
 
 def main() -> int:
+    """Measure all cases and print the table; 1 if a bar is missed and ``--check`` is given."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=100)
     parser.add_argument("--check", action="store_true", help="exit with 1 when a bar is missed")

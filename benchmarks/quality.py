@@ -1,9 +1,9 @@
 """Quality over seeds: `python benchmarks/quality.py digits|conditional|mixtures|ot --out runs/quality --seeds 0,1,2`.
 
 - ``digits``: the demo's recipe; straightness and one-step energy against the teacher's.
-- ``conditional``: labels of the one-step student judged by a classifier trained on the data.
-- ``mixtures``: random 2-D mixtures with unequal weights and widths, defaults only.
-- ``ot``: optimal-transport against independent coupling, eight Gaussians to moons, one step.
+- ``conditional``: share of the one-step student's samples whose label a classifier trained on the data finds.
+- ``mixtures``: random 2-D mixtures with unequal weights and widths, with default options.
+- ``ot``: optimal-transport and independent coupling from eight Gaussians to moons, one step.
 
 Each prints a Markdown table. The same command again resumes.
 """
@@ -36,12 +36,12 @@ def energies(model: Generator, train: torch.Tensor, steps: list[int]) -> list[fl
 
 
 def straightness(model: Generator) -> float:
-    """S on 512 noises."""
+    """S on 512 samples of noise."""
     return diagnose(model.module, noise_rows(512, model.config.shape, seed=0)).straightness
 
 
 def digits(out: Path, seed: int) -> Line:
-    """S ratio, one-step ratios and the student's energy on the demo's recipe."""
+    """Train the demo's recipe; energies, ratio of straightness, and ratios of energies."""
     run_recipe(load_recipe("digits", [f"seed={seed}"]), out, LocalWorld())
     teacher, straight, student = (load(out / name) for name in ("teacher", "straight", "onestep"))
     train = load_data("digits").train_rows()
@@ -54,7 +54,7 @@ def digits(out: Path, seed: int) -> Line:
 
 
 def conditional(out: Path, seed: int) -> Line:
-    """Share of samples that an independent classifier gives the label they were asked for."""
+    """Share of samples to which a classifier trained on the data gives the requested label."""
     from sklearn.svm import SVC
 
     run_recipe(load_recipe("digits_conditional", [f"seed={seed}"]), out, LocalWorld())
@@ -76,7 +76,7 @@ def conditional(out: Path, seed: int) -> Line:
 
 
 def mixtures(out: Path, seed: int) -> Line:
-    """A random mixture of 3 to 7 modes in its own units, defaults only."""
+    """Train on a random mixture of 3 to 7 modes with default options; energies over their bars."""
     random = np.random.default_rng(seed)
     modes = int(random.integers(3, 8))
     weights = random.dirichlet(2 * np.ones(modes))
@@ -138,6 +138,7 @@ TABLES: dict[str, tuple[Any, str]] = {
 
 
 def main() -> None:
+    """Run all seeds and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=TABLES)
     parser.add_argument("--out", type=Path, default=Path("runs/quality"))

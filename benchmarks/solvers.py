@@ -1,12 +1,12 @@
-"""What the best samples of a frozen model cost: `python benchmarks/solvers.py [MODEL ...] [--calls 4,6,8,10]`.
+"""Errors of solvers on frozen models: `python benchmarks/solvers.py [MODEL ...] [--calls 4,6,8,10]`.
 
-For every model and number of network calls, on fresh noises and against a converged reference, root mean square
-endpoint error per dimension of: Euler and the best of seven usual solvers on uniform steps; the best of the whole scan
-(every solver on every grid, chosen in hindsight); `auto`; `fitted`. `fresh over pilot` is how much larger the error is
-than on the noises that the choice was made on; `s` are CPU seconds on one thread. A MODEL is a folder, or the name of a
-data set, whose teacher is then trained first (`digits`: the demo's; 2-D sets: defaults; `fashion_mnist`: assets).
-With `--refined`, what the best grid, refined, gains on uniform steps for every multistep solver. Run with
-OMP_NUM_THREADS=1.
+For every model and number of network calls the table has the root mean square endpoint error per dimension, on new
+noise and against a converged reference, of: Euler and the best of seven common solvers on uniform steps; the best of
+the whole scan (every solver on every grid, chosen by this error itself); `auto`; `fitted`. `fresh over pilot` is the
+error on new noise relative to that on the noise of the choice, minus one; `s` are CPU seconds on one thread. A MODEL
+is a folder, or the name of a data set, whose teacher is then trained first (`digits`: the demo's; 2-D sets: defaults;
+`fashion_mnist`: from assets). With `--refined` the table has the errors of every multistep solver on uniform steps and
+on the best grid after refinement. Run with OMP_NUM_THREADS=1.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from fewstep.training.world import LocalWorld, set_threads
 USUAL = ("euler", "midpoint", "heun", "ab2", "ab3", "dpm++2m", "unipc2")
 MULTISTEP = ("ab2", "ab3", "abm2", "dpm++2m", "unipc2")
 ASSETS = Path(__file__).parent / "assets"
-FRESH = {True: 128, False: 4096}  # noises, for images of 28 x 28 and for small data
+FRESH = {True: 128, False: 4096}  # new noise samples: for images of 28 x 28, for smaller data
 SEED = 1000
 COLUMNS = (
     "calls", "Euler", "best of seven, uniform", "best of the scan",
@@ -41,7 +41,7 @@ COLUMNS = (
 
 
 def model_of(name: str, out: Path, seed: int) -> fs.Generator:
-    """A model's folder, or the teacher of a data set, trained now if need be."""
+    """Load a model's folder, or train and load the teacher of a data set."""
     if (Path(name) / "config.json").is_file():
         return fs.load(name)
     if name == "fashion_mnist":
@@ -54,12 +54,13 @@ def model_of(name: str, out: Path, seed: int) -> fs.Generator:
 
 
 def uniform(solver: str, calls: int) -> Table | None:
-    """A solver on uniform steps; None when it cannot spend that many calls."""
-    each = SOLVERS[solver].calls
-    return None if calls % each else table(solver, make_grid("uniform", calls // each))
+    """The table of a solver on uniform steps; None if ``calls`` is not a multiple of its calls per step."""
+    per_step = SOLVERS[solver].calls
+    return None if calls % per_step else table(solver, make_grid("uniform", calls // per_step))
 
 
 def noises(model: fs.Generator, num: int, seed: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Base noise of a model and its conditions."""
     draw = model.draw(num, steps=1, solver="euler", grid="uniform", seed=seed)
     return draw.x0, draw.conditions(model.device)
 
@@ -85,14 +86,14 @@ def line(model: fs.Generator, fresh: Pilot, calls: int) -> str:
 
 
 def refinement(model: fs.Generator, fresh: Pilot, calls: int) -> str:
-    """Refined over uniform error of every multistep solver, on fresh noises."""
+    """One row of the table of ``--refined``: error on uniform steps, on the refined grid, and their ratio."""
     pilot = Pilot(
         model.module, *noises(model, noises_for("auto", model.config.shape) // 2, SEED + 1), steps=fresh.steps
     )
     cells, path = [], make_path(model.config.path)
     for solver in MULTISTEP:
         made = uniform(solver, calls)
-        assert made is not None, "multistep solvers spend any number of calls"
+        assert made is not None, "a multistep solver needs one call per step"
         scanned = [found for name, _, found in candidates(calls, path) if name == solver]
         grid, _ = refine(pilot, solver, min(scanned, key=pilot.error).grid, path)
         before, after = fresh.error(made), fresh.error(table(solver, grid, path))
@@ -101,15 +102,16 @@ def refinement(model: fs.Generator, fresh: Pilot, calls: int) -> str:
 
 
 def main() -> None:
+    """Print the table of every model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=["digits", "moons", "eight_gaussians", "checkerboard"])
     parser.add_argument("--calls", default="4,6,8,10")
     parser.add_argument("--refined", action="store_true")
-    parser.add_argument("--seed", type=int, default=0, help="of the teachers")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the teachers")
     parser.add_argument("--out", type=Path, default=Path("runs/solvers"))
     arguments = parser.parse_args()
     set_threads()
-    calls = [int(word) for word in arguments.calls.split(",")]
+    calls = [int(part) for part in arguments.calls.split(",")]
     for name in arguments.models:
         model = model_of(name, arguments.out, arguments.seed)
         fresh = Pilot(model.module, *noises(model, FRESH[max(model.config.shape) > 16], SEED))

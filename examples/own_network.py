@@ -1,4 +1,4 @@
-"""Bring your own network: train it with your own loop, then diagnose, sample, save and load it with fewstep.
+"""Use your own network: train it with your own loop, then diagnose, sample, save and load it with fewstep.
 
 Run: python examples/own_network.py [steps]
 """
@@ -15,17 +15,19 @@ import fewstep as fs
 
 
 class Network(nn.Module):
-    """Any module will do that is called as v(x, t): x (B, 2), t (B,), t = 0 noise, t = 1 data."""
+    """A velocity network v(x, t): x (B, 2), t (B,), t = 0 noise, t = 1 data. Any module called so can be used."""
 
     def __init__(self) -> None:
         super().__init__()
         self.body = nn.Sequential(nn.Linear(3, 128), nn.SiLU(), nn.Linear(128, 128), nn.SiLU(), nn.Linear(128, 2))
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        """Return velocities (B, 2)."""
         return self.body(torch.cat([x, t[:, None]], dim=1))
 
 
 def main(steps: int = 1500) -> None:
+    """Train for ``steps`` steps, then compare solvers with the exact flow map."""
     torch.manual_seed(0)
     data = fs.closed_form.mixture(torch.ones(2), torch.tensor([[-2.0, 0.0], [2.0, 1.0]]), torch.tensor([0.3, 0.5]))
     network = Network()
@@ -40,10 +42,10 @@ def main(steps: int = 1500) -> None:
         loss.backward()
         optimiser.step()
     x0 = torch.randn(512, 2)
-    # beyond a few steps what remains is the network's own error, not the solver's
+    # with more than a few steps the remaining error is that of the network, not of the solver
     exact = data.flow_map(x0, torch.zeros(512), torch.ones(512))
     d = fs.diagnose(network, x0)
-    print(f"straightness {d.straightness:.3f}, one step is off by {d.one_step_gap:.3f}")
+    print(f"straightness {d.straightness:.3f}, error of one step {d.one_step_gap:.3f}")
     for count in (2, 4, 8, 16):
         error = (fs.solve(network, x0, solver="midpoint", steps=count).x - exact).square().sum(1).mean().sqrt()
         print(f"midpoint, {count:2} steps: {error:.3f} from the exact flow map")

@@ -1,4 +1,4 @@
-"""A mistake gets one paragraph naming the cause and the fix, exit code 2, and leaves nothing behind."""
+"""A user's mistake gives one paragraph with cause and fix, exit code 2, and writes no files."""
 
 from __future__ import annotations
 
@@ -339,7 +339,7 @@ SAMPLE = [
 
 
 @pytest.mark.parametrize(("options", "words"), SAMPLE, ids=[" ".join(options) for options, _ in SAMPLE])
-def test_a_wrong_wish_for_samples_is_refused(refused: Check, tiny_run: Path, options: list[str], words: str) -> None:
+def test_wrong_sampling_options_are_refused(refused: Check, tiny_run: Path, options: list[str], words: str) -> None:
     number = [] if options[0] == "--num" else ["--num", "4"]
     refused("sample", tiny_run / "teacher", *number, *options, "--out", "new/x.npy", words=words)
 
@@ -471,7 +471,7 @@ def copy_model(run: Path) -> None:
         (b'{"format": 1}', "'shape' is missing"),
         (b'{"format": 2}', "'shape' is missing"),
         (b'{"format": 3}', "newer version"),
-        (b"\xff\xfe\0", "not whole JSON"),
+        (b"\xff\xfe\0", "not complete JSON"),
     ],
 )
 def test_a_config_that_is_none_is_refused(refused: Check, tiny_run: Path, content: bytes, words: str) -> None:
@@ -619,7 +619,7 @@ def test_a_mistake_ends_the_process_with_2_and_without_a_traceback(here: Path) -
     assert not Path("out").exists()
 
 
-def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(here: Path) -> None:
+def test_ctrl_c_ends_with_130_and_the_same_command_continues(here: Path) -> None:
     arguments = ("run", "r.yaml", "--out", "out", "--set", "stages.onestep.samples=500_000")
     process = command(*arguments)
     deadline = time.monotonic() + 60
@@ -631,7 +631,7 @@ def test_ctrl_c_ends_with_130_and_the_same_command_goes_on(here: Path) -> None:
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Traceback" not in error
-    assert "fewstep: interrupted; the same command goes on" in error
+    assert "fewstep: interrupted; the same command continues" in error
     assert not list(here.rglob(".tmp-*"))
     # the stages that were finished stay, and the rest can be had with fewer samples only in a new folder
     assert json.loads(Path("out/straight/stage.json").read_text(encoding="utf-8"))["done"] is True

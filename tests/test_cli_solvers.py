@@ -107,13 +107,13 @@ def test_diagnose_reports_samplers_likelihood_and_a_verdict(
     assert "ReFlow will pay" in printed
     assert values["choices"][1] == fs.load(teacher).tune(4).as_dict()
     assert main(["diagnose", str(teacher), "--data", str(data), "--calls", "none"]) == 2
-    assert "scaled otherwise" in capsys.readouterr().err
+    assert "has another scaling" in capsys.readouterr().err
 
 
 def test_the_likelihood_of_a_models_own_data_is_measured_in_its_units(labelled_run: Path, tmp_path: Path) -> None:
     teacher = fs.load(Path(shutil.copytree(labelled_run / "teacher", tmp_path / "teacher")))
     source = str(labelled_run.parent / "rows.npy")
-    with pytest.raises(UserError, match="has not the labels"):
+    with pytest.raises(UserError, match="does not have the labels"):
         likelihood(teacher, source, 0)
 
 
@@ -132,7 +132,7 @@ def test_likelihood_of_digits_counts_bits(tmp_path: Path) -> None:
 
 
 class Still(torch.nn.Module):
-    """v = 0, as far as autograd can see a function of x."""
+    """v = 0, computed from x so that autograd has a graph."""
 
     def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         return 0.0 * x

@@ -26,7 +26,7 @@ COLOUR = RNG.integers(0, 256, (40, 3, 5, 6), dtype=np.uint8)
 # --- scaling -----------------------------------------------------------------------------------------
 
 
-def test_scaling_is_the_affine_map_and_its_inverse_with_clipping_only_on_the_way_back() -> None:
+def test_scaling_is_the_affine_map_and_its_inverse_with_clipping_only_in_data_units() -> None:
     scaling = Scaling(shift=(1.0, -2.0), scale=(2.0, 0.5), clip=(-3.0, 3.0), shape=(2,))
     x = scaling.to_network(np.array([[3.0, -2.0], [9.0, 0.0]]))
     assert torch.equal(x, torch.tensor([[1.0, 0.0], [4.0, 4.0]]))
@@ -82,7 +82,7 @@ def test_scaling_takes_any_float_tensor_and_gives_float32_on_the_cpu() -> None:
 def test_long_inputs_are_converted_in_equal_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     scaling = Scaling(127.5, 127.5, (0, 255), (1, 5, 6), "HW")
     whole = scaling.to_network(GREY)
-    monkeypatch.setattr("fewstep.data.scaling._CHUNK", 7 * 30)
+    monkeypatch.setattr("fewstep.data.scaling._MAX_CHUNK_VALUES", 7 * 30)
     assert torch.equal(scaling.to_network(GREY), whole)
     assert np.array_equal(scaling.to_data(whole).round().numpy(), GREY)
 
@@ -108,6 +108,12 @@ def test_scaling_survives_json() -> None:
         ({"layout": "HW", "shape": [3, 2, 2]}, "layout HW has one channel"),
         ({"layout": "HWC", "shape": [3]}, r"layout HWC needs a shape \(C, H, W\)"),
         ({"layout": "CHW"}, "unknown layout of rows 'CHW'"),
+        ({"shape": 5}, "shape must be a list of positive whole numbers, got 5"),
+        ({"shape": "ab"}, "shape must be a list of positive whole numbers, got 'ab'"),
+        ({"shape": [1.5]}, r"shape must be a list of positive whole numbers, got \[1\.5\]"),
+        ({"shape": [2, None]}, r"shape must be a list of positive whole numbers, got \[2, None\]"),
+        ({"shape": [2, -1]}, r"shape must be a list of positive whole numbers, got \[2, -1\]"),
+        ({"shape": []}, r"shape must be a list of positive whole numbers, got \[\]"),
         ({"shfit": 1}, "unknown scaling key 'shfit': did you mean 'shift'"),
     ],
 )
@@ -120,13 +126,13 @@ def test_rows_of_another_shape_are_refused() -> None:
     scaling = Scaling(shape=(1, 2, 2), layout="HW")
     with pytest.raises(UserError, match=r"rows have shape \(3, 2\).* rows of shape \(2, 2\) \(inside the net"):
         scaling.to_network(np.zeros((5, 3, 2)))
-    with pytest.raises(UserError, match=r"rows of shape \(2, 2\) came, and this data has \(1, 2, 2\)"):
+    with pytest.raises(UserError, match=r"the rows have shape \(2, 2\), and the data has rows of shape \(1, 2, 2\)"):
         scaling.to_data(torch.zeros(5, 2, 2))
     with pytest.raises(UserError, match=r"rows have shape \(3,\).* rows of shape \(2,\)\."):
         Scaling(shape=(2,)).to_network(np.zeros((5, 3)))
 
 
-# --- which scaling an array gets ---------------------------------------------------------------------
+# --- choice of the scaling --------------------------------------------------------------------------
 
 
 def test_vectors_are_standardised_per_feature_and_constant_features_stay() -> None:
@@ -143,7 +149,7 @@ def test_vectors_are_standardised_per_feature_and_constant_features_stay() -> No
 
 def test_the_statistics_do_not_depend_on_the_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = RNG.normal(1e6, 1.0, (1000, 2))
-    monkeypatch.setattr(rules_module, "_CHUNK", 2 * 33)
+    monkeypatch.setattr(rules_module, "_MAX_CHUNK_VALUES", 2 * 33)
     scaling = from_array(rows).scaling
     assert scaling.shift == pytest.approx(rows.mean(0), rel=1e-14)
     assert scaling.scale == pytest.approx(rows.std(0), rel=1e-9)
@@ -252,7 +258,7 @@ def test_splitmix64_gives_its_published_first_outputs() -> None:
     assert splitmix64(np.array([0, 1234567])).tolist() == [0xE220A8397B1DCDAF, 6457827717110365317]
 
 
-def test_the_held_out_rows_are_fixed_for_ever() -> None:
+def test_the_held_out_rows_are_fixed() -> None:
     assert np.flatnonzero(held_out_mask(100)).tolist() == [10, 18, 21, 41, 48, 68, 82, 83]
     assert np.array_equal(held_out_mask(2000)[:100], held_out_mask(100))
     assert held_out_mask(100_000).mean() == pytest.approx(0.1, abs=0.003)
@@ -315,7 +321,7 @@ def test_the_registry_names_the_built_in_sets() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in DATA if DATA[name].samples])
-def test_toys_are_fixed_standardised_and_of_the_asked_size(name: str) -> None:
+def test_2d_sets_are_fixed_standardised_and_of_the_requested_size(name: str) -> None:
     data = load_data(name)
     assert data.rows.shape == (20_000, 2)
     assert data.name == name
@@ -427,7 +433,7 @@ def test_wrong_specifications_are_refused(spec: Any, message: str) -> None:
         load_data(spec)
 
 
-# --- real data, where it is at hand ------------------------------------------------------------------
+# --- real data, if available ------------------------------------------------------------------------
 
 
 def fashion_mnist() -> Path:

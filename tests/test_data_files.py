@@ -1,4 +1,4 @@
-"""Arrays, idx files, image folders and labels: what is read, and what is refused with which words."""
+"""Arrays, idx files, image folders and labels: contents that are read, and errors for those that are refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_npy_keeps_content_and_dtype(tmp_path: Path, dtype: str) -> None:
 def test_large_npy_files_are_mapped_and_equal_small_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     np.save(tmp_path / "a.npy", PIXELS)
     small = load_data(str(tmp_path / "a.npy"))
-    monkeypatch.setattr("fewstep.data.arrays.LARGE", 1)
+    monkeypatch.setattr("fewstep.data.arrays.MIN_MAPPED_BYTES", 1)
     mapped = load_data(tmp_path / "a.npy")
     assert isinstance(mapped.rows, np.memmap)
     assert not isinstance(small.rows, np.memmap)
@@ -105,7 +105,7 @@ def test_unclear_npz_keys_are_named(tmp_path: Path, keys: tuple[str, ...]) -> No
         (np.zeros((1, 3)), "has 1 row .* at least 2 are needed"),
         (np.zeros((2, 1, 2, 2, 2)), "rows with 4 dimensions are not supported"),
         (np.zeros((2, 8, 8, 3)), r"looks like \(N, H, W, C\).* x\.transpose\(0, 3, 1, 2\)"),
-        (np.zeros((3, 2), complex), r"is complex \(complex128\), and flows are real"),
+        (np.zeros((3, 2), complex), r"is complex \(complex128\), and a flow needs real numbers"),
         (np.array([["a", "b"]] * 3), "has dtype <U1, and numbers are needed"),
         (np.zeros((3, 2), "M8[s]"), r"has dtype datetime64\[s\], and numbers are needed"),
         (np.array([[1, {}]] * 3, object), r"holds Python objects \(dtype object\)"),
@@ -131,7 +131,7 @@ def test_nan_and_infinity_are_counted_and_placed(tmp_path: Path, monkeypatch: py
     message = r"a\.npy' holds 3 value\(s\) that are NaN or infinite; the first is nan at index \[17, 2, 3\]"
     with pytest.raises(UserError, match=message):
         load_data(tmp_path / "a.npy")
-    monkeypatch.setattr("fewstep.data.rules._CHUNK", 100)
+    monkeypatch.setattr("fewstep.data.rules._MAX_CHUNK_VALUES", 100)
     with pytest.raises(UserError, match=message):
         load_data(tmp_path / "a.npy")
 
@@ -147,7 +147,7 @@ def test_nan_and_infinity_are_counted_and_placed(tmp_path: Path, monkeypatch: py
         ("npz", b"", r"is empty \(0 bytes\)"),
         ("npz", b"junk", r"is not a \.npz file: it begins with b'ju'"),
         ("npz", b"PK\x03\x04 and no more", "cannot read .*: File is not a zip file"),
-        ("csv", b"1,2\n3,4\n", r"is of a kind that is not read \(it begins with b'1,2"),
+        ("csv", b"1,2\n3,4\n", r"has a format that is not supported \(it begins with b'1,2"),
         ("png", b"\x89PNG\r\n", "is one image. Give the folder"),
         ("gz", b"junk", r"is not a gzip file: it begins with b'ju'"),
         ("gz", b"\x1f\x8bjunkjunkjunk", "cannot read"),
@@ -188,7 +188,7 @@ def test_a_header_that_promises_terabytes_allocates_nothing(tmp_path: Path) -> N
     np.save(tmp_path / "a.npy", ROWS)
     content = (tmp_path / "a.npy").read_bytes().replace(b"(30, 3), }         ", b"(30000000000, 300)}")
     (tmp_path / "a.npy").write_bytes(content)
-    with pytest.raises(UserError, match=r"truncated: its header promises shape \(30000000000, 300\)"):
+    with pytest.raises(UserError, match=r"truncated: its header gives shape \(30000000000, 300\)"):
         load_data(tmp_path / "a.npy")
 
 
@@ -294,10 +294,10 @@ def test_truncated_idx_is_told_by_its_bytes(tmp_path: Path, packed: bool) -> Non
     ):
         load_data(path)
     path.write_bytes(pack(whole[:9]))
-    with pytest.raises(UserError, match="truncated: its header takes 16 bytes, found 9"):
+    with pytest.raises(UserError, match="truncated: its header takes 16 bytes, and 9 were found"):
         load_data(path)
     path.write_bytes(pack(whole + b"\0"))
-    with pytest.raises(UserError, match=r"is too long: .* there are more"):
+    with pytest.raises(UserError, match=r"is too long: .* the file has more"):
         load_data(path)
 
 

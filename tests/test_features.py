@@ -1,4 +1,4 @@
-"""Features: the perceptual distance, the networks under it, the stage that trains one, and who may judge whom."""
+"""Features: the perceptual distance, its networks, the stage that trains one, and the use of features as a judge."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_configurations_are_plain_complete_and_checked() -> None:
     config = resolve_features({"widths": [8, 16]}, (1, 8, 8), 10)
     assert config == {"name": "features", "shape": [1, 8, 8], "outputs": 10, "widths": [8, 16]}
     assert resolve_features(config, (1, 8, 8), 10) == config
-    with pytest.raises(UserError, match="no velocity network such as 'mlp'"):
+    with pytest.raises(UserError, match="cannot be a velocity network such as 'mlp'"):
         resolve_features({"name": "mlp"}, (1, 8, 8), 10)
     with pytest.raises(UserError, match="did you mean 'widths'"):
         resolve_features({"width": [8]}, (1, 8, 8), 10)
@@ -96,7 +96,7 @@ def test_configurations_are_plain_complete_and_checked() -> None:
         resolve_features(config, (2,), 10)
     with pytest.raises(UserError, match="lacks outputs, widths"):
         build_features({"name": "features", "shape": [2]})
-    with pytest.raises(UserError, match=r"of samples of shape \(1, 8, 8\), not \(1, 9, 8\)"):
+    with pytest.raises(UserError, match=r"takes samples of shape \(1, 8, 8\), not \(1, 9, 8\)"):
         build_features(config).pooled(torch.zeros(2, 1, 9, 8))
 
 
@@ -211,7 +211,7 @@ def test_gradients_reach_both_samples_and_no_feature_weight() -> None:
 def test_a_distance_of_other_samples_is_refused() -> None:
     d = FeatureDistance(network((2,)), (2,))
     for x, y in [(torch.zeros(3, 2), torch.zeros(2, 2)), (torch.zeros(3, 3), torch.zeros(3, 3))]:
-        with pytest.raises(UserError, match=r"features features@\w{6} compare samples \(B, \*\(2,\)\)"):
+        with pytest.raises(UserError, match=r"features features@\w{6} compare two batches of samples \(B, \*\(2,\)\)"):
             d(x, y)
 
 
@@ -408,7 +408,7 @@ def test_a_recipe_may_judge_by_a_stage() -> None:
     assert make_recipe({**recipe(), "compare": {"features": "f"}}, "here").header.compare.features == "f"
 
 
-# --- what a word stands for
+# --- features by name
 
 
 def test_files_of_cifar_resnets_are_found(tmp_path: Path) -> None:
@@ -426,7 +426,7 @@ def test_files_of_cifar_resnets_are_found(tmp_path: Path) -> None:
     x = rows(3, (3, 32, 32))
     with torch.no_grad():
         torch.testing.assert_close(found[0].pooled(x), net.pooled(x))
-    with pytest.raises(UserError, match=r"looks at samples of shape \(3, 32, 32\), and the data has \(1, 28, 28\)"):
+    with pytest.raises(UserError, match=r"needs samples of shape \(3, 32, 32\), and the data has \(1, 28, 28\)"):
         find_features(tmp_path / "a.th", (1, 28, 28))
 
 
@@ -450,7 +450,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not the weights of a CIFAR ResNet"):
         find_features(tmp_path / "linear.pt", shape)
     torch.save({"a": 1}, tmp_path / "number.pt")
-    with pytest.raises(UserError, match="no state dict"):
+    with pytest.raises(UserError, match="does not hold a state dict"):
         find_features(tmp_path / "number.pt", shape)
     (tmp_path / "cut.pt").write_bytes((tmp_path / "linear.pt").read_bytes()[:200])
     with pytest.raises(UserError, match="damaged"):
@@ -458,7 +458,7 @@ def test_files_that_hold_something_else_are_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("no weights", encoding="utf-8")
     with pytest.raises(UserError, match=r"does not end in \.th"):
         find_features(tmp_path / "notes.txt", shape)
-    for missing, words in [("nowhere", "it is not there"), ("", "has no config.json")]:
+    for missing, words in [("nowhere", "it does not exist"), ("", "has no config.json")]:
         with pytest.raises(UserError, match=words):
             find_features(tmp_path / missing, shape)
 
@@ -469,7 +469,7 @@ def test_folders_that_do_not_fit_are_refused(run: Path, digits: DataSet) -> None
     with pytest.raises(UserError, match=r"samples of shape \(1, 8, 8\), and the data has \(1, 28, 28\)"):
         find_features(run / "judge", (1, 28, 28))
     other = from_array(np.random.default_rng(0).normal(size=(20, 8, 8)), name="other")
-    with pytest.raises(UserError, match="data scaled otherwise"):
+    with pytest.raises(UserError, match="data with another scaling"):
         find_features(run / "judge", other.shape, scaling=other.scaling.as_dict())
 
 
@@ -479,11 +479,11 @@ def test_lpips_names_its_extra() -> None:
         find_features("lpips:vgg", (3, 32, 32))
 
 
-def test_lpips_refuses_what_it_cannot_look_at() -> None:
+def test_lpips_refuses_samples_that_are_not_grey_or_rgb_images() -> None:
     with pytest.raises(UserError, match="did you mean 'alex'"):
         find_features("lpips:alexnet", (3, 32, 32))
     for shape in [(2,), (4, 32, 32)]:
-        with pytest.raises(UserError, match="look at grey or RGB images"):
+        with pytest.raises(UserError, match="need grey or RGB images"):
             find_features("lpips:alex", shape)
 
 

@@ -1,4 +1,4 @@
-"""Files are whole or absent, and errors name the file and the cause."""
+"""Files are written atomically, and errors name the file and the cause."""
 
 from __future__ import annotations
 
@@ -146,10 +146,10 @@ def test_json_that_cannot_be_written_leaves_the_old_file(tmp_path: Path) -> None
     ("content", "cause"),
     [
         (b"", "the file is empty"),
-        (b'{"a": [1, 2', r"not whole JSON \(Expecting"),
-        (b"\x93NUMPY\x01", "not whole JSON .*decode"),
+        (b'{"a": [1, 2', r"not complete JSON \(Expecting"),
+        (b"\x93NUMPY\x01", "not complete JSON .*decode"),
         (b'{"a": NaN}', "it holds NaN, which is not JSON"),
-        (b"[" * 100_000, "not whole JSON"),
+        (b"[" * 100_000, "not complete JSON"),
     ],
 )
 def test_bad_json_is_named_with_its_cause(tmp_path: Path, content: bytes, cause: str) -> None:
@@ -224,7 +224,7 @@ with atomic_file(sys.argv[1]) as path:
 """
 
 
-def test_after_a_kill_the_old_file_stands_and_the_leftover_is_found(tmp_path: Path) -> None:
+def test_after_a_kill_the_old_file_is_unchanged_and_the_temporary_file_is_removed(tmp_path: Path) -> None:
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")
     process = subprocess.Popen([sys.executable, "-c", KILLED, str(path)], stdout=subprocess.PIPE)
@@ -239,7 +239,7 @@ def test_after_a_kill_the_old_file_stands_and_the_leftover_is_found(tmp_path: Pa
     assert os.listdir(tmp_path) == ["a.bin"]
 
 
-def test_only_old_files_of_ours_are_cleaned(tmp_path: Path) -> None:
+def test_only_old_temporary_files_are_removed(tmp_path: Path) -> None:
     ours = tmp_path / ".tmp-0123456789abcdef-a.bin"
     for name in (ours.name, ".tmp-notes", ".tmp-0123456789abcdeX-a", "a.bin"):
         (tmp_path / name).write_text("x")

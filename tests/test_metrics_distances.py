@@ -225,7 +225,7 @@ def test_mmd_takes_the_median_distance_of_the_reference() -> None:
         (lambda: energy_floor(torch.zeros(5, 3), 0), "n = 0"),
         (lambda: sliced_w2(torch.zeros(5, 3), torch.zeros(5, 3), projections=0), "projections = 0"),
         (lambda: mmd(torch.zeros(5, 3), torch.zeros(5, 3)), "their median distance is 0: give a bandwidth"),
-        (lambda: mmd(torch.zeros(5, 3), torch.ones(5, 3), -1.0), "positive widths"),
+        (lambda: mmd(torch.zeros(5, 3), torch.ones(5, 3), -1.0), "positive, finite width"),
     ],
 )
 def test_unusable_samples_are_refused_with_a_reason(call, message: str) -> None:  # type: ignore[no-untyped-def]

@@ -175,7 +175,7 @@ def test_a_generator_of_one_mode_has_precision_but_no_recall() -> None:
     assert result.coverage < 0.15
 
 
-def test_an_outlier_buys_precision_but_no_density() -> None:
+def test_an_outlier_raises_precision_but_not_density() -> None:
     data = torch.cat([normal(500, 2), torch.full((1, 2), 100.0).double()])
     fake = 50 + 10 * normal(500, 2, seed=1)  # inside the outlier's ball, away from the data
     result = prdc(data, fake)

@@ -59,7 +59,7 @@ def test_the_share_of_copies_is_estimated_and_one_in_ten_is_flagged() -> None:
     assert nearest_neighbour_check(torch.cat([TRAIN[:100], FRESH[:900]]), TRAIN, HELD_OUT).flagged
 
 
-def test_blurred_samples_lie_near_to_everything_and_are_not_flagged() -> None:
+def test_blurred_samples_are_near_to_training_data_and_are_not_flagged() -> None:
     centres = 3 * torch.randn(8, 12, generator=torch.Generator().manual_seed(99))
     nearest = torch.cdist(FRESH, centres).argmin(dim=1)
     blurred = centres[nearest] + 0.4 * (FRESH - centres[nearest])

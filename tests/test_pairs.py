@@ -305,7 +305,7 @@ def test_memory_mapped_rows_equal_those_in_memory(tmp_path: Path, monkeypatch: p
     store = build_pairs(stage(tmp_path), request())
     chosen = torch.randint(600, (500,), generator=torch.Generator().manual_seed(0))
     parts = store.training_rows(), store.held_out_rows()
-    monkeypatch.setattr(storing, "MEMORY_BYTES", 0)
+    monkeypatch.setattr(storing, "MAX_MEMORY_BYTES", 0)
     mapped = store.training_rows(), store.held_out_rows()
     for memory, disk, rows in ((parts[0], mapped[0], chosen), (parts[1], mapped[1], torch.arange(10))):
         assert len(memory) == len(disk)

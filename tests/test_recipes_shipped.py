@@ -1,4 +1,4 @@
-"""Every recipe that is shipped can be read, planned, and says what to expect."""
+"""Every shipped recipe can be read and planned, and begins with a comment."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def one_thread() -> Any:
 
 
 def model(data: DataSet, name: str, seed: int, *, classes: int = 0, **config: Any) -> Generator:
-    """An untrained network with some motion in it."""
+    """An untrained network with a velocity that is not zero."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = resolve({"name": "mlp", "width": 32, "blocks": 1}, data.shape, classes=classes)
@@ -227,7 +227,10 @@ def test_pictures_decode_to_their_sizes(digits_page: Page) -> None:
 
 def test_the_diagnosis_is_drawn_and_tabled(digits_page: Page, digits_result: dict[str, Any]) -> None:
     drawn = {alt: image for alt, image, _ in digits_page.images() if "along time" in alt}
-    assert set(drawn) == {"deviation, acceleration and bending along time", "local error and stiffness along time"}
+    assert set(drawn) == {
+        "deviation, acceleration and normal acceleration along time",
+        "local error and stiffness along time",
+    }
     assert all(len(image.convert("L").getcolors()) > 20 for image in drawn.values())
     for name, d in digits_result["diagnosis"].items():
         errors = dict(zip(d["euler_steps"], d["euler_error_trimmed"], strict=True))
@@ -266,7 +269,7 @@ def test_a_diagnosis_of_an_older_run_lacks_errors_and_stiffness(
     result = {**digits_result, "diagnosis": old}
     page = Page(write_report(tmp_path / "r.html", result=result, models=trio, data=digits, title="old"))
     assert [alt for alt, _, _ in page.images() if "along time" in alt] == [
-        "deviation, acceleration and bending along time"
+        "deviation, acceleration and normal acceleration along time"
     ]
     assert any(row.startswith("straight ") and row.endswith("– – –") for row in page.rows("model"))
 
@@ -399,7 +402,7 @@ def said(rows: list[dict[str, Any]], **more: Any) -> str:
         ),
         (
             [*TEACHER, row("onestep", 1, 0.008)],
-            "One call of onestep reaches energy 0.0080; teacher comes no lower than 0.016, with 50 calls, "
+            "One call of onestep reaches energy 0.0080; teacher reaches at best 0.016, with 50 calls, "
             "and scores 1.55 with one call. Precision is 0.900 against 0.920 there, recall 0.900 against "
             "0.900.",
         ),
@@ -419,7 +422,7 @@ def said(rows: list[dict[str, Any]], **more: Any) -> str:
         ),
     ],
 )  # fmt: skip
-def test_the_headline_says_what_the_numbers_say(rows: list[dict[str, Any]], expected: str) -> None:
+def test_the_headline_of_given_rows(rows: list[dict[str, Any]], expected: str) -> None:
     assert said([*rows, GAUSSIAN]) == expected
 
 
@@ -434,32 +437,32 @@ def warned(rows: list[dict[str, Any]], **more: Any) -> list[str]:
     return [re.sub("<[^>]+>", "", str(w)) for w in warnings({"rows": rows, **more})]
 
 
-def test_only_warnings_that_hold_are_given() -> None:
+def test_warnings_that_do_not_apply_are_left_out() -> None:
     good = [*TEACHER, row("onestep", 1, 0.019, precision=0.94)]
     assert warned(good) == []
     assert warned([*good, {**GAUSSIAN, "scores": GAUSSIAN["scores"] | {"energy": 0.8}}]) == []
     (found,) = warned([*good, GAUSSIAN])
-    assert "moment-matched Gaussian, which is no model at all, scores 0.016 in energy but precision 0.090" in found
+    assert "moment-matched Gaussian, which uses no model, has energy 0.016 but precision 0.090" in found
 
 
-def test_losses_that_energy_hides_are_told() -> None:
+def test_a_lower_recall_at_equal_energy_is_warned_of() -> None:
     (found,) = warned([*TEACHER, row("onestep", 1, 0.016, recall=0.6)])
     assert found.startswith("onestep with 1 call has recall 0.600, teacher with 50 calls has 0.900")
 
 
-def test_memory_is_told() -> None:
+def test_memorisation_and_energy_below_the_floor_are_warned_of() -> None:
     copies = row("onestep", 1, 0.004, memorised_flag=True, replicas=0.25, replicas_base=0.01)
     flagged, below = warned([*TEACHER, copies])
     assert "1 of 4 rows are flagged" in flagged
     assert "25.0% of its samples" in flagged
-    assert "onestep with 1 call scores energy 0.0040, below the 0.0075 of fresh data" in below
+    assert "onestep with 1 call has energy 0.0040, below the 0.0075 of new data" in below
 
 
-def test_a_reflow_without_effect_is_told_whatever_the_order_of_keys() -> None:
+def test_reflow_without_effect_is_warned_of_in_any_order_of_keys() -> None:
     rows = [*TEACHER, row("straight", 1, 0.1, method="reflow")]
     no_effect = {"straight": {"straightness": 9.0}, "teacher": {"straightness": 8.9}}
     assert warned(rows, diagnosis=no_effect) == [
-        "straight is no straighter than teacher (S 9.00 against 8.90): ReFlow had no effect."
+        "straight is not straighter than teacher (S 9.00 against 8.90): ReFlow had no effect."
     ]
     assert warned(rows, diagnosis={"straight": {"straightness": 0.4}, "teacher": {"straightness": 8.9}}) == []
 
@@ -468,7 +471,7 @@ def test_the_best_of_a_column_is_marked_and_controls_are_not() -> None:
     heads, lines = comparison({"rows": [*TEACHER, row("onestep", 1, 0.0161), GAUSSIAN]})
     column = [title for title, _ in heads].index("energy")
     marked = [line.name for line in lines if line.cells[column].best]
-    assert marked == ["teacher", "onestep"]  # .0160 and .0161 print alike
+    assert marked == ["teacher", "onestep"]  # .0160 and .0161 are printed alike
     assert lines[-1].kind == "floor"
     assert lines[-1].cells[column].text == "0.0075"
     assert not any(cell.best for line in lines if line.kind != "model" for cell in line.cells)
@@ -606,18 +609,18 @@ def test_vectors_are_drawn_as_points(size: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("x", "name", "options", "match"),
     [
-        (torch.zeros(4, 2, 8, 8), "s.png", {}, r"\(4, 2, 8, 8\) are no grey or colour images"),
+        (torch.zeros(4, 2, 8, 8), "s.png", {}, r"\(4, 2, 8, 8\) are not grey or colour images"),
         (torch.zeros(4), "s.png", {}, r"shape \(4,\) cannot be drawn"),
         (torch.zeros(0, 8, 8), "s.png", {}, "cannot be drawn"),
         (torch.zeros(2, 1, 1, 8, 8), "s.png", {}, "cannot be drawn"),
         (torch.full((2, 8, 8), torch.nan), "s.png", {}, "NaN or infinite"),
-        (torch.zeros(2, 8, 8), "s.jpg", {}, r"'.*s\.jpg' ends otherwise"),
+        (torch.zeros(2, 8, 8), "s.jpg", {}, r"'.*s\.jpg' does not end in .png"),
         (torch.zeros(2, 8, 8), "s.png", {"columns": 0}, "columns must be at least 1, got 0"),
         (torch.zeros(2, 8, 8), "s.png", {"limits": (1, 0)}, r"limits must be \(lowest, highest\)"),
         (torch.zeros(9, 2), "s.png", {"columns": 3}, "limits and columns are for images"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_drawn_is_refused(
+def test_samples_that_cannot_be_drawn_are_refused(
     x: Tensor, name: str, options: dict[str, Any], match: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=match):

@@ -1,8 +1,8 @@
 """fewstep: fast generation with flow matching.
 
 Time runs from noise to data: ``t = 0`` is the base ``x0 ~ p0``, ``t = 1`` is data ``x1``. Networks are called
-``v(x, t, **cond)`` with ``x`` (B, ...) and ``t`` (B,). Names are loaded when they are first used, so that
-``import fewstep`` costs little beside torch.
+``v(x, t, **cond)`` with ``x`` (B, ...) and ``t`` (B,). A public name is imported when it is first used, so
+``import fewstep`` itself imports only torch and numpy.
 """
 
 from __future__ import annotations

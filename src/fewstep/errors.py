@@ -1,6 +1,6 @@
-"""Errors a user can cause: each says what is wrong, why, and what to do.
+"""Errors that a user can cause; each message says what is wrong, why, and what to do.
 
-The command line turns every :class:`UserError` into one message and exit code 2; anything else is a
+The command line turns every :class:`UserError` into one message and exit code 2. Any other exception is a
 defect of the library and keeps its traceback.
 """
 
@@ -21,13 +21,25 @@ class MissingExtra(UserError):
 
 
 def suggestion(given: str, known: Iterable[str]) -> str:
-    """Return ``"did you mean 'x'? "`` for the nearest known word, or an empty string."""
+    """Return ``"did you mean 'x'? "`` for the known word most like ``given``, or an empty string.
+
+    >>> suggestion("hein", ["euler", "heun"]), suggestion("zzz", ["euler", "heun"])
+    ("did you mean 'heun'? ", '')
+    """
     near = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
 def unknown(kind: str, given: object, known: Iterable[str]) -> UserError:
-    """Build the error for a name that is not in a list, with the likeliest word.
+    """Build the error for a name that is not in a list, with the most similar known name.
+
+    Args:
+        kind: what the name is, for the message ("solver").
+        given: the name that was given.
+        known: the names that exist.
+
+    Returns:
+        The error, to be raised by the caller.
 
     >>> str(unknown("solver", "eulr", ["euler", "heun"]))
     "unknown solver 'eulr': did you mean 'euler'? Known: euler, heun."
@@ -37,7 +49,15 @@ def unknown(kind: str, given: object, known: Iterable[str]) -> UserError:
 
 
 def require_extra(module: str, extra: str) -> ModuleType:
-    """Import ``module`` or say which extra brings it."""
+    """Import an optional package.
+
+    Args:
+        module: the package's import name.
+        extra: the extra of fewstep that installs it.
+
+    Raises:
+        MissingExtra: the package is not installed; the message gives the pip command.
+    """
     try:
         return importlib.import_module(module)
     except ImportError as error:

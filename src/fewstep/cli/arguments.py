@@ -1,4 +1,4 @@
-"""The verbs' arguments as dataclasses; tyro makes the parsers and the help of them."""
+"""The arguments of the verbs as dataclasses, from which tyro makes the parsers and the help."""
 
 from __future__ import annotations
 
@@ -13,28 +13,38 @@ import tyro.constructors
 LISTS = ("methods", "solvers", "data", "networks", "grids", "recipes")
 
 
-def shown(metavar: str, default: str | None = None) -> Any:
-    """How help shows an option: what stands for its value, and in words what happens without it."""
+def option(metavar: str, default: str | None = None) -> Any:
+    """How help shows an option.
+
+    Args:
+        metavar: the placeholder of its value.
+        default: the default in words; None: tyro prints the value; empty: nothing is printed.
+    """
     hint = None if default is None else default and f"(default: {default})"
     return tyro.conf.arg(metavar=metavar, help_behavior_hint=hint)
 
 
 def number(kind: type[int] | type[float], what: str) -> Any:
-    """An option's number, absent or given; what is no number is refused in plain words."""
+    """The parser of an optional number.
 
-    def read(words: Sequence[str]) -> int | float:
+    Args:
+        kind: its type.
+        what: its name in the error ("a whole number").
+    """
+
+    def parse(texts: Sequence[str]) -> int | float:
         try:
-            value = kind(words[0])
+            value = kind(texts[0])
         except ValueError:
-            raise ValueError(f"{words[0]!r} is not {what}.") from None
+            raise ValueError(f"{texts[0]!r} is not {what}.") from None
         if isinstance(value, int) and abs(value) >= 2**63:
-            raise ValueError(f"{words[0]} is too large.")
+            raise ValueError(f"{texts[0]} is too large.")
         return value
 
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar=kind.__name__.upper(),
-        instance_from_str=read,
+        instance_from_str=parse,
         is_instance=lambda value: value is None or isinstance(value, kind),
         str_from_instance=lambda value: [str(value)],
     )
@@ -48,8 +58,8 @@ NUMBER = number(float, "a number")
 class Demo:
     """Arguments of ``demo``."""
 
-    out: Annotated[Path, shown("DIR")] = Path("runs/demo")
-    """folder for everything the demo writes"""
+    out: Annotated[Path, option("DIR")] = Path("runs/demo")
+    """folder for all output of the demo"""
     seed: Annotated[int, WHOLE] = 0
     """seed of data order, noise and weights"""
 
@@ -58,39 +68,39 @@ class Demo:
 class Run:
     """Arguments of ``run``."""
 
-    recipe: Annotated[str, tyro.conf.Positional, shown("RECIPE")]
+    recipe: Annotated[str, tyro.conf.Positional, option("RECIPE")]
     """a YAML file, or the name of a recipe that comes with fewstep"""
-    out: Annotated[Path | None, shown("DIR", "runs/NAME")] = None
+    out: Annotated[Path | None, option("DIR", "runs/NAME")] = None
     """run folder"""
     set: Annotated[tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="KEY=VALUE")] = ()
     """change a recipe's value, e.g. --set stages.teacher.samples=100000"""
     dry: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help_behavior_hint="")] = False
-    """show stages, network calls and estimated minutes, and run nothing"""
+    """show stages, network calls and estimated minutes without running them"""
 
 
 @dataclass(frozen=True)
 class Sample:
     """Arguments of ``sample``."""
 
-    model: Annotated[Path, tyro.conf.Positional, shown("MODEL")]
+    model: Annotated[Path, tyro.conf.Positional, option("MODEL")]
     """a model's folder"""
-    num: Annotated[int, WHOLE, shown("N")]
-    """how many samples"""
-    out: Annotated[Path, shown("FILE")]
+    num: Annotated[int, WHOLE, option("N")]
+    """number of samples"""
+    out: Annotated[Path, option("FILE")]
     """.npy, .npz or .png (a sheet)"""
-    steps: Annotated[int | None, WHOLE, shown("K", "the model's")] = None
+    steps: Annotated[int | None, WHOLE, option("K", "the model's")] = None
     """solver steps; network calls with --solver auto or fitted"""
-    solver: Annotated[str | None, shown("NAME", "euler")] = None
-    """solver of a velocity model, see fewstep list solvers; auto and fitted are found for the model and kept with it"""
-    grid: Annotated[str | None, shown("GRID", "uniform")] = None
+    solver: Annotated[str | None, option("NAME", "euler")] = None
+    """solver of a velocity model, see fewstep list solvers; auto and fitted are found for the model and stored in it"""
+    grid: Annotated[str | None, option("GRID", "uniform")] = None
     """time grid: uniform, shift:3, quadratic:2, or explicit times 0,0.2,1, which fix the steps"""
-    label: Annotated[str | None, shown("LABEL", "drawn as often as in the data")] = None
+    label: Annotated[str | None, option("LABEL", "drawn with the frequencies of the data")] = None
     """class of every sample"""
-    guidance: Annotated[float | None, NUMBER, shown("W", "none")] = None
+    guidance: Annotated[float | None, NUMBER, option("W", "none")] = None
     """guidance weight of a conditional velocity model"""
     seed: Annotated[int, WHOLE] = 0
-    """sample i is a function of (seed, i)"""
-    batch_size: Annotated[int, WHOLE, shown("N")] = 256
+    """seed; sample i depends on the seed and i only"""
+    batch_size: Annotated[int, WHOLE, option("N")] = 256
     """rows per network call; does not change the samples"""
 
 
@@ -98,41 +108,41 @@ class Sample:
 class Diagnose:
     """Arguments of ``diagnose``."""
 
-    model: Annotated[Path, tyro.conf.Positional, shown("MODEL")]
+    model: Annotated[Path, tyro.conf.Positional, option("MODEL")]
     """a velocity model's folder"""
-    out: Annotated[Path | None, shown("DIR", "print only")] = None
+    out: Annotated[Path | None, option("DIR", "print only")] = None
     """also write diagnosis.json here"""
-    num: Annotated[int, WHOLE, shown("N")] = 256
-    """noises to measure on"""
-    calls: Annotated[str, shown("K,K,...")] = "4,8,16"
-    """numbers of network calls to find the best sampler for, kept with the model; 'none' to leave that out"""
-    data: Annotated[str | None, shown("DATA", "no likelihood")] = None
-    """also the log-likelihood of this data's held-out rows"""
+    num: Annotated[int, WHOLE, option("N")] = 256
+    """number of noise samples"""
+    calls: Annotated[str, option("K,K,...")] = "4,8,16"
+    """numbers of network calls to choose the best solver and grid for, stored with the model; 'none': do not choose"""
+    data: Annotated[str | None, option("DATA", "no likelihood")] = None
+    """also compute the log-likelihood of the held-out rows of this data"""
     seed: Annotated[int, WHOLE] = 0
-    """seed of the noises"""
+    """seed of the noise samples"""
 
 
 @dataclass(frozen=True)
 class Compare:
     """Arguments of ``compare``."""
 
-    models: Annotated[tuple[Path, ...], tyro.conf.Positional, shown("MODEL...", "")]
-    """models' folders, one or more"""
-    data: Annotated[str, shown("DATA")]
+    models: Annotated[tuple[Path, ...], tyro.conf.Positional, option("MODEL...", "")]
+    """folders of models, one or more"""
+    data: Annotated[str, option("DATA")]
     """a built-in name or a path"""
-    steps: Annotated[str, shown("K,K,...")] = "1,2,4,8"
+    steps: Annotated[str, option("K,K,...")] = "1,2,4,8"
     """step counts for velocity models"""
-    solver: Annotated[str | None, shown("NAME", "each model's own")] = None
+    solver: Annotated[str | None, option("NAME", "each model's own")] = None
     """solver of velocity models; with auto and fitted, steps are network calls"""
-    grid: Annotated[str | None, shown("GRID", "each model's own")] = None
+    grid: Annotated[str | None, option("GRID", "each model's own")] = None
     """time grid of velocity models; explicit times fix the steps"""
-    samples: Annotated[int | None, WHOLE, shown("N", "min(4000, training rows)")] = None
-    """generated samples"""
-    features: Annotated[str | None, shown("FEATURES", "the values themselves")] = None
-    """what the Fréchet distance looks at: a features stage's folder, a CIFAR ResNet's file, lpips:vgg or lpips:alex"""
+    samples: Annotated[int | None, WHOLE, option("N", "min(4000, training rows)")] = None
+    """number of generated samples"""
+    features: Annotated[str | None, option("FEATURES", "the data values")] = None
+    """features of the Fréchet distance: folder of a features stage, file of a CIFAR ResNet, lpips:vgg or lpips:alex"""
     seed: Annotated[int, WHOLE] = 0
     """seed of the samples"""
-    out: Annotated[Path | None, shown("DIR", "print only")] = None
+    out: Annotated[Path | None, option("DIR", "print only")] = None
     """also write compare.json, compare.md and report.html here"""
 
 
@@ -140,15 +150,15 @@ class Compare:
 class List:
     """Arguments of ``list``."""
 
-    what: Annotated[str, tyro.conf.Positional, shown("{" + ",".join(LISTS) + "}")]
+    what: Annotated[str, tyro.conf.Positional, option("{" + ",".join(LISTS) + "}")]
     """what to list"""
-    table: Annotated[str | None, shown("SOLVER", "")] = None
-    """with solvers: print the numbers that this solver is on a grid"""
-    steps: Annotated[int | None, WHOLE, shown("K", "4")] = None
+    table: Annotated[str | None, option("SOLVER", "")] = None
+    """with solvers: print the coefficients of this solver on a grid"""
+    steps: Annotated[int | None, WHOLE, option("K", "4")] = None
     """with --table: solver steps"""
-    grid: Annotated[str | None, shown("GRID", "uniform")] = None
+    grid: Annotated[str | None, option("GRID", "uniform")] = None
     """with --table: time grid, or explicit times, which fix the steps"""
-    path: Annotated[str | None, shown("PATH", "linear")] = None
+    path: Annotated[str | None, option("PATH", "linear")] = None
     """with --table: the path that the field was trained on: linear, cosine, vp, …"""
 
 

@@ -1,4 +1,4 @@
-"""What ``fewstep diagnose`` prints: measures, the best samplers for a few numbers of calls, likelihood, a verdict."""
+"""The output of ``fewstep diagnose``: measures, likelihood, the best solvers and grids, conclusions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from fewstep.errors import UserError
 if TYPE_CHECKING:
     from fewstep.generator import Generator
 
-JUDGED = 256  # held-out rows for the likelihood
+MAX_LIKELIHOOD_ROWS = 256  # held-out rows; chosen, not tuned
 
 
 def measures(d: Diagnosis) -> list[str]:
-    """A diagnosis in lines."""
+    """The lines with the measures of a diagnosis."""
     lines = [
         f"straightness     {d.straightness:.4g} ± {d.straightness_error:.2g} summed over {d.dimensions} dimensions",
         f"                 {d.relative_straightness:.4f} of the squared displacement (0 is straight)",
@@ -39,20 +39,22 @@ def measures(d: Diagnosis) -> list[str]:
 
 
 def profile(times: np.ndarray, values: np.ndarray) -> str:
-    """A profile along t in five numbers."""
+    """Five values of a profile along t."""
     chosen = [int(np.abs(times - t).argmin()) for t in np.linspace(0.0, 1.0, 5)]
     return "  ".join(f"t={times[k]:.2f}: {values[k]:.3g}" for k in chosen)
 
 
 def choices(model: Generator, calls: Sequence[int]) -> list[Choice]:
-    """The best solver and grid for every number of calls; kept with the model."""
+    """Choose the best solver and grid for every number of calls; the model stores them."""
     return [model.tune(number) for number in calls]
 
 
 def advice(choice: Choice) -> str:
-    """A choice in a line."""
+    """The lines with a chosen solver, its grid and its error."""
     grid = ",".join(f"{t:.3f}" for t in choice.grid)
-    gain = "as good as" if choice.error >= choice.euler else f"{choice.euler / choice.error:.1f} × nearer than"
+    gain = (
+        "no better than" if choice.error >= choice.euler else f"{choice.euler / choice.error:.1f} × more accurate than"
+    )
     return (
         f"{choice.calls} calls: {choice.solver} on {grid}\n"
         f"                 error {choice.error / choice.spread:.2%} of the spread, {gain} uniform Euler steps"
@@ -60,7 +62,7 @@ def advice(choice: Choice) -> str:
 
 
 def conclusions(model: Generator, d: Diagnosis, found: Sequence[Choice]) -> list[str]:
-    """The verdict, with the best solver of every number of calls."""
+    """The conclusions of a diagnosis, with the best solver for every number of calls."""
     coupling = model.config.coupling
     lines = verdict(d, deterministic=None if coupling is None else coupling.deterministic)
     best = [f"{choice.solver} at {choice.calls}" for choice in found]
@@ -68,23 +70,41 @@ def conclusions(model: Generator, d: Diagnosis, found: Sequence[Choice]) -> list
 
 
 def likelihood(model: Generator, source: str, seed: int) -> tuple[list[str], dict[str, Any]]:
-    """Log-likelihood of held-out rows, and bits per dimension where the data are discrete."""
+    """Log-likelihood of held-out rows, and bits per dimension for discrete data.
+
+    Args:
+        model: a velocity model with a Gaussian base.
+        source: a built-in name or a path.
+        seed: seed of dequantisation and of the divergence estimate.
+
+    Returns:
+        The lines to print, and the values as a dictionary.
+
+    Raises:
+        UserError: the data or the model do not fit.
+    """
     data = load_data(source)
     if data.shape != model.config.shape:
-        raise UserError(f"{source} has rows of shape {data.shape}, and the model makes {model.config.shape}.")
+        raise UserError(
+            f"{source} has rows of shape {data.shape}, and the model makes samples of shape {model.config.shape}. "
+            "Give the data that it was trained on."
+        )
     if model.config.scaling != data.scaling.as_dict():
         raise UserError(
-            f"{source} is scaled otherwise than the model's own data: the likelihood would be of other data."
+            f"{source} has another scaling than the model's data, so the likelihood would be that of other values. "
+            "Give the data that the model was trained on, with the same 'scale'."
         )
     if model.config.base != "gaussian":
-        raise UserError(f"the likelihood needs a Gaussian base, and {model.name!r} starts from data.")
+        raise UserError(f"the likelihood needs a Gaussian base, and the base of {model.name!r} is data.")
     if model.conditional and (data.labels is None or data.classes != len(model.config.class_weights)):
-        raise UserError(f"{source} has not the labels that {model.name!r} takes: the likelihood is given the label.")
+        raise UserError(
+            f"{source} does not have the labels of {model.name!r}: the likelihood is conditional on the label."
+        )
     rows = data.held_out if len(data.held_out) else data.train
-    rows = rows[: min(JUDGED, len(rows))]
+    rows = rows[: min(MAX_LIKELIHOOD_ROWS, len(rows))]
     x = data.network_rows(rows).double()
     if data.quantum is not None:
-        # the values are the centres of their cells
+        # dequantise adds noise from 0 to one quantum, and values are the centres of their cells
         x = dequantise(x, data.quantum, seed=seed) - data.quantum / 2
     labels = data.label_rows(rows) if model.conditional else None
     cond = {} if labels is None else {"label": labels.to(model.device)}

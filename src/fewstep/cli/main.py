@@ -1,7 +1,6 @@
-"""``fewstep VERB …``: parse, dispatch, and turn a user's mistake into one message and exit code 2.
+"""``fewstep VERB …``: parses the arguments, runs the verb, and turns a UserError into a message and exit code 2.
 
-Help is built from light dataclasses, so that it imports neither torch nor numpy; a verb's work is imported
-when it runs.
+Help is built from dataclasses and imports neither torch nor numpy; the function of a verb is imported when it runs.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ RESUMABLE = ("demo", "run")
 
 
 def usage() -> str:
-    """What ``fewstep --help`` prints."""
+    """The text of ``fewstep --help``."""
     width = max(map(len, VERBS))
     lines = [f"  {name.ljust(width)}  {verb.summary}" for name, verb in VERBS.items()]
     return "\n".join(
@@ -38,34 +37,41 @@ def usage() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line.
+
+    Args:
+        argv: the arguments; those of the process when not given.
+
+    Returns:
+        0, or 2 after a user's mistake, 130 after Ctrl-C.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal without Unicode must not end a run
+        if isinstance(stream, io.TextIOWrapper):  # characters that the terminal cannot show are replaced
             stream.reconfigure(errors="replace")
     try:
         return dispatch(arguments)
     except UserError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         return USAGE_ERROR
-    except SystemExit as leaving:  # help was shown, or the arguments were refused
-        return leaving.code if isinstance(leaving.code, int) else USAGE_ERROR
-    except BrokenPipeError:  # the reader of a pipe went away
+    except SystemExit as exit_:  # tyro showed help or refused the arguments
+        return exit_.code if isinstance(exit_.code, int) else USAGE_ERROR
+    except BrokenPipeError:  # the process that reads the output has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         resumes = arguments and arguments[0] in RESUMABLE
-        how = "; the same command goes on from the last checkpoint" if resumes else ""
-        print(f"\nfewstep: interrupted{how}.", file=sys.stderr)
+        advice = "; the same command continues from the last checkpoint" if resumes else ""
+        print(f"\nfewstep: interrupted{advice}.", file=sys.stderr)
         return INTERRUPTED
 
 
 def dispatch(arguments: list[str]) -> int:
-    """Find the verb and run it."""
+    """Find the verb, parse its options and run it; return the exit code."""
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else USAGE_ERROR
-    if arguments[0] == "help":  # help, help VERB
+    if arguments[0] == "help":  # also help VERB
         return dispatch([*arguments[1:2], "--help"])
     if arguments[0] == "--version":
         from fewstep import __version__
@@ -75,7 +81,7 @@ def dispatch(arguments: list[str]) -> int:
     name, rest = arguments[0], arguments[1:]
     if name.startswith("-") and name not in VERBS:
         raise UserError(
-            f"{name!r} before the verb: {suggestion(name, ['--help', '--version'])}A verb comes first, then "
+            f"{name!r} stands before the verb: {suggestion(name, ['--help', '--version'])}A verb comes first, then "
             f"its options: fewstep VERB [options]. Verbs: {', '.join(VERBS)}."
         )
     if name not in VERBS:

@@ -1,4 +1,4 @@
-"""The verbs: their arguments, what they do, and where their work is."""
+"""The table of verbs: name, arguments, help text, and the function that runs them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,13 @@ from fewstep.cli.arguments import Compare, Demo, Diagnose, Doctor, List, Run, Sa
 @final
 @dataclass(frozen=True)
 class Verb:
-    """A verb: its arguments, what it does, where its work is."""
+    """A verb of the command line.
+
+    Attributes:
+        arguments: dataclass of its arguments; its name in lower case is the function in :mod:`fewstep.cli.work`.
+        summary: one line for ``fewstep --help``.
+        more: further sentences for ``fewstep VERB --help``.
+    """
 
     arguments: type[Any]
     summary: str
@@ -21,24 +27,24 @@ class Verb:
 
     @property
     def run(self) -> Callable[[Any], int]:
-        """The function that does the work, imported now."""
+        """The function that runs the verb; importing it loads torch."""
         work = importlib.import_module("fewstep.cli.work")
         function: Callable[[Any], int] = getattr(work, self.arguments.__name__.lower())
         return function
 
     def description(self) -> str:
-        """What ``fewstep VERB --help`` says first."""
+        """The first paragraph of ``fewstep VERB --help``."""
         return f"{self.summary[0].upper()}{self.summary[1:]}. {self.more}".strip()
 
 
 VERBS: dict[str, Verb] = {
-    "demo": Verb(Demo, "the whole story on embedded data: teacher, ReFlow, one-step student, report"),
+    "demo": Verb(Demo, "teacher, ReFlow, one-step student and report on the built-in digits"),
     "run": Verb(Run, "run a recipe's stages; the same command again resumes"),
     "sample": Verb(Sample, "draw samples from a model"),
     "diagnose": Verb(
-        Diagnose, "straightness, curvature, error and stiffness along t; the best solver and grid; a verdict"
+        Diagnose, "straightness, curvature, error and stiffness along t; the best solver and grid; conclusions"
     ),
     "compare": Verb(Compare, "quality, network calls and time of several models side by side"),
-    "list": Verb(List, "what there is: methods, solvers, data, networks, grids, recipes"),
-    "doctor": Verb(Doctor, "what this machine can do"),
+    "list": Verb(List, "list the methods, solvers, data, networks, grids or recipes"),
+    "doctor": Verb(Doctor, "versions, device, threads and bf16 speed of this machine"),
 }

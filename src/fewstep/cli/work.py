@@ -1,4 +1,8 @@
-"""What the verbs do."""
+"""The functions of the verbs.
+
+Each takes the options of its verb, prints its results, returns the exit code 0, and raises a
+:class:`~fewstep.errors.UserError` for a user's mistake.
+"""
 
 from __future__ import annotations
 
@@ -19,19 +23,22 @@ if TYPE_CHECKING:
     from fewstep.generator import Generator
 
 
-def check_place(folder: Path) -> None:
-    """Refuse a folder that could not be made or written to, and make nothing yet."""
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, without making it.
+
+    Raises:
+        UserError: the folder or its nearest existing parent cannot be written to.
+    """
     make_folder(next(part for part in (folder, *folder.parents) if os.path.lexists(part)))
 
 
 def demo(options: arguments.Demo) -> int:
-    """The digits recipe, from data to report."""
-    changed = arguments.Run("digits", out=options.out, set=(f"seed={options.seed}",))
-    return run(changed)
+    """Run the digits recipe, from data to report."""
+    return run(arguments.Run("digits", out=options.out, set=(f"seed={options.seed}",)))
 
 
 def run(options: arguments.Run) -> int:
-    """Run a recipe and compare its stages."""
+    """Run the stages of a recipe, compare their models and write the report."""
     from fewstep.pipeline.dry import show_plan
     from fewstep.pipeline.feature_checks import models_among
     from fewstep.pipeline.finish import finish_run
@@ -41,7 +48,7 @@ def run(options: arguments.Run) -> int:
     set_threads()
     recipe = load_recipe(options.recipe, options.set)
     out = options.out or Path("runs") / Path(options.recipe).stem
-    check_place(out)
+    check_writable(out)
     if options.dry:
         print(show_plan(recipe, out))
         print("next:   the same command without --dry")
@@ -62,7 +69,7 @@ def run(options: arguments.Run) -> int:
 
 
 def sample(options: arguments.Sample) -> int:
-    """Draw samples into a file."""
+    """Draw samples and write them to a file."""
     from fewstep.cli import diagnosis_text as diagnosis
     from fewstep.diagnostics.tune import KINDS
     from fewstep.generator import load
@@ -91,13 +98,19 @@ def sample(options: arguments.Sample) -> int:
 
 
 def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
-    """How samples are written to a file of this name; checked before anything is sampled."""
+    """Check a file's name before sampling and return the function that writes samples to it.
+
+    Raises:
+        UserError: the path is a folder, cannot be written to, or does not end in .npy, .npz or .png.
+    """
     if path.is_dir():
-        raise UserError(f"--out {path} is a folder: give a file's name, such as {path / 'samples.npy'}.")
+        raise UserError(f"--out {path} is a folder: give the name of a file, such as {path / 'samples.npy'}.")
     suffix = path.suffix.lower()
     if suffix not in (".npy", ".npz", ".png"):
-        raise UserError(f"--out {path}: samples are written as .npy, .npz or .png, by the file's ending.")
-    check_place(path.parent)
+        raise UserError(
+            f"--out {path}: samples are written as .npy, .npz or .png: give a name with one of these endings."
+        )
+    check_writable(path.parent)
 
     def write(x: torch.Tensor, model: Generator) -> None:
         if suffix == ".npy":
@@ -108,7 +121,7 @@ def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
         else:
             from fewstep.report import write_sheet
 
-            # black and white are the ends of the data's range, not of these samples'
+            # black and white are the ends of the range of the data, not of these samples
             clip = (model.config.scaling or {}).get("clip")
             write_sheet(x, path, limits=tuple(clip) if clip and x.ndim > 2 else None)
 
@@ -116,7 +129,7 @@ def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
 
 
 def diagnose(options: arguments.Diagnose) -> int:
-    """Measure a velocity model along its trajectories, and find its best samplers."""
+    """Measure a velocity model along its trajectories, and choose its best solvers and grids."""
     from fewstep.cli import diagnosis_text as diagnosis
     from fewstep.diagnostics.diagnose import diagnose as measure
     from fewstep.generator import load
@@ -128,10 +141,10 @@ def diagnose(options: arguments.Diagnose) -> int:
     model = load(options.model, device=default_device())
     if model.config.rule.kind != "velocity":
         raise UserError(
-            f"{options.model} is a one-step map, and has no velocity along t: diagnose the flow it was distilled from."
+            f"{options.model} is a one-step map and has no velocity along t: diagnose the flow it was distilled from."
         )
     if options.out is not None:
-        check_place(options.out)
+        check_writable(options.out)
     draw = model.draw(options.num, steps=1, solver="euler", grid="uniform", seed=options.seed)
     d = measure(model.module, draw.x0.to(model.device), cond=draw.conditions(model.device))
     print(f"model            {options.model}")
@@ -142,10 +155,10 @@ def diagnose(options: arguments.Diagnose) -> int:
     found = diagnosis.choices(model, calls)
     for choice in found:
         print(f"best at          {diagnosis.advice(choice)}")
-    words = diagnosis.conclusions(model, d, found)
-    print("\n" + "\n".join(f"- {line}" for line in words) + "\n")
+    conclusions = diagnosis.conclusions(model, d, found)
+    print("\n" + "\n".join(f"- {line}" for line in conclusions) + "\n")
     if options.out is not None:
-        fields = {"verdict": words, "choices": [choice.as_dict() for choice in found], "likelihood": values}
+        fields = {"verdict": conclusions, "choices": [choice.as_dict() for choice in found], "likelihood": values}
         write_json(options.out / "diagnosis.json", d.as_dict() | fields)
         print(f"wrote {options.out / 'diagnosis.json'}")
     print(f"next  fewstep sample {options.model} --num 64 --steps 8 --solver auto --out samples.npy")
@@ -166,11 +179,11 @@ def compare(options: arguments.Compare) -> int:
     if options.samples is not None and options.samples < 1:
         raise UserError(f"--samples must be at least 1, got {options.samples}.")
     if options.out is not None:
-        check_place(options.out)
+        check_writable(options.out)
     folders = models_among(options.models)
     for folder in options.models:
         if folder not in folders:
-            print(f"  {folder} holds features, nothing to compare: --features {folder} judges by them")
+            print(f"  {folder} holds features, not a model to compare: use it with --features {folder}")
     models = [load(folder, device=default_device()) for folder in folders]
     name_apart(models, folders)
     data = load_data(options.data)
@@ -186,7 +199,7 @@ def compare(options: arguments.Compare) -> int:
     )
     print("\n" + table(result))
     if options.out is None:
-        print("\nnext  the same with --out DIR writes compare.json and an HTML report")
+        print("\nnext  the same command with --out DIR also writes compare.json and an HTML report")
         return 0
     report = write_comparison(make_folder(options.out), result, models, data)
     print(f"\nwrote   {options.out}: compare.json, compare.md\nreport  {report}")
@@ -194,19 +207,26 @@ def compare(options: arguments.Compare) -> int:
     return 0
 
 
-def number_list(option: str, words: str) -> Sequence[int]:
-    """``1,2,4`` as numbers."""
+def number_list(option: str, text: str) -> Sequence[int]:
+    """Parse ``1,2,4``.
+
+    Raises:
+        UserError: the text is not a list of whole numbers of at least 1.
+
+    >>> number_list("--steps", "1,2,4")
+    [1, 2, 4]
+    """
     try:
-        numbers = [int(word) for word in words.split(",")]
+        numbers = [int(part) for part in text.split(",")]
     except ValueError as error:
-        raise UserError(f"{option} {words!r} is not a list of whole numbers: write for example 1,2,4,8.") from error
+        raise UserError(f"{option} {text!r} is not a list of whole numbers: write for example 1,2,4,8.") from error
     if min(numbers) < 1:
-        raise UserError(f"{option} {words!r}: every number must be at least 1.")
+        raise UserError(f"{option} {text!r}: every number must be at least 1.")
     return numbers
 
 
 def list(options: arguments.List) -> int:
-    """List what there is."""
+    """Print the names of one kind, each with one line."""
     if options.what not in arguments.LISTS:
         raise unknown("list", options.what, arguments.LISTS)
     if options.table is not None:
@@ -250,12 +270,12 @@ NEXT = {
     "data": "name one, or a path, under 'data' in a recipe",
     "networks": "name one under 'network' in a recipe: {name: NAME, preset: PRESET}",
     "grids": "fewstep sample MODEL --num 64 --grid NAME --steps 8 --out x.npy",
-    "recipes": "fewstep run NAME --dry shows what it would do",
+    "recipes": "fewstep run NAME --dry shows its stages, network calls and estimated minutes",
 }
 
 
 def catalogue(what: str) -> Sequence[tuple[str, str]]:
-    """Names and one line each."""
+    """The names of a kind, each with one line."""
     if what == "methods":
         from fewstep.methods.registry import METHODS
 
@@ -300,7 +320,7 @@ def solver_entries() -> Sequence[tuple[str, str]]:
 
 
 def doctor(options: arguments.Doctor) -> int:
-    """Say what this machine can do."""
+    """Print versions, device, threads and whether bf16 is fast."""
     import platform
 
     threads = set_threads()
@@ -315,7 +335,7 @@ def doctor(options: arguments.Doctor) -> int:
 
 
 def bf16_is_fast() -> bool:
-    """Whether a bf16 matrix product is quicker than a float32 one."""
+    """Whether a product of 512 x 512 matrices takes less time in bf16 than in float32."""
     import time
 
     def seconds(dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""Data: built-in sets, arrays, idx files and image folders, with their units and a held-out split."""
+"""Data: built-in sets, arrays, idx files and image folders; their scaling and the held-out split."""
 
 from __future__ import annotations
 

@@ -2,9 +2,9 @@
 
 The held-out rows are chosen by a hash of the row's index alone: row ``i`` is held out where
 ``splitmix64(i) < 2**64 / 10`` (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
-2014). So the split depends on no seed and no library version, every stage and every run of the same
-data has the same one, and rows added at the end move none of the earlier ones across (below eleven rows
-none has such a hash, and the row with the smallest is held out).
+2014). So the split depends on no seed and no library version: every stage and every run on the same data
+has the same split, and rows added at the end leave the split of the earlier rows unchanged. With ten rows or
+fewer no row has such a hash, and the row with the smallest hash is held out.
 """
 
 from __future__ import annotations
@@ -27,14 +27,16 @@ from fewstep.errors import UserError
 __all__ = ["DataSet", "Indices", "Layout", "Scaling", "held_out_mask", "splitmix64"]
 
 Indices = NDArray[np.integer[Any]] | Tensor | Sequence[int] | slice
-HELD_OUT = 0.1
-_CHUNK_BYTES = 1 << 24
+HELD_OUT_EVERY = 10  # one row in ten is held out; chosen, not tuned
+_MAX_HASHED_BYTES = 1 << 24  # content is hashed in pieces of at most 16 MiB; chosen, not tuned
 
 
 def splitmix64(index: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
     """The first output of the splitmix64 generator whose state is ``index``, elementwise.
 
     ``z = i + 0x9E37...; z = (z ^ z >> 30) * 0xBF58...; z = (z ^ z >> 27) * 0x94D0...; z ^ z >> 31``.
+
+    Source: Steele, Lea and Flood (2014), see the module docstring.
     """
     z = index.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -43,10 +45,14 @@ def splitmix64(index: NDArray[np.integer[Any]]) -> NDArray[np.uint64]:
 
 
 def held_out_mask(num: int) -> NDArray[np.bool_]:
-    """Which of ``num`` rows are held out: 10 % on average, at least one row and never all of them."""
+    """Which of ``num`` rows are held out: 10 % on average, at least one row and never all of them.
+
+    Returns:
+        ``(num,)``, True for a held-out row.
+    """
     assert num >= 2, "a data set has at least two rows"
     hashes = splitmix64(np.arange(num))
-    mask = hashes < np.uint64(2**64 // 10)
+    mask = hashes < np.uint64(2**64 // HELD_OUT_EVERY)
     if not mask.any():
         mask[hashes.argmin()] = True
     if mask.all():
@@ -63,15 +69,15 @@ def _as_index(indices: Indices) -> Any:
 @final
 @dataclass(frozen=True, eq=False)
 class DataSet:
-    """Rows ``(N, *shape)`` with what is needed to train on them and to turn samples back into data.
+    """Rows ``(N, *shape)``, their labels, and the scaling to network units and back.
 
     Args:
-        name: a built-in name, or the file's.
+        name: a built-in name, or the name of the file.
         rows: ``(N, *shape)`` in the data's own units and dtype; may be memory-mapped.
         scaling: to network units and back; its ``shape`` is that of the rows.
         labels: int64 ``(N,)`` in ``0 .. classes - 1``, or None.
         classes: number of labels; 0 without labels.
-        label_names: what the labels were called in the file, where that is not ``0 .. classes - 1``.
+        label_names: the labels as the file gives them, where they are not ``0 .. classes - 1``; else None.
         quantum: distance between neighbouring values in *network* units when the data is discrete with
             one step for all features (digits 1/8, 8-bit pixels 2/255); None for continuous data.
     """
@@ -86,8 +92,10 @@ class DataSet:
 
     def __post_init__(self) -> None:
         if len(self.rows) < 2:
-            raise UserError(f"data {self.name!r} has {len(self.rows)} row(s), and at least 2 are needed.")
-        assert self.scaling.shape == self.rows.shape[1:], "the scaling must know the shape of the rows"
+            raise UserError(
+                f"data {self.name!r} has {len(self.rows)} row(s). At least 2 are needed: one to train on, one held out."
+            )
+        assert self.scaling.shape == self.rows.shape[1:], "the scaling has the shape of the rows"
         assert (self.labels is None) == (self.classes == 0), "labels and classes come together"
         assert self.labels is None or self.labels.shape == (len(self.rows),), "one label per row"
 
@@ -119,12 +127,12 @@ class DataSet:
     def fingerprint(self) -> str:
         """SHA-256 over dtype, shape, content and labels, in hexadecimal.
 
-        Equal for equal content in whatever file it came; the scaling has no part in it.
+        It is equal for equal content, whatever the file format. It does not depend on the scaling.
         """
         digest = hashlib.sha256()
         digest.update(f"{self.rows.dtype.str} {self.rows.shape}\n".encode())
         row_bytes = self.rows.dtype.itemsize * math.prod(self.shape)
-        step = max(1, _CHUNK_BYTES // max(1, row_bytes))
+        step = max(1, _MAX_HASHED_BYTES // max(1, row_bytes))
         for start in range(0, len(self.rows), step):
             digest.update(np.ascontiguousarray(self.rows[start : start + step]).view(np.uint8).data)
         if self.labels is not None:
@@ -133,7 +141,11 @@ class DataSet:
         return digest.hexdigest()
 
     def network_rows(self, indices: Indices) -> Tensor:
-        """The rows ``indices`` in network units: float32 ``(n, *shape)``. IndexError outside the rows."""
+        """The rows ``indices`` in network units: float32 ``(n, *shape)``.
+
+        Raises:
+            IndexError: an index is outside the rows.
+        """
         return self.scaling.normalise(self.rows[_as_index(indices)])
 
     def label_rows(self, indices: Indices) -> Tensor | None:

@@ -1,9 +1,9 @@
 """A folder of images of one size, read into memory as uint8.
 
 Images are taken in the order of their paths. Where every image lies in a sub-folder, and there are at
-least two, the sub-folders directly below the folder are the classes, in alphabetical order. All images
-become grey (mode L) if all are grey, else RGB; transparency is dropped. Hidden files and files that are
-not images are passed over.
+least two, the sub-folders directly below the folder are the classes, in alphabetical order. All images are
+read as grey (mode L) if all are grey, else as RGB; transparency is dropped. Hidden files and files that are
+not images are ignored.
 """
 
 from __future__ import annotations
@@ -22,13 +22,20 @@ from fewstep.errors import UserError
 __all__ = ["IMAGE_SUFFIXES", "ImageFolder", "read_folder"]
 
 IMAGE_SUFFIXES = frozenset((".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"))
-_GREY = ("1", "L", "LA")
+_GREY_MODES = ("1", "L", "LA")
 
 
 @final
 @dataclass(frozen=True)
 class ImageFolder:
-    """``rows`` uint8 ``(N, C, H, W)``, the layout of the files, and the class of each row where known."""
+    """The images of a folder.
+
+    Attributes:
+        rows: uint8 ``(N, C, H, W)``.
+        layout: ``HW`` for grey images, ``HWC`` for colour images.
+        labels: int64 ``(N,)``, the number of the sub-folder of each image; None without sub-folders.
+        label_names: the names of the sub-folders; None without sub-folders.
+    """
 
     rows: NDArray[np.uint8]
     layout: Layout
@@ -37,7 +44,7 @@ class ImageFolder:
 
 
 def _image_paths(folder: Path) -> list[Path]:
-    """Paths of the images relative to the folder, sorted."""
+    """Return the paths of the images relative to the folder, sorted; refuse fewer than two."""
     found: list[Path] = []
     for parent, folders, files in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -56,7 +63,7 @@ def _image_paths(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, mode: str | None) -> Any:
-    """Open an image; with a mode, decode it to uint8, else return its size and mode."""
+    """Return an image decoded to uint8 in the given mode; without a mode, its size and mode."""
     from PIL import Image
 
     try:
@@ -67,7 +74,7 @@ def _read(path: Path, mode: str | None) -> Any:
 
 
 def _common_mode(folder: Path, paths: list[Path]) -> tuple[tuple[int, int], str]:
-    """The size of all images and the mode to convert them to."""
+    """Return the size of all images and the mode that they are converted to."""
     grey = True
     for number, path in enumerate(paths):
         size, mode = _read(folder / path, None)
@@ -84,16 +91,16 @@ def _common_mode(folder: Path, paths: list[Path]) -> tuple[tuple[int, int], str]
                 f"{str(folder / path)!r} is {size[0]} x {size[1]}. Resize or crop them all to one size "
                 "first, e.g. with PIL.ImageOps.fit(image, (64, 64))."
             )
-        grey = grey and mode in _GREY
+        grey = grey and mode in _GREY_MODES
     return first, "L" if grey else "RGB"
 
 
 def read_folder(folder: Path) -> ImageFolder:
-    """Read all images below ``folder``.
+    """Read all images below ``folder``, in the order of their paths.
 
     Raises:
-        UserError: there are fewer than two images, one is unreadable or has more than 8 bits a pixel, or the
-            sizes differ; the files are named.
+        UserError: there are fewer than two images, one is unreadable or has more than 8 bits per pixel, or the
+            sizes differ; the message names the files.
     """
     paths = _image_paths(folder)
     (width, height), mode = _common_mode(folder, paths)

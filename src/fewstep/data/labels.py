@@ -15,17 +15,24 @@ __all__ = ["check_labels"]
 def check_labels(
     labels: ArrayLike, num: int, what: str, rows_what: str
 ) -> tuple[NDArray[np.int64], tuple[int, ...] | None]:
-    """Return int64 labels in ``0 .. K - 1`` and the original values where they were others.
+    """Map the labels of ``num`` rows to int64 ``0 .. K - 1``, in the order of their values.
 
-    Booleans and floats that are whole numbers are taken as integers.
+    Booleans and floats that are whole numbers are accepted as integers.
 
     Args:
-        labels: ``(num,)``.
+        labels: whole numbers ``(num,)``.
         num: number of rows.
         what, rows_what: how errors name the labels and the data.
 
+    Returns:
+        The mapped labels ``(num,)``, and the K original values; None in place of the values when they are
+        ``0 .. K - 1`` already.
+
     Raises:
         UserError: the labels are not one whole number, at least 0, per row.
+
+    >>> check_labels([7, 3, 7], 3, "the labels", "the data")
+    (array([1, 0, 1]), (3, 7))
     """
     array: NDArray[Any] = np.asarray(labels)
     if array.ndim != 1:

@@ -1,11 +1,11 @@
-"""From what the user writes to a :class:`~fewstep.data.dataset.DataSet`.
+"""Loads the data that the user names into a :class:`~fewstep.data.dataset.DataSet`.
 
-``data`` is a built-in name, the path of a file or a folder, or a mapping:
+``data`` is a built-in name, the path of a file or a folder, or a mapping with the keys:
 
 - ``path``: ``.npy``, ``.npz``, idx (plain or ``.gz``), or a folder of images;
-- ``labels``: the path of whole numbers, one per row, or the numbers themselves;
+- ``labels``: whole numbers, one per row, or the path of a file that holds them;
 - ``scale``: ``standardise``, ``range`` or ``none`` (see :mod:`fewstep.data.rules`);
-- ``name``: without a path, the built-in name; with one, what to call the data;
+- ``name``: without ``path``, the built-in name; with ``path``, the name that the data gets;
 - ``samples``: number of rows, for the built-in sets that are drawn.
 """
 
@@ -36,15 +36,22 @@ _FORMATS = "a .npy or .npz array (N, ...), an idx file (plain or .gz) or a folde
 
 
 def load_data(spec: str | os.PathLike[str] | Mapping[str, Any] | NDArray[Any], *, seed: int = 0) -> DataSet:
-    """Load data.
+    """Load a built-in set, a file, a folder of images or an array.
 
     Args:
-        spec: a built-in name, a path, a mapping (see the module), or an array of rows. A built-in name goes
-            before a file of the same name in the current folder; ``./name`` means the file.
-        seed: for the built-in sets that are drawn; the others do not depend on it.
+        spec: a built-in name, a path, a mapping (see the module), or an array of rows. A built-in name takes
+            precedence over a file of the same name in the current folder; ``./name`` means the file.
+        seed: seed of the built-in sets that are drawn; other data do not depend on it.
+
+    Returns:
+        The data, with labels where the source has them and the scaling of :mod:`fewstep.data.rules`.
 
     Raises:
-        UserError: the name, path or a key is unknown, or the content cannot be used; the error says why.
+        UserError: the name, path or a key is unknown, or the content cannot be used.
+
+    >>> data = load_data({"name": "moons", "samples": 100})
+    >>> data.shape, data.classes, len(data)
+    ((2,), 2, 100)
     """
     if isinstance(spec, np.ndarray):
         return from_array(spec)
@@ -56,7 +63,9 @@ def load_data(spec: str | os.PathLike[str] | Mapping[str, Any] | NDArray[Any], *
     if "path" not in fields:
         return _load_builtin(fields, seed)
     if "samples" in fields:
-        raise UserError("data key 'samples' is for built-in data that is drawn, and here a 'path' is given.")
+        raise UserError(
+            "data key 'samples' is for built-in data that is drawn, and 'path' is given. Remove one of the two."
+        )
     return _load_path(_as_path(fields["path"]), fields)
 
 
@@ -66,11 +75,16 @@ def from_array(
     """Make a data set of an array ``(N, D)``, ``(N, H, W)`` or ``(N, C, H, W)``.
 
     Args:
+        array: the rows, real numbers.
         labels: whole numbers ``(N,)``, or None.
         scale: ``standardise``, ``range``, ``none``, or None for the automatic rule.
+        name: the name that the data gets.
 
     Raises:
         UserError: the array or the labels cannot be used.
+
+    >>> from_array(np.arange(12.0).reshape(6, 2)).scaling.shift
+    (5.0, 6.0)
     """
     what = f"the data {name!r}"
     rows, layout = arrange_rows(np.asarray(array), what)
@@ -78,24 +92,25 @@ def from_array(
 
 
 def _fields(spec: Any) -> dict[str, Any]:
-    """The mapping that a bare name or path stands for."""
+    """Turn a plain name or path into the mapping it is short for."""
     if not isinstance(spec, (str, os.PathLike)):
         raise UserError(f"data must be a built-in name, a path or a mapping with 'path' or 'name', got {spec!r}.")
     return {"name": spec} if isinstance(spec, str) and spec in DATA else {"path": spec}
 
 
 def _as_path(path: Any) -> Path:
+    """Expand ``~`` and refuse a path that does not exist."""
     if not isinstance(path, (str, os.PathLike)):
         raise UserError(f"data key 'path' must be a path, got {path!r}.")
     found = Path(path)
     if str(found).startswith("~"):
         found = Path(os.path.expanduser(found))
-    if os.path.exists(found):  # False also for names too long for the file system
+    if os.path.exists(found):  # also False, not an error, for a name too long for the file system
         return found
     word = str(path)
     if len(found.parts) == 1 and not found.suffix:
         error = unknown("data", word, DATA)
-        raise UserError(f"{error} Or give the path of {_FORMATS}: there is no file {word!r} here.")
+        raise UserError(f"{error} Or give the path of {_FORMATS}: the current folder has no file {word!r}.")
     raise UserError(
         f"there is no file or folder {word!r}. Give a built-in name ({', '.join(sorted(DATA))}) "
         f"or the path of {_FORMATS}."
@@ -103,6 +118,7 @@ def _as_path(path: Any) -> Path:
 
 
 def _samples(value: Any) -> int:
+    """Check the value of the key 'samples'."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 2:
         raise UserError(f"data key 'samples' must be a whole number of at least 2, got {value!r}.")
@@ -110,6 +126,7 @@ def _samples(value: Any) -> int:
 
 
 def _load_builtin(fields: Mapping[str, Any], seed: int) -> DataSet:
+    """Draw or load a built-in set; discrete sets are scaled by their possible range."""
     if "name" not in fields:
         raise UserError(f"data needs a 'path', or a 'name' out of {', '.join(sorted(DATA))}.")
     name = fields["name"]
@@ -119,7 +136,7 @@ def _load_builtin(fields: Mapping[str, Any], seed: int) -> DataSet:
         raise UserError(f"data key 'labels' goes with a 'path'; the built-in {name!r} brings its own.")
     entry = DATA[name]
     if entry.samples is None and "samples" in fields:
-        raise UserError(f"data key 'samples': {name!r} is a fixed set. Leave the key out.")
+        raise UserError(f"data key 'samples': {name!r} is a fixed set. Remove the key.")
     num = _samples(fields["samples"]) if "samples" in fields else entry.samples or 0
     array, labels = entry.make(num, np.random.Generator(np.random.PCG64(seed)))
     data = from_array(array, labels, scale=fields.get("scale"), name=name)
@@ -132,6 +149,7 @@ def _load_builtin(fields: Mapping[str, Any], seed: int) -> DataSet:
 
 
 def _load_path(path: Path, fields: Mapping[str, Any]) -> DataSet:
+    """Load a file or an image folder; the key 'labels' replaces labels that the file holds."""
     name, what = str(fields.get("name", path.name)), repr(str(path))
     labels: ArrayLike | None = None
     label_names: tuple[str, ...] | None = None
@@ -163,6 +181,7 @@ def _assemble(
     what: str,
     labels_what: str,
 ) -> DataSet:
+    """Check rows and labels, choose the scaling, and build the data set."""
     refuse_non_finite(rows if layout != "HW" else rows[:, 0], what)
     scaling, quantum = choose_scaling(rows, layout, scale, what)
     if labels is None:
@@ -172,7 +191,7 @@ def _assemble(
 
 
 def _read_file(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """The rows of a file, and its labels where it has some; the format is told by suffix, then by content."""
+    """Read the rows of a file, and its labels if it has any; suffix, then content decide the format."""
     suffix = path.suffix.lower()
     if suffix == ".npy":
         return read_npy(path), None
@@ -189,11 +208,11 @@ def _read_file(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
         return read_npy(path), None
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"{str(path)!r} is one image. Give the folder that holds the images.")
-    raise UserError(f"{str(path)!r} is of a kind that is not read (it begins with {head!r}). Give {_FORMATS}.")
+    raise UserError(f"{str(path)!r} has a format that is not supported (it begins with {head!r}). Give {_FORMATS}.")
 
 
 def _read_labels(source: Any) -> tuple[ArrayLike, str]:
-    """The labels that a key 'labels' stands for, and how errors name them."""
+    """Return the labels that the key 'labels' gives, and the name that errors use for them."""
     if not isinstance(source, (str, os.PathLike)):
         return source, "data key 'labels'"
     path = Path(os.path.expanduser(source))

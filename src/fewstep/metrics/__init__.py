@@ -1,4 +1,4 @@
-"""Distances and quality scores of generated samples, each with its protocol named."""
+"""Distances and quality scores of generated samples; each names its protocol."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 r"""Precision, recall, density and coverage by nearest neighbours.
 
-:math:`B_k(x_i)` is the ball around a real point that reaches its k-th nearest other real point (N real points
-``x``, M generated ``y``).
+:math:`B_k(x_i)` is the ball around a real point whose radius is the distance to its k-th nearest other real
+point (N real points ``x``, M generated ``y``).
 
-- precision: share of generated points inside some real ball (how many look like data);
-- recall: share of real points inside some ball of the generated points (how much of the data is reached);
-- density: :math:`\frac{1}{kM} \sum_j \sum_i 1[y_j \in B_k(x_i)]`, a precision that an outlier's huge ball
-  cannot buy;
-- coverage: share of real balls that hold a generated point, a recall that outliers cannot buy.
+- precision: share of generated points inside the ball of some real point;
+- recall: share of real points inside the ball of some generated point;
+- density: :math:`\frac{1}{kM} \sum_j \sum_i 1[y_j \in B_k(x_i)]`, like precision, but the
+  large ball of a real outlier counts little;
+- coverage: share of real balls that contain a generated point; like recall, but generated outliers have no effect.
 
 Precision and recall: Kynkäänniemi et al., arXiv 1904.06991, Eq. (1)-(2). Density and coverage: Naeem et al.,
 arXiv 2002.09797, Sec. 3. For a perfect generator the mean density is 1 and the mean coverage is
@@ -23,12 +23,17 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.metrics.rows import TIE, Samples, as_pair, fill_self, tiles
+from fewstep.metrics.rows import TIE_TOLERANCE, Samples, as_pair, fill_self, tiles
 
 
 @dataclass(frozen=True)
 class PRDC:
-    """Precision, recall, density and coverage (module docstring)."""
+    """Precision, recall, density and coverage (module docstring).
+
+    Attributes:
+        precision, recall, coverage: shares in [0, 1].
+        density: 0 or more; its mean is 1 for a perfect generator.
+    """
 
     precision: float
     recall: float
@@ -39,20 +44,24 @@ class PRDC:
 def prdc(real: Samples, fake: Samples, k: int = 5) -> PRDC:
     """Precision, recall, density and coverage by k nearest neighbours.
 
-    A point is not its own neighbour, by index: an equal copy of it is one. Balls are closed, as in the
-    papers' formulas, except for density, whose balls are open as in its authors' code; so real data given as
-    the generated samples score 1 on all four. Distances that differ by rounding only (1e-9) count as ties.
+    A point is not its own neighbour, but an equal copy of it in another row is. Balls are closed, as in the
+    papers' formulas, except for density, whose balls are open as in its authors' code. So all four are 1 if the
+    generated samples are the real data. Squared distances with a relative difference up to 1e-9 count as equal.
 
     Args:
         real: data ``(N, ...)`` or their features, more than ``k``.
         fake: generated samples ``(M, ...)`` or their features, more than ``k``.
-        k: which neighbour sets the radius. Numbers of different ``k``, N or M do not compare.
+        k: the neighbour that sets the radius. Only results with equal ``k``, N and M can be compared.
 
     Raises:
-        UserError: ``k`` below 1, too few samples, other dimensions, values that are not finite.
+        UserError: ``k`` is below 1, there are too few samples, the dimensions differ, or values are not finite.
+
+    >>> x = torch.arange(20.0)[:, None]
+    >>> prdc(x, x)
+    PRDC(precision=1.0, recall=1.0, density=1.0, coverage=1.0)
     """
     if k < 1:
-        raise UserError(f"k = {k}: the radius is the distance to the k-th nearest neighbour, so k is at least 1.")
+        raise UserError(f"k = {k}: the radius is the distance to the k-th nearest neighbour, so k must be at least 1.")
     x, y = as_pair(real, fake, ("real", "fake"), least=k + 1)
     real_radius, fake_radius = neighbour_radius(x, k), neighbour_radius(y, k)
     precise = torch.zeros(y.shape[0], dtype=torch.bool, device=x.device)
@@ -60,12 +69,12 @@ def prdc(real: Samples, fake: Samples, k: int = 5) -> PRDC:
     covered = torch.zeros_like(recalled)
     inside = 0
     for rows, cols, d2 in tiles(x, y):
-        reach, reach_fake = real_radius[rows, None], fake_radius[None, cols]
-        closed = d2 <= reach * (1.0 + TIE)
+        radius, radius_fake = real_radius[rows, None], fake_radius[None, cols]
+        closed = d2 <= radius * (1.0 + TIE_TOLERANCE)
         precise[cols] |= closed.any(dim=0)
         covered[rows] |= closed.any(dim=1)
-        recalled[rows] |= (d2 <= reach_fake * (1.0 + TIE)).any(dim=1)
-        inside += int(torch.count_nonzero(d2 < reach * (1.0 - TIE)))
+        recalled[rows] |= (d2 <= radius_fake * (1.0 + TIE_TOLERANCE)).any(dim=1)
+        inside += int(torch.count_nonzero(d2 < radius * (1.0 - TIE_TOLERANCE)))
     return PRDC(
         precision=float(precise.double().mean()),
         recall=float(recalled.double().mean()),
@@ -75,16 +84,21 @@ def prdc(real: Samples, fake: Samples, k: int = 5) -> PRDC:
 
 
 def neighbour_radius(x: Tensor, k: int) -> Tensor:
-    """Squared distance of each row to its k-th nearest other row: ``(N, D)`` -> ``(N,)``."""
+    """Squared distance ``(N,)`` of each row ``(N, D)`` to its k-th nearest other row."""
     return nearest(x, x, k)[0][:, -1]
 
 
 def nearest(x: Tensor, y: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
-    """Squared distances to, and indices of, the ``k`` nearest rows of ``y (M, D)`` for each row of ``x (N,
-    D)``.
+    """Find the ``k`` nearest rows of ``y (M, D)`` for each row of ``x (N, D)``.
 
-    If ``y`` is ``x`` itself (the same object), a row is not its own neighbour. Both results are ``(N, k)``,
-    nearest first, infinite where ``y`` has too few rows.
+    Args:
+        x: ``(N, D)``.
+        y: ``(M, D)``. If it is the same object as ``x``, a row is not its own neighbour.
+        k: number of neighbours.
+
+    Returns:
+        Squared distances and row numbers, both ``(N, k)``, nearest first; the distance is infinite where ``y`` has
+        too few rows.
     """
     best = torch.full((x.shape[0], k), math.inf, dtype=torch.float64, device=x.device)
     index = torch.zeros(x.shape[0], k, dtype=torch.long, device=x.device)
@@ -99,14 +113,25 @@ def nearest(x: Tensor, y: Tensor, k: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def expected_coverage(real: int, fake: int, k: int = 5) -> float:
-    r"""Mean coverage of a perfect generator: what data of the same law score as ``fake`` against ``real``
-    points.
+    r"""Mean coverage of a perfect generator, which draws from the law of the data.
 
     .. math:: 1 - \prod_{j=1}^{k} \frac{N - j}{N + M - j}
 
-    for N real and M generated points (Naeem et al., arXiv 2002.09797, Sec. 3): among the ``N - 1 + M`` other
-    points around a real one, the nearest k are all real. About ``1 - 2^-k`` for N = M; lower when M is
-    smaller than N.
+    A real point is not covered if the nearest k of the ``N - 1 + M`` other points are all real. For N = M the value
+    is about ``1 - 2^-k``; it is lower for M < N.
+
+    Args:
+        real: N, the number of real points.
+        fake: M, the number of generated points.
+        k: the neighbour that sets the radius.
+
+    Raises:
+        UserError: the numbers are not ``1 <= k < real`` and ``fake >= 1``.
+
+    Source: Naeem et al., arXiv 2002.09797, Sec. 3.
+
+    >>> round(expected_coverage(1000, 1000, 5), 3)
+    0.969
     """
     if not 1 <= k < real or fake < 1:
         raise UserError(f"coverage needs 1 <= k < real and fake >= 1, got k = {k}, real = {real}, fake = {fake}.")

@@ -1,12 +1,11 @@
 """Distances between two samples: energy, sliced Wasserstein, maximum mean discrepancy.
 
-All are zero exactly when the two laws agree, and none needs features. None suffices either: blurred samples,
-or a Gaussian with the mean and covariance of the data (:func:`fewstep.metrics.moment_matched_gaussian`),
-score almost like the data in high dimension, so they are read together with precision and recall
+All are zero exactly when the two laws are equal, and none needs features. In high dimension blurred samples, or a
+Gaussian with the mean and covariance of the data (:func:`fewstep.metrics.moment_matched_gaussian`), have almost the
+same distance as the data itself. So these distances must be read together with precision and recall
 (:func:`fewstep.metrics.prdc`).
 
-A finite sample of the data itself does not score zero. The floor functions say what it scores at the same
-sizes.
+A finite sample of the data has a positive distance to the data. The floor functions give it for the same sizes.
 """
 
 from __future__ import annotations
@@ -25,8 +24,12 @@ from fewstep.metrics.two_sample import Between, Kernel, Within, between, standar
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number and its standard error: the standard deviation the number has over fresh draws of the
-    samples."""
+    """An estimate and its standard error.
+
+    Attributes:
+        value: the estimate.
+        standard_error: estimated standard deviation of ``value`` over new draws of the samples.
+    """
 
     value: float
     standard_error: float
@@ -39,68 +42,85 @@ class Estimate:
 
 
 def energy(x: Samples, y: Samples) -> Estimate:
-    r"""Energy distance, as the V-statistic with the diagonals included.
+    r"""Energy distance as a V-statistic, diagonals included.
 
     .. math:: 2 E\|X - Y\| - E\|X - X'\| - E\|Y - Y'\|
 
-    Never negative, zero for equal samples, in units of the data. Between two samples of one law it is
-    :func:`energy_floor`, not zero.
+    It is never negative and is zero for equal samples. Between two samples of one law its mean is
+    :func:`energy_floor`.
 
     Args:
         x: samples ``(N, ...)``.
         y: samples ``(M, ...)`` of the same dimension.
 
     Returns:
-        The value with the standard error of Hoeffding's decomposition (:mod:`fewstep.metrics.two_sample`).
+        The distance in units of the data, with the standard error of Hoeffding's decomposition
+        (:mod:`fewstep.metrics.two_sample`).
 
     Raises:
-        UserError: other dimensions, fewer than two samples, values that are not finite.
+        UserError: the dimensions differ, a set has fewer than two samples, or values are not finite.
 
-    References:
-        Szekely & Rizzo 2013, "Energy statistics: a class of statistics based on distances".
+    Source: Szekely & Rizzo 2013, "Energy statistics: a class of statistics based on distances".
+
+    >>> energy(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])).value
+    0.0
     """
     a, b = as_pair(x, y)
     return energy_from_moments(within(a, distance), within(b, distance), between(a, b, distance))
 
 
 def energy_floor(y: Samples, n: int, m: int | None = None) -> Estimate:
-    r"""What :func:`energy` gives for two independent samples of ``y``'s own law, of sizes ``n`` and ``m``.
+    r"""Mean of :func:`energy` between two independent samples of the law of ``y``, of sizes ``n`` and ``m``.
 
-    The mean over draws is exactly :math:`(1/n + 1/m)\,E\|Y - Y'\|`, because a mean over all pairs counts
-    ``n`` (``m``) zeros of the diagonal. The expectation is estimated without bias by the U-statistic over all
-    rows of ``y``, so ``n`` and ``m`` may be larger than half of ``y`` or than ``y`` itself; no split, no
-    bootstrap, no seed.
+    The mean is exactly :math:`(1/n + 1/m)\,E\|Y - Y'\|`, because the means over all pairs include the zeros of
+    the diagonals. The expectation is estimated without bias by the U-statistic over all rows of ``y``. So the floor
+    needs no split of ``y`` and no random numbers, and ``n`` and ``m`` may be larger than the number of rows of ``y``.
 
     Args:
         y: samples ``(M, ...)`` of the data.
-        n: size of the one sample (the generated one).
-        m: size of the other (the reference); ``len(y)`` when not given.
+        n: size of the generated sample.
+        m: size of the reference sample; ``len(y)`` when not given.
 
     Returns:
-        ``value`` is that mean and ``standard_error`` the standard deviation of one draw of the statistic
-        around it: an energy above ``value + 3 standard_error`` is not explained by the finite samples.
+        ``value`` is the mean and ``standard_error`` the standard deviation of one :func:`energy` about it. An energy
+        above ``value + 3 standard_error`` is not explained by the finite sample sizes.
 
     Raises:
-        UserError: ``n`` or ``m`` below 1, or unusable samples.
+        UserError: ``n`` or ``m`` is below 1, or the samples cannot be used.
     """
     rows = as_rows(y, "y")
     return floor_from_moments(within(rows, distance), n, rows.shape[0] if m is None else m)
 
 
 def distance(d2: Tensor) -> Tensor:
-    """The kernel of the energy distance, ``|x - y|`` (in place)."""
+    """The kernel of the energy distance: ``|x - y|`` from ``|x - y|^2``, in place."""
     return d2.sqrt_()
 
 
 def energy_from_moments(x: Within, y: Within, cross: Between) -> Estimate:
-    """:func:`energy` from moments of :func:`distance` that are already there."""
+    """:func:`energy` from the moments of :func:`distance`.
+
+    Args:
+        x: moments within the first sample.
+        y: moments within the second sample.
+        cross: moments between the two.
+    """
     diagonal_x, diagonal_y = (x.size - 1) / x.size, (y.size - 1) / y.size
     value = 2.0 * cross.mean - diagonal_x * x.mean - diagonal_y * y.mean
     return Estimate(value, standard_error(x, y, cross))
 
 
 def floor_from_moments(y: Within, n: int, m: int) -> Estimate:
-    """:func:`energy_floor` from moments of :func:`distance` that are already there."""
+    """:func:`energy_floor` from the moments of :func:`distance`.
+
+    Args:
+        y: moments within a sample of the data.
+        n: size of the generated sample.
+        m: size of the reference sample.
+
+    Raises:
+        UserError: ``n`` or ``m`` is below 1.
+    """
     if n < 1 or m < 1:
         raise UserError(f"n = {n} and m = {m} are sample sizes, and must be at least 1.")
     scale = 1.0 / n + 1.0 / m
@@ -116,24 +136,26 @@ def sliced_w2(x: Samples, y: Samples, projections: int = 256, seed: int = 0) -> 
     .. math:: SW_2^2 = E_{\theta \sim U(S^{D-1})} W_2^2(\theta^T X, \theta^T Y), \qquad
               W_2^2 = \int_0^1 (F_X^{-1}(u) - F_Y^{-1}(u))^2 du
 
-    The integral over the two empirical quantile functions (steps of width 1/N and 1/M) is exact, for unequal
-    sizes too. The directions depend on ``(D, projections, seed)`` only, so numbers of different models
-    compare.
+    The integral over the two empirical quantile functions (steps of width 1/N and 1/M) is exact, also for unequal
+    sizes. The directions depend on ``(D, projections, seed)`` only, so distances of different models can be compared.
 
     Args:
         x: samples ``(N, ...)``.
         y: samples ``(M, ...)``.
-        projections: number of directions; the sampling error of the mean square falls with its root.
+        projections: number of directions; the sampling error of the mean square is inversely proportional to its
+            root.
         seed: seed of the directions.
 
     Returns:
-        The distance, in units of the data (a shift by ``c`` in D dimensions gives ``|c| / sqrt(D)``).
+        The distance in units of the data (a shift by ``c`` in D dimensions gives about ``|c| / sqrt(D)``).
 
     Raises:
-        UserError: other dimensions, fewer than one projection, unusable samples.
+        UserError: the dimensions differ, ``projections`` is below 1, or the samples cannot be used.
 
-    References:
-        Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of measures".
+    Source: Bonneel et al. 2015, "Sliced and Radon Wasserstein barycenters of measures".
+
+    >>> round(sliced_w2(torch.zeros(4, 1), torch.full((4, 1), 2.0)), 6)
+    2.0
     """
     a, b = as_pair(x, y, least=1)
     theta = directions(a.shape[1], projections, seed, a.device)
@@ -146,11 +168,23 @@ def sliced_w2(x: Samples, y: Samples, projections: int = 256, seed: int = 0) -> 
 def sliced_w2_floor(
     y: Samples, n: int, m: int | None = None, projections: int = 256, seed: int = 0, splits: int = 4
 ) -> float:
-    """What :func:`sliced_w2` gives between samples of sizes ``n`` and ``m`` of ``y``'s own law (root mean
-    square).
+    """Root mean square of :func:`sliced_w2` between samples of sizes ``n`` and ``m`` of the law of ``y``.
 
-    ``W2^2`` between two samples of one law falls as ``1/n + 1/m`` (del Barrio, Gine & Utzet 2005), so the
-    mean square over random halves of ``y`` is rescaled from their size to the sizes asked for.
+    The mean of ``W2^2`` between two samples of one law is proportional to ``1/n + 1/m`` for large samples. So the
+    mean square between random halves of ``y`` is rescaled from their sizes to ``n`` and ``m``.
+
+    Args:
+        y: samples ``(M, ...)`` of the data, at least 4.
+        n: size of the generated sample.
+        m: size of the reference sample; ``len(y)`` when not given.
+        projections: number of directions.
+        seed: seed of the directions and of the halves.
+        splits: number of random splits into halves.
+
+    Raises:
+        UserError: ``n`` or ``m`` is below 1, or the samples cannot be used.
+
+    Source: del Barrio, Gine & Utzet 2005 (the rate).
     """
     rows = as_rows(y, "y", least=4)
     size = rows.shape[0]
@@ -170,23 +204,26 @@ def sliced_w2_floor(
 
 
 def directions(dim: int, projections: int, seed: int, device: torch.device) -> Tensor:
-    """Uniform unit vectors, float64 ``(dim, projections)``, drawn on the CPU so that every device has the
-    same."""
+    """Draw uniform unit vectors, float64 ``(dim, projections)``, on the CPU, so that all devices get the same.
+
+    Raises:
+        UserError: ``projections`` is below 1.
+    """
     if projections < 1:
-        raise UserError(f"projections = {projections}, and at least one direction is needed.")
+        raise UserError(f"projections = {projections}: the number of directions must be at least 1.")
     generator = torch.Generator().manual_seed(seed)
     theta = torch.randn(projections, dim, generator=generator, dtype=torch.float64)
     return torch.nn.functional.normalize(theta, dim=1).T.contiguous().to(device)
 
 
 def squared_w2(x: Tensor, y: Tensor) -> Tensor:
-    """Exact squared W2 of one-dimensional samples, column by column: ``(N, P)``, ``(M, P)`` -> ``(P,)``."""
+    """Exact squared W2 ``(P,)`` of one-dimensional samples, the columns of ``(N, P)`` and ``(M, P)``."""
     a, b = x.sort(dim=0).values, y.sort(dim=0).values
     n, m = a.shape[0], b.shape[0]
     if n == m:
         return (a - b).square().mean(dim=0)
-    # Both quantile functions are constant between neighbouring multiples of 1/n and 1/m. Times n m these are
-    # integers.
+    # Both quantile functions are constant between neighbouring multiples of 1/n and 1/m; multiplied by n m, these
+    # are integers.
     first, second = torch.arange(n + 1, device=x.device) * m, torch.arange(m + 1, device=x.device) * n
     knots = torch.cat([first, second]).unique()
     start, width = knots[:-1], knots.diff().double() / (n * m)
@@ -199,7 +236,7 @@ def _project(x: Tensor, theta: Tensor) -> Tensor:
 
 
 def _width(rows: int) -> int:
-    """How many projections of ``rows`` numbers fit in 32 MB."""
+    """Number of projections of ``rows`` float64 values that fit in 32 MB."""
     return max(1, (1 << 22) // rows)
 
 
@@ -207,24 +244,26 @@ def _width(rows: int) -> int:
 
 
 def mmd(x: Samples, y: Samples, bandwidth: float | Sequence[float] | None = None) -> Estimate:
-    r"""Squared maximum mean discrepancy, as the unbiased U-statistic.
+    r"""Squared maximum mean discrepancy as the unbiased U-statistic.
 
     .. math:: E k(X, X') + E k(Y, Y') - 2 E k(X, Y), \qquad
               k(x, y) = \frac1H \sum_h \exp\left(-\frac{\|x - y\|^2}{2 h^2}\right)
 
-    Unbiased: zero in the mean between two samples of one law, and then often slightly negative.
+    Between two samples of one law its mean is zero, so that single values are often slightly negative.
 
     Args:
         x: samples ``(N, ...)``.
         y: samples ``(M, ...)``.
-        bandwidth: ``h``, or several whose kernels are averaged; the median distance of ``y`` when not given
-            (of the reference alone, so that every model is judged with one kernel).
+        bandwidth: ``h`` in units of the data, or several whose kernels are averaged. Default: the median distance of
+            the reference ``y``, so that every model is judged with the same kernel.
+
+    Returns:
+        The squared discrepancy, without unit, and its standard error.
 
     Raises:
-        UserError: a bandwidth that is not positive, other dimensions, unusable samples.
+        UserError: a bandwidth is not positive, the dimensions differ, or the samples cannot be used.
 
-    References:
-        Gretton et al. 2012, "A kernel two-sample test", Lemma 6.
+    Source: Gretton et al. 2012, "A kernel two-sample test", Lemma 6.
     """
     a, b = as_pair(x, y)
     if bandwidth is None:
@@ -232,7 +271,7 @@ def mmd(x: Samples, y: Samples, bandwidth: float | Sequence[float] | None = None
     widths = [float(bandwidth)] if isinstance(bandwidth, int | float) else [float(h) for h in bandwidth]
     if not widths or not all(h > 0 and math.isfinite(h) for h in widths):
         raise UserError(
-            f"bandwidth = {bandwidth}: a Gaussian kernel needs positive widths, such as the median distance."
+            f"bandwidth = {bandwidth}: a Gaussian kernel needs a positive, finite width, such as the median distance."
         )
     kernel = gaussian_kernel(widths)
     inside, outside, cross = within(a, kernel), within(b, kernel), between(a, b, kernel)
@@ -241,7 +280,7 @@ def mmd(x: Samples, y: Samples, bandwidth: float | Sequence[float] | None = None
 
 
 def gaussian_kernel(widths: Sequence[float]) -> Kernel:
-    """Mean of the kernels ``exp(-d2 / (2 h^2))`` over the widths ``h``."""
+    """Mean of the kernels ``exp(-d2 / (2 h^2))`` over the widths ``h``, a function of squared distances ``d2``."""
 
     def kernel(d2: Tensor) -> Tensor:
         if len(widths) == 1:
@@ -255,8 +294,15 @@ def gaussian_kernel(widths: Sequence[float]) -> Kernel:
 
 
 def median_distance(y: Samples, most: int = 1000) -> float:
-    """Median of the distances between different rows of (at most ``most`` rows of) ``y``: the usual kernel
-    width."""
+    """Median distance between different rows of ``y``, the usual kernel width.
+
+    Args:
+        y: samples ``(M, ...)``.
+        most: number of rows that are used at most.
+
+    Raises:
+        UserError: the samples cannot be used, or the median is 0.
+    """
     rows = as_rows(y, "y")
     chosen = rows[torch.as_tensor(pick(rows.shape[0], most), device=rows.device)]
     n = chosen.shape[0]
@@ -266,5 +312,5 @@ def median_distance(y: Samples, most: int = 1000) -> float:
     upper = torch.triu_indices(n, n, offset=1, device=rows.device)
     median = math.sqrt(float(d2[upper[0], upper[1]].median()))
     if median == 0.0:
-        raise UserError("more than half of the rows of y are equal, so their median distance is 0: give a bandwidth.")
+        raise UserError("most rows of y are equal, so their median distance is 0: give a bandwidth.")
     return median

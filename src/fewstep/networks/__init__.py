@@ -1,4 +1,4 @@
-"""Velocity networks: a residual MLP for vectors and small images, a U-Net for images."""
+"""Networks: a residual MLP for vectors and small images, a U-Net, discriminators and feature networks."""
 
 from __future__ import annotations
 

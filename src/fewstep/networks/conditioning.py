@@ -1,15 +1,15 @@
-r"""What a network knows besides ``x``: the time and, if there are classes, the label.
+r"""The conditioning of a network: the time, the interval of a two-time network, and the class label.
 
 Time features (t = 0 noise, t = 1 data):
 
 .. math:: \phi(t) = \bigl(t,\ \sin(\tfrac{\pi k t}{2}),\ \cos(\tfrac{\pi k t}{2})\bigr)_{k = 1, \dots, 4}
 
-The highest frequency is :math:`2\pi`, so :math:`|d\phi/dt|` stays small. This matters: methods that need the
-time derivative of the network (MeanFlow, arXiv 2505.13447, eq. 6; sCM, arXiv 2410.11081, section 4) become
-unstable when t enters through high frequencies, as in embeddings made for t in 0 ... 1000.
+The highest frequency is :math:`2\pi`, so :math:`|d\phi/dt|` stays small. Methods that need the time derivative of
+the network (MeanFlow, arXiv 2505.13447, eq. 6; sCM, arXiv 2410.11081, section 4) become unstable with high
+frequencies, such as those of embeddings made for t in 0 ... 1000.
 
-Labels are the rows 0 ... classes - 1 of a table; row ``classes`` is the null label of classifier-free
-guidance (arXiv 2207.12598).
+The embeddings of labels are the rows 0 ... classes - 1 of a table; row ``classes`` belongs to the null label of
+classifier-free guidance (arXiv 2207.12598).
 """
 
 from __future__ import annotations
@@ -28,7 +28,11 @@ TIME_FEATURES = 1 + 2 * len(FREQUENCIES)
 
 
 def time_features(t: Tensor) -> Tensor:
-    """phi(t): times (B,) to features (B, 9), in the dtype of t."""
+    """phi(t) of the module docstring: times (B,) to features (B, 9), in the dtype of t.
+
+    >>> time_features(torch.zeros(2)).shape
+    torch.Size([2, 9])
+    """
     angles = torch.stack([t * frequency for frequency in FREQUENCIES], dim=-1)
     return torch.cat([t[:, None], angles.sin(), angles.cos()], dim=-1)
 
@@ -37,12 +41,12 @@ def time_features(t: Tensor) -> Tensor:
 class Conditioning(nn.Module):
     """c = SiLU(MLP(phi(t)) + interval(r - t) + table[label]), of shape (B, width).
 
-    Computed in float32 (or float64 if the weights are), under autocast too: bfloat16 holds only 8 bits of t.
+    It is computed in float32 (in float64 if the weights are), also under autocast: bfloat16 keeps only 8 bits of t.
 
     Args:
         width: Number of values in c.
         classes: Number of classes; 0 means that labels are refused.
-        interval: Embedding of the interval of a two-time network, (B,) to (B, width); None: there is only t.
+        interval: Embedding of the interval of a two-time network, (B,) to (B, width); None for a velocity network.
     """
 
     def __init__(self, width: int, classes: int, interval: nn.Module | None = None) -> None:
@@ -56,6 +60,7 @@ class Conditioning(nn.Module):
         self.interval = interval
 
     def forward(self, t: Tensor, label: Tensor | None, r: Tensor | None = None) -> Tensor:
+        """c (B, width) of times t (B,), labels (B,) or None (null), and ends r (B,) or None (r = t)."""
         device = t.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
@@ -81,10 +86,15 @@ class Conditioning(nn.Module):
 def check_inputs(
     shape: tuple[int, ...], classes: int, x: Tensor, t: Tensor, label: Tensor | None, r: Tensor | None = None
 ) -> None:
-    """Refuse a call whose tensors do not fit together.
+    """Refuse a call of a network whose tensors do not fit together.
+
+    Args:
+        shape: shape of one sample.
+        classes: number of classes, 0 for none.
+        x, t, label, r: the arguments of the call.
 
     Raises:
-        UserError: x is not (B, *shape), t, r or label is not (B,), or a label without classes.
+        UserError: x is not (B, *shape); t, r or label is not (B,); a label is given and there are no classes.
     """
     batch = x.shape[0] if x.dim() else 0
     if tuple(x.shape[1:]) != shape or not x.dim():
@@ -93,28 +103,37 @@ def check_inputs(
     if t.dim() != 1 or t.shape[0] != batch:
         raise UserError(f"t has shape {tuple(t.shape)}; give one time per sample, shape ({batch},).")
     if r is not None and r.shape != t.shape:
-        raise UserError(f"r has shape {tuple(r.shape)}; give one end per sample, shape ({batch},).")
+        raise UserError(f"r has shape {tuple(r.shape)}; give one end time per sample, shape ({batch},).")
     if label is None:
         return
     if not classes:
-        raise UserError("label was given, but this network has classes=0; drop label= or build with classes.")
+        raise UserError(
+            "label was given, but this network has classes=0: drop label=, or build the network with classes."
+        )
     if label.dim() != 1 or label.shape[0] != batch:
         raise UserError(f"label has shape {tuple(label.shape)}; give one label per sample, shape ({batch},).")
 
 
-def join_context(x: Tensor, context: Tensor | None, wanted: int) -> Tensor:
-    """Concatenate ``context`` (B, wanted, ...) to x (B, n, ...) along dimension 1.
+def concatenate_context(x: Tensor, context: Tensor | None, channels: int) -> Tensor:
+    """Concatenate ``context`` (B, channels, ...) to x (B, n, ...) along dimension 1.
+
+    Args:
+        x: the samples.
+        context: the context; None if the network has none.
+        channels: context channels that the network was built for.
 
     Raises:
-        UserError: a context is missing, not expected, or does not have shape (B, wanted, ...).
+        UserError: a context is missing, not expected, or does not have shape (B, channels, ...).
     """
-    if not wanted:
+    if not channels:
         if context is not None:
-            raise UserError("context was given, but this network has context=0; drop context= or build with it.")
+            raise UserError(
+                "context was given, but this network has context=0: drop context=, or build the network with context."
+            )
         return x
-    expected = (x.shape[0], wanted, *x.shape[2:])
+    expected = (x.shape[0], channels, *x.shape[2:])
     if context is None:
-        raise UserError(f"this network has context={wanted}: pass context= of shape {tuple(expected)}.")
+        raise UserError(f"this network has context={channels}: pass context= of shape {tuple(expected)}.")
     if tuple(context.shape) != expected:
         raise UserError(f"context has shape {tuple(context.shape)}, but it must be {tuple(expected)}.")
     return torch.cat([x, context.to(x.dtype)], dim=1)

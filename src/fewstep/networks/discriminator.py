@@ -1,10 +1,10 @@
-r"""Discriminators: one number per sample, high for real ones.
+r"""Discriminators: one score per sample, higher for real samples.
 
-Vectors and small images (up to 256 values) go through a multilayer perceptron, larger images through residual
-convolutions that halve the sides down to 4. There is no normalisation over the batch, so that the gradient penalties
-of one sample are that sample's alone (arXiv 1801.04406), and no normalisation at all: the
-penalties bound the slope. It may look through frozen features too (arXiv 2111.01007): their activations, averaged over
-positions down to at most 4 x 4, are scored beside the sample itself. With classes the score is
+Vectors and small images (up to 256 values) pass a multilayer perceptron, larger images pass residual convolutions
+that halve the sides down to 4. There is no batch normalisation, so that the gradient penalty of a sample depends on
+that sample alone (arXiv 1801.04406), and no other normalisation, because the penalties bound the slope. Activations
+of a frozen feature network can be inputs beside the sample (arXiv 2111.01007), averaged over positions down to at
+most 4 x 4. With classes the score is
 :math:`\psi(h) + e_{label} \cdot h` (projection, arXiv 1802.05637, eq. 3).
 """
 
@@ -19,11 +19,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FLAT = 256  # values up to which a sample is treated as a vector
-SLOPE = 0.2  # of the leaky rectifier
-LOWEST = 4  # side of the image at which halving ends
-LOOK = 64  # values that a layer of features is summed up in
-WIDTHS = (32, 64, 128, 128, 128)
+# The constants below are chosen, not tuned.
+MAX_VECTOR_SIZE = 256  # samples of at most so many values are treated as vectors
+NEGATIVE_SLOPE = 0.2  # of the leaky rectifier
+MIN_SIDE = 4  # images are halved until their shorter side is at most this
+FEATURE_WIDTH = 64  # width of the layer on each layer of features
+WIDTHS = (32, 64, 128, 128, 128)  # channels per resolution
 
 
 @final
@@ -33,7 +34,8 @@ class Discriminator(nn.Module):
     Args:
         shape: of one sample.
         classes: number of labels, 0 for none.
-        features: frozen activations of samples, each (B, C, ...); no part of the module's state.
+        features: gives the activations of a frozen network on samples, each (B, C, ...); its weights are not in
+            the module's state.
     """
 
     def __init__(
@@ -41,41 +43,51 @@ class Discriminator(nn.Module):
     ) -> None:
         super().__init__()
         size = math.prod(shape)
-        if len(shape) != 3 or size <= FLAT:
+        if len(shape) != 3 or size <= MAX_VECTOR_SIZE:
             width = 256 if size > 2 else 128
             self.body: nn.Module = nn.Sequential(
-                nn.Flatten(), nn.Linear(size, width), nn.LeakyReLU(SLOPE), nn.Linear(width, width), nn.LeakyReLU(SLOPE)
+                nn.Flatten(),
+                nn.Linear(size, width),
+                nn.LeakyReLU(NEGATIVE_SLOPE),
+                nn.Linear(width, width),
+                nn.LeakyReLU(NEGATIVE_SLOPE),
             )
         else:
             self.body, width = _convolutions(shape)
         self.features = features
-        self.looks = nn.ModuleList()
+        self.feature_layers = nn.ModuleList()
         if features is not None:
             with torch.no_grad():
-                seen = [coarse(f).shape[1] for f in features(torch.zeros(1, *shape))]
-            self.looks = nn.ModuleList(nn.Sequential(nn.Linear(n, LOOK), nn.LeakyReLU(SLOPE)) for n in seen)
-            width += LOOK * len(seen)
+                sizes = [flat_activations(f).shape[1] for f in features(torch.zeros(1, *shape))]
+            self.feature_layers = nn.ModuleList(
+                nn.Sequential(nn.Linear(n, FEATURE_WIDTH), nn.LeakyReLU(NEGATIVE_SLOPE)) for n in sizes
+            )
+            width += FEATURE_WIDTH * len(sizes)
         self.head = nn.Linear(width, 1)
         self.table = nn.Embedding(classes, width) if classes else None
         if self.table is not None:
             nn.init.zeros_(self.table.weight)
 
     def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Score of every sample; ``label`` (B,) where there are classes."""
+        """Scores (B,) of samples x (B, *shape), with labels (B,) where there are classes."""
         h = self.body(x)
         if self.features is not None:
-            seen = [look(coarse(f)) for look, f in zip(self.looks, self.features(x), strict=True)]
-            h = torch.cat([h, *seen], 1)
+            pairs = zip(self.feature_layers, self.features(x), strict=True)
+            h = torch.cat([h, *(layer(flat_activations(f)) for layer, f in pairs)], 1)
         score: Tensor = self.head(h).squeeze(1)
         if self.table is not None and label is not None:
             score = score + (self.table(label) * h).sum(1) / math.sqrt(h.shape[1])
         return score
 
 
-def coarse(f: Tensor) -> Tensor:
-    """Activations (B, C, ...) as rows, maps averaged down to at most 4 x 4 positions."""
-    if f.ndim == 4 and max(f.shape[2:]) > LOWEST:
-        f = F.adaptive_avg_pool2d(f, (min(LOWEST, f.shape[2]), min(LOWEST, f.shape[3])))
+def flat_activations(f: Tensor) -> Tensor:
+    """Activations (B, C, ...) as rows (B, F); maps are averaged down to at most 4 x 4 positions first.
+
+    >>> flat_activations(torch.zeros(2, 3, 16, 8)).shape
+    torch.Size([2, 48])
+    """
+    if f.ndim == 4 and max(f.shape[2:]) > MIN_SIDE:
+        f = F.adaptive_avg_pool2d(f, (min(MIN_SIDE, f.shape[2]), min(MIN_SIDE, f.shape[3])))
     return f.flatten(1)
 
 
@@ -90,28 +102,29 @@ class Halving(nn.Module):
         self.skip = nn.Conv2d(before, after, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.second(F.leaky_relu(self.first(x), SLOPE))
-        straight = F.avg_pool2d(self.skip(x), 2, ceil_mode=True)
-        return F.leaky_relu((straight + inner) / math.sqrt(2.0), SLOPE)
+        """LReLU((avgpool(skip x) + second(LReLU(first x))) / sqrt 2)."""
+        inner = self.second(F.leaky_relu(self.first(x), NEGATIVE_SLOPE))
+        shortcut = F.avg_pool2d(self.skip(x), 2, ceil_mode=True)
+        return F.leaky_relu((shortcut + inner) / math.sqrt(2.0), NEGATIVE_SLOPE)
 
 
 def _convolutions(shape: tuple[int, ...]) -> tuple[nn.Module, int]:
-    """The convolutional body and the number of features it ends with."""
-    patch = 2 if min(shape[1:]) > 2 * LOWEST and all(n % 2 == 0 for n in shape[1:]) else 1
+    """The convolutional body for images (C, H, W), and the width of its output."""
+    patch = 2 if min(shape[1:]) > 2 * MIN_SIDE and all(n % 2 == 0 for n in shape[1:]) else 1
     shape = (shape[0] * patch**2, shape[1] // patch, shape[2] // patch)
     side, halvings = min(shape[1:]), 0
-    while side > LOWEST and halvings < len(WIDTHS) - 1:
+    while side > MIN_SIDE and halvings < len(WIDTHS) - 1:
         side, halvings = -(-side // 2), halvings + 1
     widths = WIDTHS[: halvings + 1]
     blocks = [Halving(a, b) for a, b in itertools.pairwise(widths)]
     low = math.prod(-(-n // 2**halvings) for n in shape[1:]) * widths[-1]
     body = nn.Sequential(
-        nn.PixelUnshuffle(patch),  # the finest level costs most and tells least
+        nn.PixelUnshuffle(patch),  # most of the time would be spent at the full resolution
         nn.Conv2d(shape[0], widths[0], 3, padding=1),
-        nn.LeakyReLU(SLOPE),
+        nn.LeakyReLU(NEGATIVE_SLOPE),
         *blocks,
         nn.Flatten(),
         nn.Linear(low, 256),
-        nn.LeakyReLU(SLOPE),
+        nn.LeakyReLU(NEGATIVE_SLOPE),
     )
     return body, 256

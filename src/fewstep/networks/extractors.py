@@ -1,8 +1,8 @@
-r"""Feature networks: what perceptual losses and Fréchet distances look at samples with.
+r"""Feature networks, which give the features of perceptual losses and Fréchet distances.
 
-All take samples (B, *shape) in network units, as the flow network sees them, and have one interface:
+All take samples (B, *shape) in network units, as the flow network does, and have one interface:
 ``layers(x)``, a few intermediate activations (B, C, ...); ``pooled(x)``, features (B, F) before the head, the last
-layer averaged over positions; ``forward(x)``, the head's outputs. None has a time or draws random numbers.
+layer averaged over positions; ``forward(x)``, the head's outputs. None of them takes a time or draws random numbers.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from fewstep.networks import option_checks as options
 NAME = "features"
 CHECKERS: dict[str, options.Checker] = {"widths": options.positives}
 IMAGE_WIDTHS, VECTOR_WIDTHS = [16, 32, 64, 96], [256, 256, 256]
-LEAST_SIDE = 4  # images with a smaller side are read as vectors
-RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MIN_SIDE = 4  # images with a smaller side are treated as vectors; chosen, not tuned
+RGB_MEAN, RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, RGB in [0, 1]
 
 
 class Extractor(Protocol):
-    """What every feature network can do."""
+    """The interface of a feature network."""
 
     def layers(self, x: Tensor) -> list[Tensor]:
-        """Activations (B, C, ...), the earliest first."""
+        """Activations (B, C, ...) of samples (B, *shape), the earliest layer first."""
         ...
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Features (B, F)."""
+        """Features (B, F) of samples (B, *shape)."""
         ...
 
 
@@ -45,12 +45,16 @@ def pool(h: Tensor) -> Tensor:
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Whether samples of this shape are read by convolutions: (C, H, W) with sides of at least 4."""
-    return len(shape) == 3 and min(shape[1:]) >= LEAST_SIDE
+    """Whether samples of this shape pass convolutions: (C, H, W) with sides of at least 4.
+
+    >>> is_image((1, 8, 8)), is_image((3, 2, 2)), is_image((64,))
+    (True, False, False)
+    """
+    return len(shape) == 3 and min(shape[1:]) >= MIN_SIDE
 
 
 def resolve_features(config: Mapping[str, Any] | str, shape: Sequence[int], outputs: int) -> dict[str, Any]:
-    """Complete and check the configuration of a :class:`FeatureNet`; a resolved one is returned equal.
+    """Complete and check the configuration of a :class:`FeatureNet`; a resolved one is returned unchanged.
 
     Args:
         config: ``{}``, or ``{widths: […]}``, the channels of every stage.
@@ -65,13 +69,15 @@ def resolve_features(config: Mapping[str, Any] | str, shape: Sequence[int], outp
     """
     given = {"name": config} if isinstance(config, str) else dict(config)
     if (name := given.pop("name", NAME)) != NAME:
-        raise UserError(f"the network of features is no velocity network such as {name!r}: give widths, or nothing.")
+        raise UserError(
+            f"a feature network cannot be a velocity network such as {name!r}: give 'widths', or no network."
+        )
     frame = {"shape": options.data_shape(list(shape)), "outputs": options.positive("network.outputs", outputs)}
     for key, value in frame.items():
         stored = given.pop(key, value)
         stored = list(stored) if isinstance(stored, tuple) else stored
         if stored != value:
-            raise UserError(f"network.{key} is {stored!r}, but the data has {value!r}: drop the key.")
+            raise UserError(f"network.{key} is {stored!r}, but the data has {value!r}: remove the key.")
     widths = IMAGE_WIDTHS if is_image(shape) else VECTOR_WIDTHS
     return {"name": NAME, **frame, "widths": list(widths), **options.checked(NAME, given, CHECKERS)}
 
@@ -91,7 +97,7 @@ def build_features(config: Mapping[str, Any]) -> FeatureNet:
 
 @final
 class ConvStage(nn.Module):
-    """Two 3×3 convolutions with group normalisation and SiLU, the first with a stride: (B, C, H, W)."""
+    """Two 3×3 convolutions with group normalisation and SiLU, the first with a stride."""
 
     def __init__(self, before: int, width: int, stride: int) -> None:
         super().__init__()
@@ -102,20 +108,21 @@ class ConvStage(nn.Module):
         self.norm2 = nn.GroupNorm(groups, width)
 
     def forward(self, h: Tensor) -> Tensor:
+        """(B, before, H, W) to (B, width, H / stride, W / stride)."""
         return F.silu(self.norm2(self.conv2(F.silu(self.norm1(self.conv1(h))))))
 
 
 @final
 class FeatureNet(nn.Module):
-    """A small network to be trained on the user's own data: convolutions for images, an MLP otherwise.
+    """A small feature network that is trained on the user's own data: convolutions for images, an MLP otherwise.
 
-    There is no batch normalisation and no dropout, so that it computes the same in training and after.
+    There is no batch normalisation and no dropout, so that its outputs are the same in train and in eval mode.
 
     Args:
         shape: Shape of one sample.
         outputs: Outputs of the linear head.
-        widths: Channels of every stage; images are halved before each but the first while their sides are at
-            least 4.
+        widths: Channels of every stage; images are halved before every stage but the first while their shorter
+            side is at least 4.
     """
 
     def __init__(self, shape: tuple[int, ...], outputs: int, widths: Sequence[int]) -> None:
@@ -125,7 +132,7 @@ class FeatureNet(nn.Module):
         if self.image:
             side = min(shape[1:])
             for k, (before, width) in enumerate(itertools.pairwise([shape[0], *widths])):
-                stride = 2 if k and side >= LEAST_SIDE else 1
+                stride = 2 if k and side >= MIN_SIDE else 1
                 side = -(-side // stride)
                 self.stages.append(ConvStage(before, width, stride))
         else:
@@ -134,9 +141,13 @@ class FeatureNet(nn.Module):
         self.head = nn.Linear(widths[-1], outputs)
 
     def layers(self, x: Tensor) -> list[Tensor]:
-        """The activations of every stage: (B, C, h, w) of images, (B, C) otherwise."""
+        """The activations of every stage: (B, C, h, w) of images, (B, C) otherwise.
+
+        Raises:
+            UserError: the samples x are not (B, *shape).
+        """
         if tuple(x.shape[1:]) != self.shape:
-            raise UserError(f"these features are of samples of shape {self.shape}, not {tuple(x.shape[1:])}.")
+            raise UserError(f"this feature network takes samples of shape {self.shape}, not {tuple(x.shape[1:])}.")
         h, out = x if self.image else x.flatten(1), []
         for stage in self.stages:
             h = stage(h)
@@ -144,7 +155,7 @@ class FeatureNet(nn.Module):
         return out
 
     def pooled(self, x: Tensor) -> Tensor:
-        """(B, F): the last stage, averaged over positions."""
+        """Features (B, F): the last stage, averaged over positions."""
         return pool(self.layers(x)[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,9 +166,10 @@ class FeatureNet(nn.Module):
 
 @final
 class ResidualBlock(nn.Module):
-    """Two 3×3 convolutions with batch normalisation beside a shortcut without weights.
+    """relu(shortcut(h) + two 3×3 convolutions with batch normalisation); the shortcut has no weights.
 
-    The shortcut is option A of arXiv 1512.03385, section 4.2: every second pixel, new channels zero on both sides.
+    The shortcut is option A of arXiv 1512.03385, section 4.2: every second pixel; the new channels are
+    zero, half of them before the old ones and half after.
     """
 
     def __init__(self, before: int, width: int, stride: int) -> None:
@@ -169,6 +181,7 @@ class ResidualBlock(nn.Module):
         self.stride, self.new = stride, width - before
 
     def forward(self, h: Tensor) -> Tensor:
+        """(B, before, H, W) to (B, width, H / stride, W / stride)."""
         inner = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(h)))))
         if self.new or self.stride > 1:
             left = self.new // 2
@@ -178,14 +191,14 @@ class ResidualBlock(nn.Module):
 
 @final
 class CifarResNet(nn.Module):
-    """The residual network for 32×32 RGB images (arXiv 1512.03385, section 4.2), for weights that are given.
+    """The residual network for 32×32 RGB images (arXiv 1512.03385, section 4.2), for existing weights.
 
-    Input: network units in [-1, 1], mapped to RGB in [0, 1] and normalised by the mean and deviation of ImageNet.
-    To be used in eval mode: its batch normalisation has the averages of its training.
+    Input: network units in [-1, 1], mapped to RGB in [0, 1] and normalised by ImageNet's mean and standard deviation.
+    Use it in eval mode, in which batch normalisation uses the averages stored with the weights.
 
     Args:
         blocks: Residual blocks in each of the three stages (3: ResNet-20, 9: ResNet-56).
-        width: Channels of the first stage; doubled from stage to stage.
+        width: Channels of the first stage; each stage has twice the channels of the one before.
         classes: Outputs of the head.
     """
 
@@ -217,7 +230,7 @@ class CifarResNet(nn.Module):
         return out
 
     def pooled(self, x: Tensor) -> Tensor:
-        """(B, 4 width): the last stage, averaged over positions."""
+        """Features (B, 4 width): the last stage, averaged over positions."""
         return pool(self.layers(x)[-1])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -227,10 +240,13 @@ class CifarResNet(nn.Module):
 
 
 def cifar_resnet(state: Mapping[str, Tensor]) -> CifarResNet:
-    """The network of a state dict in the common layout of CIFAR ResNets, its depth read from the names.
+    """Build the network of a state dict in the common layout of CIFAR ResNets; the names give its depth.
 
     Args:
-        state: ``conv1.weight``, ``layer1.0.conv1.weight``, …; a leading ``module.`` of every name is dropped.
+        state: ``conv1.weight``, ``layer1.0.conv1.weight``, …; a leading ``module.`` of names is ignored.
+
+    Returns:
+        The network with these weights, in eval mode.
 
     Raises:
         UserError: other names or shapes.
@@ -243,7 +259,7 @@ def cifar_resnet(state: Mapping[str, Tensor]) -> CifarResNet:
     except (KeyError, IndexError, RuntimeError) as error:
         what = " ".join(str(error).splitlines()[-1].split())
         raise UserError(
-            f"these are not the weights of a CIFAR ResNet (conv1, bn1, layer1 … layer3, linear; {what}): give those "
-            "of a ResNet-20, -32, -44, -56 or -110 without weights in its shortcuts."
+            f"these are not the weights of a CIFAR ResNet with conv1, bn1, layer1 … layer3 and linear ({what}): give "
+            "those of a ResNet-20, -32, -44, -56 or -110 without weights in its shortcuts."
         ) from error
     return net.eval()

@@ -6,12 +6,12 @@ r"""A residual multilayer perceptron on flattened samples.
     v = W_{out}\,\mathrm{SiLU}(h_L) + g(c) \odot x
 
 with the scale and shift :math:`(s_l, b_l)` linear in the conditioning c (FiLM, arXiv 1709.07871), and
-:math:`W_{out} = g = 0` at the start, so that training begins at v = 0. There is no normalisation: with
-these few blocks it gained little on digits and cost accuracy on two-dimensional data.
+:math:`W_{out} = g = 0` initially, so that training begins at v = 0. There is no normalisation: with so few
+blocks it improved digits little and reduced the accuracy on two-dimensional data.
 
-The gain g(c), linear in c, is the part of the velocity that is linear in x. For independent Gaussian
-coordinates it is all of it, and where the data hardly vary it is -1/(1 - t), which a network that adds up
-bounded features fits badly. (A skip connection weighted by the noise level: arXiv 2206.00364, eq. 7.)
+The gain g(c), linear in c, gives the part of the velocity that is linear in x. For independent Gaussian
+coordinates the velocity has no other part. For features that hardly vary g must be -1/(1 - t), which the sum of
+hidden features fits badly near t = 1. (A skip connection weighted by the noise level: arXiv 2206.00364, eq. 7.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.networks import option_checks as options
-from fewstep.networks.conditioning import Conditioning, check_inputs, join_context
+from fewstep.networks.conditioning import Conditioning, check_inputs, concatenate_context
 from fewstep.networks.two_time import interval
 
 CHECKERS: dict[str, options.Checker] = {
@@ -43,14 +43,20 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def fill(shape: list[int], preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """Complete checked options; an MLP takes samples of any shape."""
+def complete_options(shape: list[int], preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Complete checked options with those of the preset; an MLP takes samples of any shape.
+
+    Args:
+        shape: shape of one sample.
+        preset: all options of the preset.
+        given: the options that were given.
+    """
     return {**preset, **given}
 
 
 @final
 class Block(nn.Module):
-    """h + W2 SiLU((1 + s(c)) W1 h + b(c)), (B, width) to (B, width)."""
+    """h + W2 SiLU((1 + s(c)) W1 h + b(c))."""
 
     def __init__(self, width: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -60,6 +66,7 @@ class Block(nn.Module):
         self.second = nn.Linear(width, width)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """h (B, width) and c (B, embedding) to (B, width)."""
         scale, shift = self.film(c).to(h.dtype).chunk(2, dim=-1)
         inner = torch.addcmul(shift, self.first(h), 1 + scale)
         return h + self.second(self.dropout(F.silu(inner)))
@@ -77,7 +84,7 @@ class MLP(nn.Module):
         blocks: Number of residual blocks.
         embedding: Width of the conditioning vector.
         dropout: Dropout probability inside the blocks.
-        two_time: Whether it takes an end r too (:mod:`fewstep.networks.two_time`).
+        two_time: Whether it also takes an end time r (:mod:`fewstep.networks.two_time`).
     """
 
     def __init__(
@@ -113,13 +120,18 @@ class MLP(nn.Module):
         context: Tensor | None = None,
         r: Tensor | None = None,
     ) -> Tensor:
-        """v(x, t): x (B, *shape), t (B,), label (B,) or None (null), context (B, ...) or None.
+        """v(x, t), or u(x, t, r) with r; (B, *shape).
 
-        With r (B,): u(x, t, r).
+        Args:
+            x: samples (B, *shape).
+            t: times (B,).
+            label: labels (B,); None: the null label.
+            context: context (B, context, *shape[1:]), or None.
+            r: end times (B,) of a two-time network; None: r = t.
         """
         check_inputs(self.shape, self.classes, x, t, label, r)
         values = None if context is None else context.flatten(1)
-        h = self.input(join_context(x.flatten(1), values, self._context_values))
+        h = self.input(concatenate_context(x.flatten(1), values, self._context_values))
         c = self.conditioning(t, label, r)
         for block in self.blocks:
             h = block(h, c)

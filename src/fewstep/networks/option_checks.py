@@ -1,7 +1,7 @@
 """Checks for the values of a network configuration.
 
-Each checker takes the full name of a key and the value found there, and returns the plain (JSON) value or
-raises :class:`~fewstep.errors.UserError` naming the key, the value and what is expected.
+Each checker takes the full name of a key and its value. It returns the plain (JSON) value, or raises a
+:class:`~fewstep.errors.UserError` that names the key, the value and what is expected.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ def _is_int(value: object) -> bool:
 
 
 def positive(key: str, value: object) -> int:
-    """An integer of at least 1."""
+    """An integer of at least 1.
+
+    >>> positive("network.width", 0)
+    Traceback (most recent call last):
+    fewstep.errors.UserError: network.width is 0 (int), but it must be a positive whole number.
+    """
     if not isinstance(value, int) or not _is_int(value) or value < 1:
         raise _refuse(key, value, "a positive whole number")
     return value
@@ -65,7 +70,19 @@ def data_shape(value: object) -> list[int]:
 
 
 def checked(name: str, given: Mapping[str, object], checkers: Mapping[str, Checker]) -> dict[str, Any]:
-    """Check the options ``given`` to network ``name``; a key without a checker is refused."""
+    """Check the options of a network.
+
+    Args:
+        name: the network's name, for errors.
+        given: the options that were given.
+        checkers: the check of every option.
+
+    Returns:
+        The given options as plain values.
+
+    Raises:
+        UserError: a value is wrong, or a key has no checker.
+    """
     for key in given:
         if key not in checkers:
             raise unknown(f"key for network {name!r}:", key, [*checkers, "name", "preset", "two_time"])
@@ -73,5 +90,9 @@ def checked(name: str, given: Mapping[str, object], checkers: Mapping[str, Check
 
 
 def features(shape: Sequence[int]) -> int:
-    """Number of values D in one sample."""
+    """Number of values D in one sample.
+
+    >>> features((3, 8, 8))
+    192
+    """
     return math.prod(shape)

@@ -1,12 +1,12 @@
-"""The networks that a configuration can name, and the two steps from a configuration to a module.
+"""The networks by name, and the two steps from a configuration to a module: ``resolve`` and ``build``.
 
-``resolve`` turns what the user wrote (``{"name": "mlp", "preset": "small"}``) into a complete, plain
-dictionary that can be stored as JSON; ``build`` turns that dictionary into a module. A stored dictionary
-means the same network whatever later versions make of the presets.
+``resolve`` turns the user's configuration (``{"name": "mlp", "preset": "small"}``) into a complete dictionary of
+plain values that can be stored as JSON; ``build`` turns that dictionary into a module. A stored dictionary gives
+the same network even if a later version changes the presets.
 
 A module is called ``v(x, t, label=None, context=None)`` with x (B, *shape), t (B,) in [0, 1] (0 noise, 1
-data), label (B,) and returns (B, *shape). Label ``classes`` is the null label; ``label=None`` means it too.
-With ``two_time: true`` it takes an end ``r=`` (B,) as well and is the average velocity from t to r
+data), label (B,) and returns (B, *shape). Label ``classes`` is the null label; ``label=None`` means the same. With
+``two_time: true`` it also takes an end time ``r=`` (B,) and is the average velocity from t to r
 (:mod:`fewstep.networks.two_time`).
 """
 
@@ -22,7 +22,7 @@ from fewstep.errors import UserError, unknown
 from fewstep.networks import mlp, unet
 from fewstep.networks import option_checks as options
 
-FRAME = ("shape", "classes", "context")  # what the data fixes; everything else is an option
+DATA_KEYS = ("shape", "classes", "context")  # the data decide these; every other key is an option
 
 
 @final
@@ -34,26 +34,32 @@ class Architecture:
         module: Called as ``module(shape, classes, context, **options)``.
         presets: Preset name to a complete set of options.
         checkers: Option name to the check of its value.
-        fill: ``fill(shape, preset, given)`` completes checked options for one shape.
+        complete: ``complete(shape, preset, given)`` completes checked options for samples of one shape.
     """
 
     module: Callable[..., nn.Module]
     presets: Mapping[str, dict[str, Any]]
     checkers: Mapping[str, options.Checker]
-    fill: Callable[[list[int], dict[str, Any], dict[str, Any]], dict[str, Any]]
+    complete: Callable[[list[int], dict[str, Any], dict[str, Any]], dict[str, Any]]
 
 
 NETWORKS: dict[str, Architecture] = {
-    "mlp": Architecture(mlp.MLP, mlp.PRESETS, mlp.CHECKERS, mlp.fill),
-    "unet": Architecture(unet.UNet, unet.PRESETS, unet.CHECKERS, unet.fill),
+    "mlp": Architecture(mlp.MLP, mlp.PRESETS, mlp.CHECKERS, mlp.complete_options),
+    "unet": Architecture(unet.UNet, unet.PRESETS, unet.CHECKERS, unet.complete_options),
 }
 
 
 def default_network(shape: Sequence[int]) -> dict[str, str]:
-    """Name and preset for samples of this shape, meant for training on a CPU.
+    """Name and preset of the default network, sized for training on a CPU.
 
     Up to 8 values: ``mlp`` ``compact``; up to 256 values: ``mlp`` ``small``; larger images (C, H, W):
     ``unet`` ``small``; other larger samples: ``mlp`` ``medium``.
+
+    Args:
+        shape: Shape of one sample.
+
+    >>> default_network((1, 28, 28))
+    {'name': 'unet', 'preset': 'small'}
     """
     sizes = options.data_shape(list(shape))
     size = options.features(sizes)
@@ -67,7 +73,7 @@ def default_network(shape: Sequence[int]) -> dict[str, str]:
 
 
 def _choose(given: dict[str, Any], shape: list[int]) -> tuple[str, dict[str, Any]]:
-    """Take ``name`` and ``preset`` out of the configuration: the name and the preset's options."""
+    """Remove ``name`` and ``preset`` from the configuration; return the name and the preset's options."""
     default = default_network(shape)
     name = given.pop("name", default["name"])
     if not isinstance(name, str) or name not in NETWORKS:
@@ -84,48 +90,48 @@ def resolve(config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, c
 
     Args:
         config: ``name``, ``preset``, ``two_time`` and options of the network, all optional; options override the
-            preset. An already resolved configuration is accepted and returned equal.
+            preset. A resolved configuration is returned unchanged.
         shape: Shape of one sample.
         classes: Number of labels, 0 for none.
         context: Number of context values (mlp) or channels (unet), 0 for none.
 
     Returns:
-        A plain dictionary ``{"name", "shape", "classes", "context", ...options}`` for :func:`build`; of a two-time
-        network with ``"two_time": True`` (a velocity's has no such key).
+        A plain dictionary ``{"name", "shape", "classes", "context", ...options}`` for :func:`build`; for a two-time
+        network also ``"two_time": True`` (a velocity network has no such key).
 
     Raises:
         UserError: an unknown name, preset or key, a wrong value, or a configuration resolved for other data.
     """
     if not isinstance(config, Mapping):
-        raise UserError(f"network is {config!r}, but it must be keys and values such as {{name: mlp}}.")
+        raise UserError(f"network is {config!r}, but it must have keys and values, such as {{name: mlp}}.")
     frame = {
         "shape": options.data_shape(list(shape)),
         "classes": options.count("network.classes", classes),
         "context": options.count("network.context", context),
     }
     given = dict(config)
-    for key in FRAME:
+    for key in DATA_KEYS:
         stored = given.pop(key, frame[key])
         stored = list(stored) if isinstance(stored, tuple) else stored
         if stored != frame[key]:
-            raise UserError(f"network.{key} is {stored!r}, but the data has {frame[key]!r}: drop the key.")
+            raise UserError(f"network.{key} is {stored!r}, but the data has {frame[key]!r}: remove the key.")
     two_time = options.flag("network.two_time", given.pop("two_time", False))
     name, preset = _choose(given, options.data_shape(frame["shape"]))
     kind = NETWORKS[name]
     checked = options.checked(name, given, kind.checkers)
-    full = {"name": name, **frame, **kind.fill(options.data_shape(frame["shape"]), preset, checked)}
+    full = {"name": name, **frame, **kind.complete(options.data_shape(frame["shape"]), preset, checked)}
     return {**full, "two_time": True} if two_time else full
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:
-    """Build the module of a resolved configuration, its output layer zero.
+    """Build the module of a resolved configuration; its output layer is zero.
 
-    The initial weights are drawn from torch's global generator: seed it, or fork it, around the call.
+    The initial weights are drawn from torch's global generator: the caller seeds or forks it.
 
     Raises:
         UserError: as :func:`resolve`, or the configuration was not resolved (it has no ``shape``).
     """
-    missing = [key for key in ("name", *FRAME) if key not in config]
+    missing = [key for key in ("name", *DATA_KEYS) if key not in config]
     if missing:
         raise UserError(f"network configuration lacks {', '.join(missing)}: pass it through resolve() first.")
     full = resolve(config, config["shape"], config["classes"], config["context"])

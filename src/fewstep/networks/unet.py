@@ -1,18 +1,18 @@
 r"""A small U-Net for images of 8×8 to 64×64 pixels.
 
-An encoder of residual blocks that halves the resolution between levels, a few blocks (and optional
-self-attention) at the lowest resolution, and a decoder joined to the encoder by skip connections (arXiv
-1505.04597; residual blocks and attention as in arXiv 2006.11239, appendix B). Each block is
+An encoder of residual blocks halves the resolution between levels. At the lowest resolution there are further
+blocks and, optionally, self-attention. Skip connections lead from the encoder to the decoder (arXiv 1505.04597;
+residual blocks and attention as in arXiv 2006.11239, appendix B). Each block is
 
 .. math:: h \mapsto S h + W_2\,\mathrm{SiLU}\bigl((1 + s(c)) \odot N(W_1\,\mathrm{SiLU}(N(h))) + b(c)\bigr)
 
 with 3×3 convolutions W, group normalisation N, the scale and shift (s, b) linear in the conditioning c (FiLM,
 arXiv 1709.07871; arXiv 2105.05233, section 3), and S the identity or a 1×1 convolution.
 
-``patch = p`` first folds p×p pixels into channels and unfolds them at the end: the full resolution, where
-most of the time would go, is then never convolved. The output is :math:`v = W_{out} h + g(c) \odot x` with
-a gain per channel: the part of the velocity linear in x (a skip connection weighted by the noise level:
-arXiv 2206.00364, eq. 7). :math:`W_{out} = g = 0` at the start, so that training begins at v = 0.
+``patch = p`` moves p×p pixels into channels first and back at the end, so that nothing is convolved at the full
+resolution, where most of the time would be spent. The output is :math:`v = W_{out} h + g(c) \odot x`, with one
+gain per channel for the part of the velocity that is linear in x (a skip connection weighted by the noise level:
+arXiv 2206.00364, eq. 7). :math:`W_{out} = g = 0` initially, so that training begins at v = 0.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 
 from fewstep.errors import UserError
 from fewstep.networks import option_checks as options
-from fewstep.networks.conditioning import Conditioning, check_inputs, join_context
+from fewstep.networks.conditioning import Conditioning, check_inputs, concatenate_context
 from fewstep.networks.two_time import interval
 
 CHECKERS: dict[str, options.Checker] = {
@@ -54,23 +54,31 @@ PRESETS: dict[str, dict[str, Any]] = {
     "large": _preset([128, 256, 512], blocks=3, middle=4, patch=1, embedding=512),
 }
 
-PATCH_FROM = 16  # smaller images keep their pixels unless `patch` is given
-MAX_TOKENS = 1024  # above this many pixels at the lowest resolution, presets go without attention
+MIN_PATCHED_SIDE = 16  # presets use patches from this shorter side on; chosen, not tuned
+MAX_TOKENS = 1024  # presets use attention up to so many pixels at the lowest resolution; chosen, not tuned
 
 
 def _levels(height: int, width: int) -> int:
-    """Number of resolutions: halve while both sides are even and at least 8."""
+    """Number of resolutions: an image is halved while both sides are even and at least 8."""
     levels = 1
     while height % 2 == 0 and width % 2 == 0 and min(height, width) >= 8:
         height, width, levels = height // 2, width // 2, levels + 1
     return levels
 
 
-def fill(shape: list[int], preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def complete_options(shape: list[int], preset: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Complete checked options for images of this shape (C, H, W).
 
-    A preset gives way to the image: fewer levels, no patches or no attention where they do not fit. An option
-    that was given and does not fit is refused.
+    Options of a preset are adapted to the image: fewer levels, no patches or no attention where they do not fit.
+    A given option that does not fit is refused.
+
+    Args:
+        shape: shape of one image.
+        preset: all options of the preset.
+        given: the options that were given.
+
+    Returns:
+        All options of the network.
 
     Raises:
         UserError: the shape is not (C, H, W); ``patch`` does not divide it; more ``widths`` than resolutions.
@@ -78,7 +86,7 @@ def fill(shape: list[int], preset: dict[str, Any], given: dict[str, Any]) -> dic
     if len(shape) != 3:
         raise UserError(
             f"network 'unet' takes images (C, H, W), but one sample has shape {tuple(shape)}: "
-            "use network 'mlp', or give the data a channel axis."
+            "use network 'mlp', or add a channel axis to the data."
         )
     full = {**preset, **given}
     height, width = shape[1:]
@@ -86,14 +94,14 @@ def fill(shape: list[int], preset: dict[str, Any], given: dict[str, Any]) -> dic
     fits = height % patch == 0 and width % patch == 0
     if not fits and "patch" in given:
         raise UserError(f"network.patch is {patch}, which does not divide the image size {height}×{width}.")
-    if "patch" not in given and (not fits or min(height, width) < PATCH_FROM):
+    if "patch" not in given and (not fits or min(height, width) < MIN_PATCHED_SIDE):
         patch = 1
     height, width = height // patch, width // patch
     levels = _levels(height, width)
     if "widths" in given and len(full["widths"]) > levels:
         raise UserError(
-            f"network.widths has {len(full['widths'])} levels, but {height}×{width} can be halved only "
-            f"{levels - 1} times (while even and at least 8): give at most {levels} widths."
+            f"network.widths has {len(full['widths'])} levels, but an image of {height}×{width} can be halved only "
+            f"{levels - 1} times (while its sides are even and at least 8): give at most {levels} widths."
         )
     widths = full["widths"][:levels]
     lowest = (height * width) >> (2 * (len(widths) - 1))
@@ -108,7 +116,7 @@ def _norm(width: int) -> nn.GroupNorm:
 
 @final
 class Block(nn.Module):
-    """The residual block of the module docstring: (B, C, H, W) to (B, D, H, W)."""
+    """The residual block of the module docstring."""
 
     def __init__(self, before: int, after: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -121,6 +129,7 @@ class Block(nn.Module):
         self.skip = nn.Identity() if before == after else nn.Conv2d(before, after, 1)
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """h (B, before, H, W) and c (B, embedding) to (B, after, H, W)."""
         inner = self.norm2(self.conv1(F.silu(self.norm1(h))))
         scale, shift = self.film(c).to(inner.dtype)[:, :, None, None].chunk(2, dim=1)
         inner = F.silu(torch.addcmul(shift, inner, 1 + scale))
@@ -129,7 +138,7 @@ class Block(nn.Module):
 
 @final
 class Stack(nn.Module):
-    """``number`` blocks in a row: (B, before, H, W) to (B, width, H, W)."""
+    """``number`` residual blocks, one after the other."""
 
     def __init__(self, before: int, width: int, number: int, embedding: int, dropout: float) -> None:
         super().__init__()
@@ -137,6 +146,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(Block(a, b, embedding, dropout) for a, b in itertools.pairwise(sizes))
 
     def forward(self, h: Tensor, c: Tensor) -> Tensor:
+        """h (B, before, H, W) and c (B, embedding) to (B, width, H, W)."""
         for block in self.blocks:
             h = block(h, c)
         return h
@@ -146,8 +156,8 @@ class Stack(nn.Module):
 class Attention(nn.Module):
     """h + W softmax(q k^T / sqrt(d)) v over the pixels of one image (arXiv 1706.03762, eq. 1).
 
-    Written out rather than fused: there are few pixels at the lowest resolution, and forward-mode
-    derivatives (JVPs) are defined for every step.
+    It does not use torch's fused attention: every operation here has a forward-mode derivative (JVP), and the
+    lowest resolution has few pixels.
     """
 
     def __init__(self, width: int) -> None:
@@ -158,12 +168,13 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, h: Tensor) -> Tensor:
-        batch, width, height, breadth = h.shape
+        """(B, width, H, W) to the same shape."""
+        batch, width, rows, columns = h.shape
         tokens = self.norm(h).flatten(2).transpose(1, 2)
         q, k, v = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         weights = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1).to(v.dtype)
         mixed = (weights @ v).transpose(1, 2).flatten(2)
-        return h + self.out(mixed).transpose(1, 2).reshape(batch, width, height, breadth)
+        return h + self.out(mixed).transpose(1, 2).reshape(batch, width, rows, columns)
 
 
 @final
@@ -174,14 +185,14 @@ class UNet(nn.Module):
         shape: (C, H, W) of one image.
         classes: Number of labels; label ``classes`` is the null label. 0: no labels.
         context: Number of context channels (B, context, H, W), concatenated to x. 0: none.
-        widths: Channels of each resolution, the highest first; one halving between two of them.
-        blocks: Residual blocks per resolution and direction, the lowest resolution excepted.
+        widths: Channels of each resolution, the highest resolution first; each halves the one before.
+        blocks: Residual blocks of encoder and of decoder at each resolution but the lowest.
         middle: Residual blocks at the lowest resolution.
-        patch: Side of the pixel patches folded into channels; must divide H and W.
-        attention: Self-attention after the first middle block.
+        patch: Side of the pixel patches that become channels; must divide H and W.
+        attention: Whether there is self-attention after the first middle block.
         embedding: Width of the conditioning vector.
         dropout: Dropout probability inside the blocks.
-        two_time: Whether it takes an end r too (:mod:`fewstep.networks.two_time`).
+        two_time: Whether it also takes an end time r (:mod:`fewstep.networks.two_time`).
     """
 
     def __init__(
@@ -228,12 +239,17 @@ class UNet(nn.Module):
         context: Tensor | None = None,
         r: Tensor | None = None,
     ) -> Tensor:
-        """v(x, t): x (B, C, H, W), t (B,), label (B,) or None (null), context (B, context, H, W) or None.
+        """v(x, t), or u(x, t, r) with r; (B, C, H, W).
 
-        With r (B,): u(x, t, r).
+        Args:
+            x: images (B, C, H, W).
+            t: times (B,).
+            label: labels (B,); None: the null label.
+            context: context (B, context, H, W), or None.
+            r: end times (B,) of a two-time network; None: r = t.
         """
         check_inputs(self.shape, self.classes, x, t, label, r)
-        h = F.pixel_unshuffle(join_context(x, context, self.context), self.patch)
+        h = F.pixel_unshuffle(concatenate_context(x, context, self.context), self.patch)
         c = self.conditioning(t, label, r)
         h = self.input(h.contiguous())  # group normalisation has no JVP for channels_last
         skips = []

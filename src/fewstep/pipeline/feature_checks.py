@@ -15,7 +15,7 @@ from fewstep.errors import UserError, suggestion, unknown
 from fewstep.generator import Config, Generator, read_config
 from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
-from fewstep.metrics.feature_distance import LPIPS, LPIPS_NETS, WAYS, FeatureDistance, find_features
+from fewstep.metrics.feature_distance import FEATURE_SOURCES, LPIPS, LPIPS_NETS, FeatureDistance, find_features
 from fewstep.solvers.maps import SampleRule
 
 NO_VELOCITY = {
@@ -79,7 +79,7 @@ def _check_word(where: str, word: str, stages: Mapping[str, Options]) -> None:
             raise UserError(f"{where}: {unknown('LPIPS network', name, LPIPS_NETS)}")
     elif not os.path.exists(word):
         known = [name for name, options in stages.items() if find_method(options.method).makes == "features"]
-        raise UserError(f"{where}: there are no features {word!r}: {suggestion(word, known)}Give {WAYS}.")
+        raise UserError(f"{where}: there are no features {word!r}: {suggestion(word, known)}Give {FEATURE_SOURCES}.")
 
 
 def find_outside(stages: Mapping[str, Options], judge: str | None, data: DataSet) -> None:

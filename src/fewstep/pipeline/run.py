@@ -27,7 +27,7 @@ from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.stage_networks import build_network, same_weights
 from fewstep.pipeline.statistics import Statistics
 from fewstep.pipeline.teachers import as_teacher, load_initial, load_teacher
-from fewstep.store.files import as_read, clean_temporaries, make_folder, read_json, write_json, write_text
+from fewstep.store.files import clean_temporaries, json_round_trip, make_folder, read_json, write_json, write_text
 from fewstep.training.checkpoint import Checkpoints
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld
@@ -263,7 +263,7 @@ def check_inputs(folder: Path, inputs: Mapping[str, Any]) -> None:
         write_json(path, {"inputs": inputs, "done": False})
         return
     found = _flat(read_json(path).get("inputs", {}))
-    wanted = _flat(as_read(inputs))
+    wanted = _flat(json_round_trip(inputs))
     differs = sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
     if differs:
         key = differs[0]

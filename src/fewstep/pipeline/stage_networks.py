@@ -15,7 +15,7 @@ from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
 from fewstep.networks import build
 from fewstep.networks.extractors import NAME, build_features
-from fewstep.networks.registry import FRAME
+from fewstep.networks.registry import DATA_KEYS
 from fewstep.networks.sizes import read_size, shrink
 from fewstep.pipeline.recipe import Recipe
 
@@ -79,4 +79,4 @@ def share_of_teacher(recipe: Recipe, data: DataSet, options: Options, config: di
             f"network.size is {size!r}, a share of the teacher's network, and {options.teacher!r} is a module that "
             "fewstep did not build: give the student's network by name, such as 'network: {name: mlp, preset: tiny}'."
         )
-    return {key: value for key, value in shrink(network, size).items() if key not in FRAME}
+    return {key: value for key, value in shrink(network, size).items() if key not in DATA_KEYS}

@@ -11,7 +11,7 @@ from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.registry import find_method
 from fewstep.pipeline.opening import Run, network_of
 from fewstep.pipeline.stage_networks import same_weights
-from fewstep.store.files import as_read
+from fewstep.store.files import json_round_trip
 
 
 def frozen(generator: Generator, name: str) -> Teacher:
@@ -84,7 +84,7 @@ def load_model(run: Run, chosen: str) -> Generator:
 
 def check_foreign(run: Run, folder: Path, config: Config) -> None:
     """Refuse a model from outside the recipe whose units, classes or base are not this run's."""
-    if config.scaling is not None and config.scaling != as_read(run.data.scaling.as_dict()):
+    if config.scaling is not None and config.scaling != json_round_trip(run.data.scaling.as_dict()):
         raise UserError(
             f"the model {folder} was trained on data scaled otherwise than {run.data.name!r} is here: use the same "
             "data with the same 'scale', so that both speak of the same units."

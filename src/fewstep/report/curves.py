@@ -1,4 +1,4 @@
-"""Curves: quality against network calls, straightness and curvature along t, losses."""
+"""Figures with curves: quality against network calls, straightness and errors along t, training losses."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from fewstep.report.drawing import (
     WIDE,
     Picture,
     call_axis,
+    escape_formulas,
     halo,
     label_ends,
     log_height,
     panels,
     picture,
-    plain,
     tidy,
 )
 from fewstep.report.html_tables import value_of
@@ -32,11 +32,16 @@ from fewstep.report.words import Row, control_rows, diagnoses, model_rows
 
 MARKERS = "osD^vP"
 CALLS = "network calls per sample (NFE)"
-Mark = tuple[float, str, str]  # height, words, colour
+Mark = tuple[float, str, str]  # height, text, colour
 
 
 def energy_curve(result: Mapping[str, Any], colours: Mapping[str, str]) -> Picture:
-    """Energy against network calls, both logarithmic, with standard errors and the floor."""
+    """Draw energy against network calls, both logarithmic, with standard errors and the floor.
+
+    Args:
+        result: a comparison.
+        colours: colour of every model.
+    """
     figure, axes = panels(1, 1, HALF, 3.8)
     ax = axes[0, 0]
     ends = [_curve(ax, name, rows, "energy", colours[name], k) for k, (name, rows) in _by_model(result)]
@@ -54,14 +59,20 @@ def energy_curve(result: Mapping[str, Any], colours: Mapping[str, str]) -> Pictu
     _name_lines(ax, ends, marks)
     caption = (
         "Energy distance to the training data against network calls (both logarithmic; bars are one "
-        "standard error). Further left at the same height is the same quality for less. The grey line is "
-        "what data of the same law score at this sample size: nothing below it is an improvement."
+        "standard error). A point further left at the same height has the same quality with fewer calls. The "
+        "grey line is the mean energy of data of the same law at this sample size; a value below it is not "
+        "an improvement."
     )
     return picture(figure, "energy distance against network calls", caption)
 
 
 def fidelity_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -> Picture:
-    """Precision and recall against network calls."""
+    """Draw precision and recall against network calls, one panel each.
+
+    Args:
+        result: a comparison.
+        colours: colour of every model.
+    """
     figure, axes = panels(2, 1, HALF, 3.8, sharex=True)
     for ax, key in zip(axes[:, 0], ("precision", "recall"), strict=True):
         ends = [_curve(ax, name, rows, key, colours[name], k) for k, (name, rows) in _by_model(result)]
@@ -71,16 +82,16 @@ def fidelity_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -> Pi
         ax.set_yticks([0, 0.5, 1])
         _name_lines(ax, ends, _gaussian_line(ax, result, key), gap=0.14)
     caption = (
-        "Precision (share of samples that look like data) and recall (share of the data the samples "
-        "cover), by five nearest neighbours. They catch what energy misses: a distribution can be right "
-        "on average, as the Gaussian is, and hold few samples that could be data. A good model is high "
-        "in both."
+        "Precision (share of samples that are near to data) and recall (share of data that are near to "
+        "samples), by five nearest neighbours. They show errors that energy does not: the Gaussian has the "
+        "mean and covariance of the data and a low energy, but few of its samples are near to data. A good "
+        "model is high in both."
     )
     return picture(figure, "precision and recall against network calls", caption)
 
 
 def _by_model(result: Mapping[str, Any]) -> list[tuple[int, tuple[str, list[Row]]]]:
-    """Number, name and rows of every model, rows by network calls."""
+    """Return number, name and rows of every model, the rows in order of network calls."""
     rows = model_rows(result)
     names = dict.fromkeys(row["model"] for row in rows)
     ordered = {n: sorted((r for r in rows if r["model"] == n), key=lambda r: r["nfe"]) for n in names}
@@ -88,9 +99,9 @@ def _by_model(result: Mapping[str, Any]) -> list[tuple[int, tuple[str, list[Row]
 
 
 def _curve(ax: Any, name: str, rows: Sequence[Row], key: str, colour: str, number: int) -> tuple[float, Mark] | None:
-    """Draw one model's line; return where it ends and its label, None when there is nothing to draw."""
+    """Draw one model's line; return its last x and its label, or None if it has no values."""
     kept = [(row, float(y)) for row in rows if (y := value_of(row, key)) is not None]
-    if key == "energy":  # a logarithmic axis
+    if key == "energy":  # its axis is logarithmic
         kept = [(row, y) for row, y in kept if y > 0]
     if not kept:
         return None
@@ -111,7 +122,7 @@ def _curve(ax: Any, name: str, rows: Sequence[Row], key: str, colour: str, numbe
 
 
 def _gaussian_line(ax: Any, result: Mapping[str, Any], key: str) -> list[Mark]:
-    """A dashed line at the Gaussian control's score, and its label."""
+    """Draw a dashed line at the Gaussian control's score; return its label, if there is one."""
     for row in control_rows(result):
         value = value_of(row, key)
         if "Gaussian" in row["model"] and value is not None and (value > 0 or key != "energy"):
@@ -121,13 +132,13 @@ def _gaussian_line(ax: Any, result: Mapping[str, Any], key: str) -> list[Mark]:
 
 
 def _name_lines(ax: Any, ends: Sequence[tuple[float, Mark] | None], marks: Sequence[Mark], gap: float = 0.075) -> None:
-    """Names at the right border for lines that reach it, beside the marker for those that end before."""
+    """Write the name of each line at the right border, or beside its last marker if it ends before."""
     known = [end for end in ends if end is not None]
     furthest = max((x for x, _ in known), default=1)
     for x, (y, name, colour) in known:
         if x < furthest:
             ax.annotate(
-                plain(name), (x, y), xytext=(6, -10), textcoords="offset points", va="center", fontsize=8.5,
+                escape_formulas(name), (x, y), xytext=(6, -10), textcoords="offset points", va="center", fontsize=8.5,
                 color=colour, path_effects=halo(), zorder=5,
             )  # fmt: skip
     label_ends(ax, [*marks, *(mark for x, mark in known if x == furthest)], gap)
@@ -142,7 +153,7 @@ ERRORS = (("local_error", "-"), ("weighted_error", (0, (4, 2))))
 
 
 def straightness_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -> Picture | None:
-    """Deviation from the chord and acceleration along t, for every velocity model."""
+    """Draw deviation from the chord and acceleration along t for every velocity model; None without one."""
     diagnosis = diagnoses(result)
     if not diagnosis:
         return None
@@ -162,24 +173,23 @@ def straightness_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -
         if ax is axes[0, -1]:
             label_ends(ax, ends)
     caption = (
-        "Along time, from noise (0) to data (1), in network units: how far the velocity is from the "
-        "trajectory's own chord (its integral is S), and how much trajectories accelerate and bend; bands are "
-        "two standard errors to either side. "
-        "Where a curve is high, few steps lose accuracy; a solver needs its steps there. Zero everywhere "
-        "means that one Euler step is exact."
+        "Along time, from noise (0) to data (1), in network units: the squared difference between the velocity "
+        "and the chord of its trajectory (the integral is S), the acceleration of trajectories, and the part "
+        "of it that changes their direction; bands are two standard errors to either side. "
+        "Where a curve is high, a solver needs more steps. If all are zero, one Euler step is exact."
     )
-    return picture(figure, "deviation, acceleration and bending along time", caption)
+    return picture(figure, "deviation, acceleration and normal acceleration along time", caption)
 
 
 def _band(ax: Any, values: Mapping[str, Any], y: np.ndarray, key: str, colour: str) -> None:
-    """Two standard errors about a curve; nothing where they are not known."""
+    """Draw a band of two standard errors about a curve, if they are known."""
     error = 2 * np.array([value or 0.0 for value in values.get(key) or [0.0]])
     if np.isfinite(error).all() and error.any():
         ax.fill_between(values["times"], np.maximum(y - error, 0.05 * y), y + error, color=colour, alpha=0.18, lw=0)
 
 
 def error_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -> Picture | None:
-    """Local error, what is left of it at the end, and stiffness along t; None where they were not measured."""
+    """Draw local error, its effect at t = 1, and stiffness along t; None if no model has them."""
     diagnosis = {name: d for name, d in diagnoses(result).items() if d.get("weighted_error") or d.get("stiffness")}
     if not diagnosis:
         return None
@@ -205,15 +215,16 @@ def error_curves(result: Mapping[str, Any], colours: Mapping[str, str]) -> Pictu
     for ax in axes[0]:
         ax.set_xlim(0, 1)
     caption = (
-        "Left: the error that one Euler step of length h makes at t, over h², RMS (solid), and what the flow has made "
-        "of it by t = 1 (dashed): steps belong where the dashed line is high. Right: how fast neighbouring "
-        "trajectories come together or part. Above the dashed line eight equal steps overshoot."
+        "Left: the error of one Euler step of length h at t, over h², RMS (solid), and the error at t = 1 that it "
+        "causes (dashed): a grid should have its steps where the dashed line is high. Right: the rate at which "
+        "neighbouring trajectories approach or separate. Above the dashed line (|λ| = 8) each of eight equal "
+        "Euler steps overshoots."
     )
     return picture(figure, "local error and stiffness along time", caption)
 
 
 def _error_lines(ax: Any, values: Mapping[str, Any], colour: str) -> tuple[float, float]:
-    """Local error solid, weighted error dashed; their lowest and highest value."""
+    """Draw the local error solid and the weighted error dashed; return their lowest and highest value."""
     lines = [(np.asarray(values[key], dtype=float), style) for key, style in ERRORS if values.get(key)]
     top = max(float(y.max()) for y, _ in lines) or 1.0
     lines = [(np.maximum(y, 1e-4 * top), style) for y, style in lines]
@@ -223,7 +234,10 @@ def _error_lines(ax: Any, values: Mapping[str, Any], colour: str) -> tuple[float
 
 
 def read_statistics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines of ``stats.jsonl`` by stage, in the order of the file; a line cut off at the end is left out.
+    """Read ``stats.jsonl``; a truncated last line is ignored.
+
+    Returns:
+        The lines that have a loss, by stage, in the order of the file.
 
     Raises:
         UserError: the file cannot be read.
@@ -244,7 +258,7 @@ def read_statistics(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def loss_curves(path: Path, colours: Mapping[str, str]) -> Picture | None:
-    """One small panel per model: loss against samples seen; None when the file has none of them."""
+    """Draw loss against samples seen, one panel per stage; None if the file has no stage of ``colours``."""
     stages = {name: lines for name, lines in read_statistics(path).items() if name in colours}
     if not stages:
         return None
@@ -256,14 +270,15 @@ def loss_curves(path: Path, colours: Mapping[str, str]) -> Picture | None:
     for ax in list(axes.flat)[len(stages) :]:
         ax.set_axis_off()
     caption = (
-        "Training loss of every stage (faint: as logged; strong: running median). Dashed lines separate "
-        "rounds. A flow-matching loss does not go to zero: it keeps the spread of the pairs that cross "
-        "at a point. After ReFlow the pairs hardly cross, and little is left."
+        "Training loss of every stage (thin: as logged; thick: running median). Dashed lines separate "
+        "rounds. A flow-matching loss does not go to zero: its minimum is the variance of x1 - x0 given x_t, "
+        "since lines of different pairs cross. After ReFlow few lines cross, and the minimum is near zero."
     )
     return picture(figure, "training loss of every stage", caption)
 
 
 def _loss_panel(ax: Any, name: str, lines: Sequence[Mapping[str, Any]], colour: str) -> None:
+    """Draw the logged loss of a stage, its running median, and the limits of its rounds."""
     x = np.array([line["samples"] for line in lines]) / 1000
     y = np.array([line["terms"]["loss"] for line in lines], dtype=float)
     middle = smoothed(y)
@@ -275,10 +290,14 @@ def _loss_panel(ax: Any, name: str, lines: Sequence[Mapping[str, Any]], colour: 
         log_height(ax, float(y.min()), float(y.max()))
     tidy(ax, title=name, x="thousand samples seen", y="loss")
     ax.title.set_color(colour)
-    ax.set_title(plain(name), fontsize=9.5, color=colour or INK, loc="left")
+    ax.set_title(escape_formulas(name), fontsize=9.5, color=colour or INK, loc="left")
 
 
 def smoothed(values: np.ndarray, share: float = 0.06) -> np.ndarray:
-    """Running median over a share of the points."""
+    """Running median over a share of the points.
+
+    >>> smoothed(np.array([1.0, 9.0, 2.0, 3.0]), share=0.5)
+    array([5. , 2. , 3. , 2.5])
+    """
     half = max(1, int(share * len(values) / 2))
     return np.array([np.median(values[max(0, k - half) : k + half + 1]) for k in range(len(values))])

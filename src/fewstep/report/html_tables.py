@@ -1,4 +1,4 @@
-"""The tables of a report as plain cells: text, and whether it is the best of its column."""
+"""The tables of a report, as cells of text with marks for the template."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, final
 
 from fewstep.report.words import Row, control_rows, diagnoses, model_rows, number
 
-# title, key, which end is best ("low", "high" or ""), key of the floor, what it says
+# title, key, whether the lowest or the highest value is best ("low", "high" or ""), key of the floor, explanation
 COLUMNS: tuple[tuple[str, str, str, str | None, str], ...] = (
     ("steps", "steps", "", None, "solver steps"),
     ("NFE", "nfe", "", None, "network calls per sample, counted"),
@@ -17,18 +17,31 @@ COLUMNS: tuple[tuple[str, str, str, str | None, str], ...] = (
     ("held-out", "energy_held_out", "low", "energy_held_out_floor", "energy distance to the held-out split"),
     ("sliced W₂", "sliced_w2", "low", "sliced_w2_floor", "sliced 2-Wasserstein distance, 256 directions"),
     ("FD", "_percent", "low", None, "squared Fréchet distance, in percent of the data's trace"),
-    ("precision", "precision", "high", None, "share of samples that look like data (5 nearest neighbours)"),
-    ("recall", "recall", "high", None, "share of the data that the samples cover"),
-    ("coverage", "coverage", "high", "coverage_floor", "share of data points with a sample near"),
-    ("memorised", "memorised", "", None, "share nearer to training data than 5 % of held-out data are"),
-    ("time", "relative_time", "", None, "wall time of a batch, relative to the slowest row"),
+    ("precision", "precision", "high", None, "share of samples that are near to data (5 nearest neighbours)"),
+    ("recall", "recall", "high", None, "share of data that are near to samples (5 nearest neighbours)"),
+    (
+        "coverage",
+        "coverage",
+        "high",
+        "coverage_floor",
+        "share of data points with a sample nearer than the 5th data point",
+    ),
+    ("memorised", "memorised", "", None, "share of samples nearer to training data than 5 % of held-out data are"),
+    ("time", "relative_time", "", None, "median wall time of a batch, relative to the slowest row"),
 )
 
 
 @final
 @dataclass(frozen=True)
 class Cell:
-    """One cell: its text, a smaller addition, and marks."""
+    """One cell of a table.
+
+    Attributes:
+        text: the value.
+        small: the standard error, in small type.
+        best: whether it is the best value of its column.
+        alarm: whether it is flagged for memorisation.
+    """
 
     text: str
     small: str = ""
@@ -39,7 +52,14 @@ class Cell:
 @final
 @dataclass(frozen=True)
 class Line:
-    """One line of the comparison: a model's row, a control, or the floors."""
+    """One line of the comparison.
+
+    Attributes:
+        name: name of the model or the control.
+        kind: ``model``, ``control`` or ``floor``.
+        cells: one per column.
+        first: whether it is the first line of its model or group.
+    """
 
     name: str
     kind: str
@@ -48,7 +68,7 @@ class Line:
 
 
 def value_of(row: Row, key: str) -> float | int | None:
-    """A row's number, from the row or its scores; ``_percent`` is that of whichever features were used."""
+    """A number of a row or of its scores; ``_percent`` stands for ``FD-<features>_percent``. None if undefined."""
     if key == "_percent":
         found = [value for name, value in row["scores"].items() if name.endswith("_percent")]
         return found[0] if found else None
@@ -57,7 +77,14 @@ def value_of(row: Row, key: str) -> float | int | None:
 
 
 def comparison(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Line]]:
-    """Heads ``(title, explanation)`` and lines: models, controls, floors."""
+    """The comparison table.
+
+    Args:
+        result: a comparison.
+
+    Returns:
+        The columns' ``(title, explanation)``, and the lines: models, controls, floors.
+    """
     rows, controls = model_rows(result), control_rows(result)
     columns = [column for column in COLUMNS if any(value_of(row, column[1]) is not None for row in rows)]
     best = {key: _best([value_of(row, key) for row in rows], end) for _, key, end, _, _ in columns}
@@ -69,17 +96,18 @@ def comparison(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[L
         lines.append(Line(row["model"], "control", [_cell(row, c[1], None) for c in columns], k == 0))
     floors = [Cell(number(rows[0]["scores"].get(floor)) if floor else "") for _, _, _, floor, _ in columns]
     lines.append(Line("data against data (floor)", "floor", floors, True))
-    heads = [(_fd_title(rows[0]) if key == "_percent" else title, says) for title, key, _, _, says in columns]
+    heads = [(_fd_title(rows[0]) if key == "_percent" else title, text) for title, key, _, _, text in columns]
     return heads, lines
 
 
 def _fd_title(row: Row) -> str:
+    """``FD-<features> %``."""
     names = [name.removesuffix("_percent") for name in row["scores"] if name.endswith("_percent")]
     return f"{names[0]} %"
 
 
 def _best(values: Sequence[float | int | None], end: str) -> str | None:
-    """The best value as it is printed, so that equal prints are marked alike; None for a single row."""
+    """The best value as it is printed, so that all values printed alike are marked; None for a single row."""
     known = [float(value) for value in values if value is not None]
     if not end or len(known) < 2:
         return None
@@ -87,6 +115,7 @@ def _best(values: Sequence[float | int | None], end: str) -> str | None:
 
 
 def _cell(row: Row, key: str, best: str | None) -> Cell:
+    """The cell of a row in the column ``key``, whose best printed value is ``best``."""
     value = value_of(row, key)
     text = number(value)
     small = f"±{number(row['scores'].get('energy_se'))}" if key == "energy" else ""
@@ -95,7 +124,11 @@ def _cell(row: Row, key: str, best: str | None) -> Cell:
 
 
 def straightness(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    """Model and ``S ± error, S / E|Δ|², one-step gap, relative gap, path length, Euler errors, largest |λ|``."""
+    """The straightness table, one row per velocity model.
+
+    Returns:
+        Name and ``S ± error, S / E|Δ|², one-step gap, relative gap, path length, Euler errors, largest |λ|``.
+    """
     return [
         (
             name,
@@ -114,7 +147,7 @@ def straightness(result: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
 
 
 def _euler_share(d: Mapping[str, Any], steps: int) -> str:
-    """Euler's endpoint error over the displacement, in per cent."""
+    """Euler's error at t = 1 over the RMS displacement, in per cent."""
     known = dict(zip(d.get("euler_steps") or (), d.get("euler_error_trimmed") or (), strict=True))
     if steps not in known or d["displacement"] < 1e-20:
         return "–"
@@ -122,7 +155,7 @@ def _euler_share(d: Mapping[str, Any], steps: int) -> str:
 
 
 def timing(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Rows with a relative time, slowest = 1."""
+    """The rows of the timing table; the relative time of the slowest row is 1."""
     rows = [row for row in model_rows(result) if row.get("relative_time") is not None]
     return [
         {
@@ -139,7 +172,11 @@ def timing(result: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def facts(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """A nested mapping as ``(dotted key, text)`` pairs."""
+    """Flatten a nested mapping to ``(dotted key, text)`` pairs.
+
+    >>> facts({"torch": "2.9", "machine": {"cores": 2}})
+    [('torch', '2.9'), ('machine.cores', '2')]
+    """
     out: list[tuple[str, str]] = []
     for key, value in values.items():
         if isinstance(value, Mapping):

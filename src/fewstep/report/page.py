@@ -1,6 +1,6 @@
-"""``report.html``: one file that holds a comparison's words, tables and pictures, and loads nothing.
+"""Writes ``report.html``: the text, tables and figures of a comparison in one file that loads no other.
 
-Styles are inline and pictures are PNG ``data:`` addresses; every text is escaped by the template engine.
+Styles are inline and pictures are PNG ``data:`` URLs; the template engine escapes every text.
 """
 
 from __future__ import annotations
@@ -45,22 +45,22 @@ def write_report(
 
     Args:
         path: the HTML file.
-        result: what :func:`fewstep.pipeline.compare.compare` returned, or ``compare.json`` read back.
-        models: the models of the result; the first is the one the others are compared with.
+        result: the result of :func:`fewstep.pipeline.compare.compare`, or the content of ``compare.json``.
+        models: the models of the result.
         data: the data of the comparison.
         title: the page's title.
-        recipe_text: the recipe as YAML, shown as it is.
+        recipe_text: the recipe as YAML, shown unchanged.
         environment: versions, seed and machine; nested mappings are shown with dotted keys.
-        command: what to type to repeat it.
-        seed: of the samples and trajectories shown.
-        pairs: folder of the pairs a model learned from, by model name.
-        stats: ``stats.jsonl`` of the run.
+        command: the command that repeats the run.
+        seed: seed of the samples and trajectories shown.
+        pairs: folder of the pairs that a model was trained on, by model name.
+        stats: ``stats.jsonl`` of the run, for the training losses.
 
     Returns:
-        The path.
+        The path of the file.
 
     Raises:
-        UserError: the result has rows of a model that is not among ``models``, or no rows of models; the file
+        UserError: the result has rows of a model that is not among ``models``, or no rows of models, or the file
             cannot be written.
     """
     from jinja2 import Environment, StrictUndefined
@@ -82,10 +82,12 @@ def write_report(
 
 
 def check(result: Mapping[str, Any], models: Mapping[str, Generator]) -> None:
-    """Refuse a result without models, or one of other models."""
+    """Refuse a result without rows of models, or with rows of a model that was not given."""
     names = {row["model"] for row in model_rows(result)}
     if not names:
-        raise UserError("the comparison has no row of a model: there is nothing to report.")
+        raise UserError(
+            "the comparison has no row of a model, so there is nothing to report. Compare at least one model."
+        )
     missing = sorted(names - set(models))
     if missing:
         raise UserError(
@@ -102,7 +104,7 @@ def content(
     pairs: Mapping[str, Path],
     stats: Path | None,
 ) -> dict[str, Any]:
-    """Everything the template shows that is computed."""
+    """Compute the fields of the template; arguments as in :func:`write_report`."""
     names = list(dict.fromkeys(row["model"] for row in model_rows(result)))
     models = {name: models[name] for name in names}
     colours = model_colours(names)
@@ -133,14 +135,14 @@ def content(
 
 
 def describe(model: Generator, result: Mapping[str, Any]) -> dict[str, str]:
-    """A model in words."""
+    """The row of a model in the table of models."""
     row = next(row for row in model_rows(result) if row["model"] == model.name)
     config = model.config
     about = []
     if config.class_weights:
         about.append(f"{len(config.class_weights)} classes")
     if config.guidance is not None:
-        about.append(f"guidance {config.guidance:g} baked in")
+        about.append(f"distilled with guidance {config.guidance:g}")
     if config.coupling is not None and config.coupling.deterministic:
         about.append("trained on pairs")
     rule = config.rule
@@ -149,7 +151,7 @@ def describe(model: Generator, result: Mapping[str, Any]) -> dict[str, str]:
         "name": model.name,
         "method": config.method or "–",
         "kind": "one-step map" if one_step else rule.kind,
-        "solver": f"{config.solver}, {config.grid}" if rule.kind == "velocity" else "its own",
+        "solver": f"{config.solver}, {config.grid}" if rule.kind == "velocity" else "its own sampler",
         "network": str((config.network or {}).get("name", type(model.module).__name__)),
         "parameters": number(row["parameters"]),
         "about": ", ".join(about) or "–",
@@ -157,7 +159,7 @@ def describe(model: Generator, result: Mapping[str, Any]) -> dict[str, str]:
 
 
 def describe_pairs(name: str, folder: Path) -> list[list[str]]:
-    """What the manifest says of the pairs a model learned from."""
+    """The row of the pairs that a model was trained on, from their manifest."""
     store = open_pairs(folder)
     error = store.manifest.get("checks", {}).get("relative_error")
     keys = ("direction", "solver", "nfe")
@@ -165,7 +167,7 @@ def describe_pairs(name: str, folder: Path) -> list[list[str]]:
 
 
 def describe_data(data: DataSet) -> list[tuple[str, str]]:
-    """The data in words."""
+    """Name, size, shape and hash of the data."""
     return [
         ("name", data.name),
         ("rows", f"{len(data):,} ({len(data.train):,} training, {len(data.held_out):,} held out)"),
@@ -175,7 +177,7 @@ def describe_data(data: DataSet) -> list[tuple[str, str]]:
 
 
 def citation_keys(models: Mapping[str, Generator]) -> list[str]:
-    """Papers of the methods used, of guidance where it was, and of the scores."""
+    """Citation keys of the methods, of guidance where a model uses it, and of the scores."""
     keys: list[str] = []
     for model in models.values():
         if model.config.method in METHODS:

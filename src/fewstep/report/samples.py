@@ -1,7 +1,7 @@
 """Samples of every model at every step count, from the same seeds: strips of images, or panels of points.
 
-Images share their columns: a column is one base sample (and one class, where models take labels). Vectors of
-more than two entries are shown in the plane of the first two principal components of the training data.
+All images of a column have the same base noise, and the same class where models take labels. Vectors of more than
+two entries are shown in the plane of the first two principal components of the training data.
 """
 
 from __future__ import annotations
@@ -22,16 +22,22 @@ from fewstep.report.drawing import DATA, FAINT, SOFT, WIDE, Array, Picture, bare
 from fewstep.report.sheets import bins_of, channels_last, dot_size, principal_directions, tile, to_bytes
 from fewstep.report.words import Row, calls, energy_of, model_rows, number
 
-COLUMNS = 16
-POINTS = 1500
-STRIP = 96  # larger images are reduced to this
+COLUMNS = 16  # images in a strip
+POINTS = 1500  # samples in a panel
+MAX_STRIP_SIDE = 96  # pixels; larger images are reduced to this
 REAL = "training data"
 
 
 @final
 @dataclass(frozen=True)
 class Strip:
-    """A row of images of one model and step count, or of real data."""
+    """A row of images of one model and step count, or of real data.
+
+    Attributes:
+        name: the model, or ``training data``.
+        detail: number of calls and energy.
+        picture: the images.
+    """
 
     name: str
     detail: str
@@ -41,7 +47,14 @@ class Strip:
 @final
 @dataclass(frozen=True)
 class Samples:
-    """The section: strips with the labels of their columns, or one figure."""
+    """The section of samples: strips of images, or one figure of points.
+
+    Attributes:
+        strips: the strips; empty for points.
+        labels: the class of every column, where models take labels.
+        figure: the figure of points; None for images.
+        caption: the caption of the strips.
+    """
 
     strips: list[Strip]
     labels: list[str]
@@ -50,7 +63,7 @@ class Samples:
 
 
 def is_image(shape: Sequence[int]) -> bool:
-    """Grey or colour images with more than one pixel each way."""
+    """Whether rows are grey or colour images with more than one pixel in both directions."""
     return len(shape) == 3 and shape[0] in (1, 3) and min(shape[1:]) > 1
 
 
@@ -61,20 +74,28 @@ def samples(
     colours: Mapping[str, str],
     seed: int,
 ) -> Samples:
-    """Draw the section's pictures."""
+    """Draw samples of every row of the comparison.
+
+    Args:
+        result: the comparison.
+        models: the models by name.
+        data: the data of the comparison.
+        colours: colour of every model.
+        seed: seed of the samples.
+    """
     if is_image(data.shape):
         return image_strips(result, models, data, seed)
     return Samples([], [], point_panels(result, models, data, colours, seed), "")
 
 
 def class_columns(models: Mapping[str, Generator], count: int) -> Tensor | None:
-    """A class for every column, in turn, when any model takes labels."""
+    """Class numbers ``(count,)`` of the columns, in turn; None if no model takes labels."""
     classes = max((len(model.config.class_weights) for model in models.values()), default=0)
     return torch.arange(count) % classes if classes else None
 
 
 def label_argument(model: Generator, classes: Tensor | None) -> list[int] | None:
-    """Class numbers as ``Generator.sample`` takes them: in the data's own numbers where it has them."""
+    """Labels for ``Generator.sample``: the data's own numbers where it has them, else class numbers."""
     if classes is None or not model.conditional:
         return None
     names = model.config.label_names
@@ -84,36 +105,49 @@ def label_argument(model: Generator, classes: Tensor | None) -> list[int] | None
 
 
 def label_words(data: DataSet, classes: Tensor | None) -> list[str]:
-    """What the data calls the classes of the columns."""
+    """The names of the columns' classes in the data."""
     if classes is None:
         return []
     return [str(data.label_names[int(k)] if data.label_names else int(k)) for k in classes]
 
 
 def reference_units(x: Tensor, model: Generator, data: DataSet) -> Tensor:
-    """A model's network units to the data's; a model without a scaling works in the data's own units."""
+    """Convert a model's network units to those of the data; a model without a scaling uses data units.
+
+    Args:
+        x: rows ``(N, *shape)`` in the model's network units.
+        model: the model.
+        data: the data of the comparison.
+    """
     if model.config.scaling == data.scaling.as_dict():
         return x
     rows = x.float().cpu().numpy()
     if model.config.scaling is not None:
-        own = replace(Scaling.from_dict(model.config.scaling), clip=None)  # states on the way are no data yet
+        # not clipped: intermediate states may lie outside the range of the data
+        own = replace(Scaling.from_dict(model.config.scaling), clip=None)
         rows = own.arrange(own.to_data(x).numpy())
     return data.scaling.normalise(rows)
 
 
 def data_units(x: Tensor, data: DataSet) -> Array:
-    """Network units to data units, ``(N, *shape)``."""
+    """Convert network units to data units, ``(N, *shape)``."""
     return data.scaling.arrange(data.scaling.to_data(x).numpy())
 
 
 def pick_rows(data: DataSet, count: int, seed: int) -> Array:
-    """Numbers of ``count`` training rows (fewer when there are fewer), drawn without replacement."""
+    """Draw the numbers of ``count`` training rows (all, if there are fewer) without replacement."""
     order = torch.randperm(len(data.train), generator=generator_for(seed, "report", "rows")).numpy()
     return np.asarray(data.train[order[:count]])
 
 
 def real_columns(data: DataSet, classes: Tensor | None, seed: int) -> Array:
-    """Numbers of a training row for every column, of the column's class where there are classes."""
+    """The number of a training row for every column, of the column's class where there are classes.
+
+    Args:
+        data: the data.
+        classes: class numbers of the columns, or None.
+        seed: seed of the choice.
+    """
     rows = pick_rows(data, len(data.train), seed)
     if classes is None or data.labels is None:
         return rows[:COLUMNS]
@@ -126,7 +160,10 @@ def real_columns(data: DataSet, classes: Tensor | None, seed: int) -> Array:
 
 
 def image_strips(result: Mapping[str, Any], models: Mapping[str, Generator], data: DataSet, seed: int) -> Samples:
-    """One strip per model and step count, and one of training images (of the same classes)."""
+    """Draw one strip of training images, and one strip per model and step count with the same classes.
+
+    Arguments as in :func:`samples`.
+    """
     classes = class_columns(models, COLUMNS)
     limits = grey_limits(data)
     real = data_units(data.network_rows(real_columns(data, classes, seed)), data)
@@ -141,9 +178,9 @@ def image_strips(result: Mapping[str, Any], models: Mapping[str, Generator], dat
     caption = (
         "Every column starts from the same noise"
         + (" and has the same class" if classes is not None else "")
-        + f" (seed {seed}, samples 0 to {COLUMNS - 1}, not chosen). Down a column one sees what fewer "
-        "calls change: a curved flow blurs towards the mean of the data when it is cut short, a straight one "
-        "keeps its picture. The first row is real data, for comparison."
+        + f" (seed {seed}, samples 0 to {COLUMNS - 1}, not selected). Within a column only the model and the number "
+        "of calls differ: with few calls a curved flow gives blurred images near the mean of the data, a straight "
+        "one gives nearly the same images. The first row is training data, for comparison."
     )
     return Samples(strips, label_words(data, classes), None, caption)
 
@@ -157,14 +194,20 @@ def grey_limits(data: DataSet) -> tuple[float, float]:
 
 
 def _strip(images: Array, limits: tuple[float, float], alt: str) -> Picture:
-    image = tile(to_bytes(channels_last(images), limits), len(images), largest=STRIP)
+    """Draw images side by side."""
+    image = tile(to_bytes(channels_last(images), limits), len(images), largest=MAX_STRIP_SIDE)
     return Picture(png_bytes(image), image.width, alt, pixelated=True)
 
 
 @final
 class Plane:
-    """The plane in which rows are shown: their own coordinates, in data units, when there are one or two;
-    else the first two principal components of the training data, in network units.
+    """The coordinates in which rows are shown.
+
+    Rows of one or two entries keep their own coordinates, in data units. Longer rows are projected on the first two
+    principal components of the training data, in network units.
+
+    Args:
+        data: the data of the comparison.
     """
 
     def __init__(self, data: DataSet) -> None:
@@ -181,7 +224,7 @@ class Plane:
         return self.size > 2
 
     def __call__(self, x: Tensor) -> Array:
-        """Rows in network units ``(N, *shape)`` to points ``(N, 2)``, or ``(N, 1)``."""
+        """Project rows in network units ``(N, *shape)`` to points ``(N, 2)``, or ``(N, 1)`` for one entry."""
         if self.principal:
             return (x.flatten(1).double().numpy() - self.mean) @ self.basis
         return data_units(x, self.data).reshape(len(x), self.size)
@@ -191,7 +234,7 @@ Frame = tuple[tuple[float, float], tuple[float, float]]
 
 
 def frame(points: Array, share: float = 0.99) -> Frame:
-    """Limits that hold a share of the points ``(N, 2)`` along each axis, with a margin; a square."""
+    """Limits of a square that contains a share of the points ``(N, 2)`` along each axis, with a margin."""
     low, high = np.quantile(points, [(1 - share) / 2, (1 + share) / 2], axis=0)
     (x, y), half = (low + high) / 2, 0.5 * max(float((high - low).max()), 1e-6)
     half *= 1.2 if share < 1 else 1.06
@@ -205,7 +248,10 @@ def point_panels(
     colours: Mapping[str, str],
     seed: int,
 ) -> Picture:
-    """One panel per model and step count, models below each other, step counts side by side."""
+    """Draw one panel per model and step count, a row of panels for each model.
+
+    Arguments as in :func:`samples`.
+    """
     plane = Plane(data)
     real = plane(data.network_rows(pick_rows(data, POINTS, seed)))
     across: dict[str, list[Row]] = {}
@@ -232,37 +278,37 @@ def point_panels(
 
 
 def _points_caption(plane: Plane) -> str:
-    what = "Histograms of the samples over those" if plane.size == 1 else "Samples over a faint scatter"
+    """The caption of the panels."""
+    what = "Histograms of the samples over those" if plane.size == 1 else "Samples over those"
     where = ", in the plane of the data's first two principal components" if plane.principal else ""
     return (
-        f"{what} of the data (grey){where}; {POINTS} samples from the same seed in every panel, so equal "
-        "noise. One panel per model and number of network calls; E is the energy distance. A curved flow "
-        "cut short leaves mass between the modes; a straight one puts it where the data are from the "
-        "first call on."
+        f"{what} of the data (grey){where}; {POINTS} samples from the same noise in every panel. "
+        "One panel per model and number of network calls; E is the energy distance. With few calls a curved "
+        "flow leaves samples between the modes of the data; a straight flow does not."
     )
 
 
 def _flat_frame(points: Array, side: float) -> Frame:
-    """A frame a quarter wider than high, as the panels are; it grows sideways where the points need it."""
+    """A frame with the panels' ratio of height to width, 3 : 4, that contains the points."""
     (left, right), (bottom, top) = frame(points)
     low, high = np.quantile(points[:, 1], [0.005, 0.995])
-    need = 1.2 * float(high - low) / 0.75  # the width at which the height just holds the points
-    half = max(right - left, need) / 2
+    least = 1.2 * float(high - low) / 0.75  # the width at which the height contains the points
+    half = max(right - left, least) / 2
     x, y = (left + right) / 2, (bottom + top) / 2
     return (x - half, x + half), (y - 0.75 * half, y + 0.75 * half)
 
 
 def _show(ax: Any, real: Array, points: Array | None, colour: str, limits: Any) -> None:
-    """Samples over the data: a scatter, or histograms where ``limits`` are the edges of bins."""
+    """Draw samples over the data: a scatter, or histograms of one entry with ``limits`` as the edges of bins."""
     ax.set_axis_on()
-    ground = DATA if points is None else FAINT
+    data_colour = DATA if points is None else FAINT
     if real.shape[1] == 1:
-        ax.hist(real[:, 0], bins=limits, density=True, color=ground)
+        ax.hist(real[:, 0], bins=limits, density=True, color=data_colour)
         if points is not None:
             ax.hist(points[:, 0], bins=limits, density=True, histtype="step", color=colour, linewidth=1.4)
         ax.set_xlim(limits[0], limits[-1])
         return
-    ax.scatter(real[:, 0], real[:, 1], s=2.5, color=ground, linewidths=0)
+    ax.scatter(real[:, 0], real[:, 1], s=2.5, color=data_colour, linewidths=0)
     if points is not None:
         size = 0.6 * dot_size(len(points))
         ax.scatter(points[:, 0], points[:, 1], s=size, color=colour, alpha=0.55, linewidths=0)

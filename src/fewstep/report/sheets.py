@@ -1,6 +1,6 @@
 """Sheets of samples: contact sheets of images, scatter plots of points, histograms of numbers.
 
-Images are shown in the data's own units, the lowest value black and the highest white, small ones enlarged by
+Images are shown in data units, with the lowest value black and the highest white. Small images are enlarged by
 nearest neighbour.
 """
 
@@ -20,10 +20,10 @@ from fewstep.errors import UserError
 from fewstep.report.drawing import COLOURS, Array, bare, panels, picture, png_bytes, tidy
 from fewstep.store.files import write_bytes
 
-CELL = 48  # an image's side in a sheet, about
-LARGEST = 160  # larger images are reduced to this in a sheet
-GAP = 2
-PAPER = 236  # grey of the gaps
+CELL = 48  # pixels; small images are enlarged to about this side
+MAX_SIDE = 160  # pixels; larger images are reduced to this side
+GAP = 2  # pixels between images
+GAP_GREY = 236  # grey value of the gaps
 
 Limits = tuple[float, float]
 
@@ -35,25 +35,29 @@ def write_sheet(
     limits: Limits | None = None,
     columns: int | None = None,
 ) -> Path:
-    """Write samples as one PNG: images as a contact sheet, points as a scatter plot, numbers as a histogram.
+    """Write samples to a PNG file: images as a contact sheet, points as a scatter plot, numbers as a histogram.
 
     Args:
         x: images ``(N, H, W)``, ``(N, C, H, W)`` or ``(N, H, W, C)`` with C = 1 or 3, or vectors ``(N, D)``.
         path: a ``.png`` file.
         limits: the values shown as black and white; the smallest and largest of ``x`` when not given.
-        columns: images per row; about a square when not given.
+        columns: images per row; by default about as many as rows.
+
+    Returns:
+        The path of the file.
 
     Raises:
-        UserError: another shape, another suffix, values that are not finite, limits or columns that make no
-            sense.
+        UserError: the shape or the suffix is another, values are not finite, or limits or columns are not valid.
     """
     path = Path(path)
     if path.suffix.lower() != ".png":
-        raise UserError(f"a sheet is a PNG file, and {str(path)!r} ends otherwise: give a name such as samples.png.")
+        raise UserError(
+            f"a sheet is a PNG file, and {str(path)!r} does not end in .png: give a name such as samples.png."
+        )
     array = finite(x)
     if array.ndim == 2:
         if limits is not None or columns is not None:
-            raise UserError("limits and columns are for images, and these samples are vectors: leave them out.")
+            raise UserError("limits and columns are for images, and these samples are vectors: remove them.")
         return scatter_sheet(array, path)
     return sheet(array, path, limits=limits, columns=columns)
 
@@ -61,7 +65,7 @@ def write_sheet(
 def sheet(
     images: Tensor | Array, path: str | Path, *, limits: Limits | None = None, columns: int | None = None
 ) -> Path:
-    """Write images as a contact sheet; arguments as in :func:`write_sheet`."""
+    """Write images as a contact sheet; arguments and errors as in :func:`write_sheet`."""
     array = channels_last(finite(images))
     if columns is not None and columns < 1:
         raise UserError(f"columns must be at least 1, got {columns}.")
@@ -73,7 +77,15 @@ def sheet(
 
 
 def scatter_sheet(points: Tensor | Array, path: str | Path) -> Path:
-    """Write vectors ``(N, D)`` as a histogram (D = 1), in the plane (D = 2) or by two principal axes."""
+    """Write vectors ``(N, D)`` as a histogram (D = 1) or a scatter plot, for D > 2 of two principal components.
+
+    Args:
+        points: the vectors.
+        path: a ``.png`` file.
+
+    Raises:
+        UserError: the samples are not vectors, or values are not finite.
+    """
     array = finite(points)
     if array.ndim != 2:
         raise UserError(f"a scatter sheet needs vectors (N, D), got shape {array.shape}.")
@@ -95,20 +107,28 @@ def scatter_sheet(points: Tensor | Array, path: str | Path) -> Path:
 
 
 def finite(x: Tensor | ArrayLike) -> Array:
-    """As a float array; refuses shapes that are no samples, no samples, and values that are not finite."""
+    """The samples as a float64 array.
+
+    Raises:
+        UserError: the shape is not that of samples, there are none, or values are not finite.
+    """
     array = np.asarray(x.detach().cpu().float() if isinstance(x, Tensor) else x, dtype=np.float64)
     if array.ndim not in (2, 3, 4) or array.size == 0:
         raise UserError(
-            f"samples of shape {array.shape} cannot be drawn: images (N, H, W) or (N, C, H, W), or "
+            f"samples of shape {array.shape} cannot be drawn: give images (N, H, W) or (N, C, H, W), or "
             "vectors (N, D), at least one."
         )
     if not np.isfinite(array).all():
-        raise UserError("these samples hold NaN or infinite values and cannot be drawn.")
+        raise UserError("these samples hold NaN or infinite values and cannot be drawn: remove those samples.")
     return array
 
 
 def channels_last(array: Array) -> Array:
-    """Images as ``(N, H, W, C)`` with C = 1 or 3."""
+    """Bring images to ``(N, H, W, C)`` with C = 1 or 3.
+
+    Raises:
+        UserError: the shape is not that of grey or colour images.
+    """
     if array.ndim == 3:
         return array[..., None]
     if array.ndim == 4 and array.shape[1] in (1, 3):
@@ -116,13 +136,20 @@ def channels_last(array: Array) -> Array:
     if array.ndim == 4 and array.shape[-1] in (1, 3):
         return array
     raise UserError(
-        f"samples of shape {array.shape} are no grey or colour images: (N, H, W), (N, C, H, W) or (N, H, "
-        "W, C) with C = 1 or 3 is needed. Write them as .npy instead."
+        f"samples of shape {array.shape} are not grey or colour images: give (N, H, W), (N, C, H, W) or "
+        "(N, H, W, C) with C = 1 or 3. Or write them as .npy instead."
     )
 
 
 def to_bytes(array: Array, limits: Limits) -> Array:
-    """Values to 0 … 255, the limits to its ends."""
+    """Map values to uint8: the lower limit to 0, the upper to 255; values outside are clipped.
+
+    Raises:
+        UserError: the lower limit is above the upper limit.
+
+    >>> to_bytes(np.array([-1.0, 0.5, 2.0]), (0.0, 1.0))
+    array([  0, 128, 255], dtype=uint8)
+    """
     low, high = limits
     if not low <= high:
         raise UserError(f"limits must be (lowest, highest), got {limits}.")
@@ -130,14 +157,21 @@ def to_bytes(array: Array, limits: Limits) -> Array:
     return np.rint(255 * share.clip(0, 1)).astype(np.uint8)
 
 
-def tile(tiles: Array, columns: int, cell: int = CELL, largest: int = LARGEST) -> Any:
-    """Byte images ``(N, H, W, C)`` to one Pillow image, row by row, on light paper."""
+def tile(tiles: Array, columns: int, cell: int = CELL, largest: int = MAX_SIDE) -> Any:
+    """Arrange byte images in rows of one Pillow image, with light grey gaps.
+
+    Args:
+        tiles: images ``(N, H, W, C)``, uint8.
+        columns: images per row.
+        cell: side in pixels to which small images are enlarged, about.
+        largest: side in pixels to which larger images are reduced.
+    """
     from PIL import Image
 
     tiles = resize(tiles, cell, largest)
     count, height, width, channels = tiles.shape
     rows = -(-count // columns)
-    page = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), PAPER, dtype=np.uint8)
+    page = np.full((rows * (height + GAP) - GAP, columns * (width + GAP) - GAP, channels), GAP_GREY, dtype=np.uint8)
     for k, image in enumerate(tiles):
         top, left = (k // columns) * (height + GAP), (k % columns) * (width + GAP)
         page[top : top + height, left : left + width] = image
@@ -145,7 +179,7 @@ def tile(tiles: Array, columns: int, cell: int = CELL, largest: int = LARGEST) -
 
 
 def resize(tiles: Array, cell: int, largest: int) -> Array:
-    """Enlarge small images by a whole factor to about ``cell``, reduce large ones to ``largest``."""
+    """Enlarge small images by a whole factor to about ``cell`` pixels; reduce large ones to ``largest``."""
     from PIL import Image
 
     side = max(tiles.shape[1:3])
@@ -161,7 +195,7 @@ def resize(tiles: Array, cell: int, largest: int) -> Array:
 
 
 def principal_directions(points: Array, count: int = 2) -> Array:
-    """The ``count`` directions of largest variance, ``(D, count)``; signs fixed by their largest entry."""
+    """The ``count`` directions of largest variance, ``(D, count)``; the largest entry of each is positive."""
     centred = torch.as_tensor(np.asarray(points, dtype=np.float64))
     centred = centred - centred.mean(0)
     basis = torch.linalg.svd(centred, full_matrices=False).Vh[:count].numpy()
@@ -173,12 +207,12 @@ def principal_directions(points: Array, count: int = 2) -> Array:
 
 
 def bins_of(values: Array | Sequence[float], count: int = 60) -> Array:
-    """Edges of ``count`` equal bins over the bulk of the values."""
+    """Edges of ``count`` equal bins over the central 99.6 % of the values, with a margin."""
     low, high = np.quantile(values, [0.002, 0.998])
     margin = 0.08 * (high - low) or 1.0
     return np.linspace(low - margin, high + margin, count + 1)
 
 
 def dot_size(count: int) -> float:
-    """Area of a point so that a few thousand stay apart."""
+    """Area of a point in a scatter plot, smaller for more points."""
     return float(np.clip(6000 / max(count, 1), 2.0, 14.0))

@@ -1,8 +1,8 @@
-"""Trajectories of the velocity models, beside the straight lines between their ends.
+"""Figure of the trajectories of the velocity models, with the straight lines between their ends.
 
-ReFlow's picture (arXiv:2209.03003, fig. 2): independent pairs of noise and data are joined by lines that
-cross; the flow learned from them cannot cross, so it turns; lines between the ends of *its* trajectories
-hardly cross, and the flow learned from those is straight.
+As in arXiv:2209.03003, fig. 2: the lines between independent pairs of noise and data cross. Trajectories of the flow
+trained on them cannot cross, so they bend. The lines between the ends of these trajectories hardly cross, and a
+flow trained on those pairs is straight.
 """
 
 from __future__ import annotations
@@ -26,16 +26,24 @@ from fewstep.solvers.solve import solve
 from fewstep.store.files import read_json
 from fewstep.store.pairs import PairStore
 
-LINES = 40
-STEPS = 48
-REAL_POINTS = 1200
-CHORD = "#aab4c0"
+LINES = 40  # trajectories per panel
+STEPS = 48  # RK4 steps of a trajectory
+REAL_POINTS = 1200  # data points in the background
+CHORD_COLOUR = "#aab4c0"
 
 
 @final
 @dataclass(frozen=True)
 class Paths:
-    """What a panel shows, in the plane: ``chord`` (2, N, 2) and ``curve`` (T, N, 2)."""
+    """The content of a panel, in the plane.
+
+    Attributes:
+        name: title of the panel.
+        colour: colour of the title and the trajectories.
+        chord: ends of the straight lines ``(2, N, 2)``.
+        curve: the trajectories ``(T, N, 2)``.
+        note: second title.
+    """
 
     name: str
     colour: str
@@ -45,7 +53,7 @@ class Paths:
 
 
 def open_pairs(folder: Path) -> PairStore:
-    """A pair store as it lies on disk."""
+    """Open a pair store with the request of its own manifest."""
     request = dict(read_json(Path(folder) / "manifest.json")["request"])
     rows = int(request.pop("rows"))
     return PairStore(Path(folder), request, rows)
@@ -59,7 +67,16 @@ def trajectories(
     result: Mapping[str, Any],
     pairs: Mapping[str, Path],
 ) -> Picture | None:
-    """One panel per velocity model, after a panel of independent pairs; None without a velocity model."""
+    """Draw a panel of independent pairs and one panel per velocity model; None without a velocity model.
+
+    Args:
+        models: the models by name.
+        data: the data of the comparison.
+        colours: colour of every model.
+        seed: seed of the noise and of the data shown.
+        result: the comparison.
+        pairs: folder of the pairs that a model was trained on, by model name.
+    """
     flows = {name: model for name, model in models.items() if model.config.rule.kind == "velocity"}
     if not flows:
         return None
@@ -69,7 +86,7 @@ def trajectories(
     shown = [_independent(reference_units(_noise(first, seed), first, data), real, plane, seed)]
     for name, model in flows.items():
         states, chord = follow(model, seed, pairs.get(name))
-        curve, line = (_lay([reference_units(x, model, data) for x in part], plane) for part in (states, chord))
+        curve, line = (_to_points([reference_units(x, model, data) for x in part], plane) for part in (states, chord))
         ratio = diagnoses(result).get(name, {}).get("path_length_ratio")
         note = f"length / chord {ratio:.3f}" if ratio else ""
         shown.append(Paths(name, colours[name], line, curve, note))
@@ -92,20 +109,27 @@ def trajectories(
 
 
 def _independent(noise: Tensor, real: Tensor, plane: Plane, seed: int) -> Paths:
-    """Noise joined to data drawn independently of it."""
-    line = _lay([noise, real[integer_rows(len(noise), len(real), seed=seed)]], plane)
+    """Straight lines from noise to independently drawn data."""
+    line = _to_points([noise, real[integer_rows(len(noise), len(real), seed=seed)]], plane)
     return Paths("independent pairs", SOFT, line, line)
 
 
 def _noise(model: Generator, seed: int) -> Tensor:
-    """Where the trajectories of a model start."""
+    """The base noise from which the trajectories of a model start."""
     return model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed).x0
 
 
 def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Tensor]:
-    """States ``(STEPS + 1, N, *shape)`` of a model's trajectories, and the ends of chords ``(2, N, *shape)``.
+    """Solve the trajectories of a model.
 
-    With the model's training pairs, trajectories start at the pairs' noise and the chords are the pairs.
+    Args:
+        model: a velocity model.
+        seed: seed of the base noise.
+        pairs: folder of the pairs that the model was trained on. If given, trajectories start at their noise and the
+            chords are the pairs.
+
+    Returns:
+        The states ``(STEPS + 1, N, *shape)``, and the ends of the chords ``(2, N, *shape)``.
     """
     draw = model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed)
     x0, cond, ends = draw.x0, draw.conditions(model.device), None
@@ -120,8 +144,8 @@ def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Ten
     return states, torch.stack([states[0], states[-1] if ends is None else ends])
 
 
-def _lay(states: Sequence[Tensor], plane: Plane) -> Array:
-    """T states ``(N, *shape)`` to points ``(T, N, 2)``; with one entry, time is the first coordinate."""
+def _to_points(states: Sequence[Tensor], plane: Plane) -> Array:
+    """Project T states ``(N, *shape)`` to points ``(T, N, 2)``; for one entry the first coordinate is time."""
     points = np.stack([plane(state) for state in states])
     if plane.size > 1:
         return points
@@ -130,7 +154,7 @@ def _lay(states: Sequence[Tensor], plane: Plane) -> Array:
 
 
 def _limits(shown: list[Paths], background: Array, plane: Plane) -> Frame:
-    """One frame for all panels, which holds every path."""
+    """The common frame of all panels, which contains every path."""
     points = np.concatenate([background, *(p.chord.reshape(-1, 2) for p in shown)])
     points = np.concatenate([points, *(p.curve.reshape(-1, 2) for p in shown)])
     if plane.size == 1:
@@ -140,12 +164,12 @@ def _limits(shown: list[Paths], background: Array, plane: Plane) -> Frame:
 
 
 def _panel(ax: Any, paths: Paths, background: Array, limits: Frame) -> None:
-    """Chords in grey, trajectories in colour, dots at both ends."""
+    """Draw chords in grey, trajectories in colour, and dots at both ends."""
     from matplotlib.collections import LineCollection
 
     ax.set_axis_on()
     ax.scatter(*background.T, s=2.5, color=FAINT, linewidths=0, zorder=0)
-    ax.add_collection(LineCollection(list(paths.chord.swapaxes(0, 1)), colors=CHORD, linewidths=0.9, zorder=1))
+    ax.add_collection(LineCollection(list(paths.chord.swapaxes(0, 1)), colors=CHORD_COLOUR, linewidths=0.9, zorder=1))
     if paths.curve is not paths.chord:
         lines = list(paths.curve.swapaxes(0, 1))
         ax.add_collection(LineCollection(lines, colors=paths.colour, linewidths=1.2, alpha=0.85, zorder=2))
@@ -157,19 +181,20 @@ def _panel(ax: Any, paths: Paths, background: Array, limits: Frame) -> None:
 
 
 def _caption(plane: Plane, with_pairs: list[str], several: bool) -> str:
+    """The caption of the figure."""
     words = [
-        f"{LINES} paths from noise (open dots) to their ends (full dots); data in faint grey. Left: noise "
-        "and data paired at random, as a first flow sees them. Each pair's path is a straight line by "
-        "construction, and the lines cross. A flow cannot cross itself, so the field that averages over "
-        "them bends (coloured curves). Its own ends, joined by straight lines (grey), hardly cross: they "
-        "are the pairs that ReFlow learns from."
+        f"{LINES} paths from noise (open dots) to their ends (full dots); data in light grey. Left: noise "
+        "and data paired at random, the pairs that flow matching is trained on. Their paths are straight "
+        "lines that cross. Trajectories of a flow cannot cross, so those of the trained flow bend (coloured "
+        "curves). The straight lines between the ends of its trajectories (grey) hardly cross; ReFlow is "
+        "trained on these pairs."
     ]
     if several:
-        words.append("Where curves lie on their grey lines, the field is straight and one step is enough.")
+        words.append("Where the curves lie on the grey lines, the flow is straight and one step is enough.")
     if with_pairs:
         words.append(f"For {' and '.join(with_pairs)} the grey lines are pairs it was trained on.")
     if plane.principal:
         words.append("Shown in the plane of the data's first two principal components.")
     if plane.size == 1:
-        words.append("Time runs to the right, the value upwards.")
+        words.append("The horizontal axis is time, the vertical axis is the value.")
     return " ".join(words)

@@ -1,7 +1,7 @@
-"""What the numbers say, in words: the headline and the warnings of a report, computed from a comparison.
+"""The sentences of a report: the headline and the warnings, computed from a comparison.
 
-The headline compares the best row among those of fewest network calls with the first model, the teacher. Two
-energies are called equal when they differ by less than two standard errors of their difference.
+The headline compares the row with the lowest energy among those with the fewest network calls with the first model,
+which is the teacher. Two energies count as equal if they differ by at most two standard errors of their difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 
 
 def number(value: float | int | None, places: int = 3) -> str:
-    """A number as the report prints it: three places up to one, fewer above, more where it is tiny.
+    """Format a number: three places up to 1, fewer above, more below 0.01; a dash for None, NaN and infinity.
 
     >>> number(0.0163), number(1.554), number(0.00041), number(50), number(None)
     ('0.016', '1.55', '0.00041', '50', '–')
@@ -28,7 +28,7 @@ def number(value: float | int | None, places: int = 3) -> str:
         return f"{value:,}"
     size = abs(value)
     if size < 5e-10:
-        return f"{0:.{places}f}"  # rounding in a difference of equal numbers
+        return f"{0:.{places}f}"  # a rounding error of a difference
     if size >= 100:
         return f"{value:,.0f}"
     if size >= 10:
@@ -41,7 +41,11 @@ def number(value: float | int | None, places: int = 3) -> str:
 
 
 def calls(count: int, *, spelled: bool = False) -> str:
-    """``one call``, ``8 calls``."""
+    """Format a number of calls.
+
+    >>> calls(1), calls(1, spelled=True), calls(8)
+    ('1 call', 'one call', '8 calls')
+    """
     return ("one call" if spelled else "1 call") if count == 1 else f"{count} calls"
 
 
@@ -51,29 +55,29 @@ def model_rows(result: Mapping[str, Any]) -> list[Row]:
 
 
 def control_rows(result: Mapping[str, Any]) -> list[Row]:
-    """The rows that no model made."""
+    """The rows of the controls."""
     return [row for row in result["rows"] if row.get("control")]
 
 
 def energy_of(row: Row) -> float:
-    """The row's energy distance; infinite when it is undefined."""
+    """The row's energy distance; infinity if it is undefined."""
     value = row["scores"].get("energy")
     return math.inf if value is None else float(value)
 
 
 def error_of(row: Row) -> float:
-    """Standard error of the row's energy distance, 0 where there is none."""
+    """Standard error of the row's energy distance; 0 if it is undefined."""
     return float(row["scores"].get("energy_se") or 0.0)
 
 
 def fastest_row(rows: Sequence[Row]) -> Row:
-    """The best energy among the rows of fewest network calls."""
+    """The row with the lowest energy among those with the fewest network calls."""
     fewest = min(row["nfe"] for row in rows)
     return min((row for row in rows if row["nfe"] == fewest), key=energy_of)
 
 
 def matching_row(rows: Sequence[Row], target: Row) -> Row | None:
-    """The row of fewest calls that is as good as ``target``, within two standard errors."""
+    """The row with the fewest calls whose energy is at most that of ``target`` within two standard errors, or None."""
     for row in sorted(rows, key=lambda r: r["nfe"]):
         if energy_of(row) <= energy_of(target) + 2 * math.hypot(error_of(row), error_of(target)):
             return row
@@ -81,7 +85,14 @@ def matching_row(rows: Sequence[Row], target: Row) -> Row | None:
 
 
 def headline(result: Mapping[str, Any]) -> list[Markup]:
-    """Two or three sentences: what the fewest calls reach, what the teacher needs for it, on which scores."""
+    """The headline: the energy with the fewest calls, the teacher's calls for it, and precision and recall.
+
+    Args:
+        result: a comparison.
+
+    Returns:
+        One or two paragraphs, escaped.
+    """
     from markupsafe import Markup
 
     rows = model_rows(result)
@@ -96,20 +107,20 @@ def headline(result: Mapping[str, Any]) -> list[Markup]:
     if fast["model"] == teacher:
         return [_alone(reaches, fast, teacher_rows)]
     match = matching_row(teacher_rows, fast)
-    beside = match or min(teacher_rows, key=energy_of)
+    compared = match or min(teacher_rows, key=energy_of)
     first = min(teacher_rows, key=lambda r: r["nfe"])
     if match is None:
-        form = "<b>{}</b> comes no lower than {energy}, with {calls}"
+        form = "<b>{}</b> reaches at best {energy}, with {calls}"
     elif match["nfe"] <= fast["nfe"]:
         form = "<b>{}</b> is as good with as many calls ({energy})"
     else:
         form = "<b>{}</b> needs {calls} for {energy}"
-    second = Markup(form).format(teacher, energy=number(energy_of(beside)), calls=calls(beside["nfe"]))
-    if first is not beside:
+    second = Markup(form).format(teacher, energy=number(energy_of(compared)), calls=calls(compared["nfe"]))
+    if first is not compared:
         second += Markup(", and scores {} with {}" if match is None else " and scores {} with {}").format(
             number(energy_of(first)), calls(first["nfe"], spelled=True)
         )
-    return [reaches + "; " + second + ".", _fidelity(fast, beside)]
+    return [reaches + "; " + second + ".", _fidelity(fast, compared)]
 
 
 def _alone(reaches: Markup, fast: Row, rows: Sequence[Row]) -> Markup:
@@ -126,25 +137,25 @@ def _alone(reaches: Markup, fast: Row, rows: Sequence[Row]) -> Markup:
     return reaches + Markup("; {} reach {}.").format(calls(best["nfe"]), number(energy_of(best))) + seen
 
 
-def _fidelity(fast: Row, beside: Row) -> Markup:
+def _fidelity(fast: Row, compared: Row) -> Markup:
     """Precision and recall of the two rows the headline compares."""
     from markupsafe import Markup
 
-    a, b = fast["scores"], beside["scores"]
+    a, b = fast["scores"], compared["scores"]
     return Markup("Precision is {} against {} there, recall {} against {}.").format(
         number(a["precision"]), number(b["precision"]), number(a["recall"]), number(b["recall"])
     )
 
 
 def warnings(result: Mapping[str, Any]) -> list[Markup]:
-    """What must be kept in mind when the table is read; only what holds for these numbers."""
+    """The warnings that apply to a comparison, escaped."""
     rows = model_rows(result)
     found = [_gaussian(result, rows), _memorised(rows), _below_floor(rows)]
     return [*(warning for warning in found if warning is not None), *_lost(rows), *_not_straighter(result)]
 
 
 def _gaussian(result: Mapping[str, Any], rows: Sequence[Row]) -> Markup | None:
-    """A control without a model scores well in energy."""
+    """The Gaussian control has an energy near that of the best model."""
     from markupsafe import Markup
 
     best = min(rows, key=energy_of)
@@ -153,13 +164,14 @@ def _gaussian(result: Mapping[str, Any], rows: Sequence[Row]) -> Markup | None:
         precise = scores.get("precision") or 0.0
         if "Gaussian" in row["model"] and energy_of(row) < 3 * energy_of(best) and precise < 0.5:
             return Markup(
-                "The {}, which is no model at all, scores {} in energy but precision {}: "
+                "The {}, which uses no model, has energy {} but precision {}: "
                 "read energy and sliced W₂ only together with precision and recall."
             ).format(row["model"], number(energy_of(row)), number(precise))
     return None
 
 
 def _memorised(rows: Sequence[Row]) -> Markup | None:
+    """Rows are flagged for memorisation."""
     from markupsafe import Markup
 
     flagged = [row for row in rows if row["scores"].get("memorised_flag")]
@@ -168,8 +180,8 @@ def _memorised(rows: Sequence[Row]) -> Markup | None:
     worst = max(flagged, key=lambda row: row["scores"]["replicas"] - row["scores"]["replicas_base"])
     return Markup(
         "{} of {} rows are flagged for memorisation beyond chance (most: <b>{}</b> with {}; {:.1%} of "
-        "its samples lie three times nearer to one training sample than to any other, {:.1%} of unseen "
-        "data do): part of their score may be memory."
+        "its samples are three times nearer to one training sample than to any other, and {:.1%} of held-out "
+        "data are): copies may improve their scores."
     ).format(
         len(flagged),
         len(rows),
@@ -181,26 +193,26 @@ def _memorised(rows: Sequence[Row]) -> Markup | None:
 
 
 def _below_floor(rows: Sequence[Row]) -> Markup | None:
-    """Nearer to the training data than data of the same law."""
+    """An energy is below the floor by more than three standard deviations."""
     from markupsafe import Markup
 
     for row in sorted(rows, key=energy_of):
         floor, spread = row["scores"].get("energy_floor"), row["scores"].get("energy_floor_sd")
         if floor is not None and spread is not None and energy_of(row) < floor - 3 * spread:
             return Markup(
-                "<b>{}</b> with {} scores energy {}, below the {} of fresh data of the same law: nearer "
-                "to the training split than chance allows. Look at the held-out column."
+                "<b>{}</b> with {} has energy {}, below the {} of new data of the same law: it is nearer to the "
+                "training split than chance explains. Compare the held-out column."
             ).format(row["model"], calls(row["nfe"]), number(energy_of(row)), number(floor))
     return None
 
 
 def _lost(rows: Sequence[Row]) -> list[Markup]:
-    """The fast row of the headline loses precision or recall against the teacher's row beside it."""
+    """The fast row of the headline has less precision or recall than the teacher's row that it is compared with."""
     from markupsafe import Markup
 
     fast, teacher = fastest_row(rows), [row for row in rows if row["model"] == rows[0]["model"]]
-    beside = matching_row(teacher, fast) or min(teacher, key=energy_of)
-    if fast["model"] == beside["model"]:
+    compared = matching_row(teacher, fast) or min(teacher, key=energy_of)
+    if fast["model"] == compared["model"]:
         return []
     return [
         Markup("<b>{}</b> with {} has {} {}, <b>{}</b> with {} has {}: the energy does not show this loss.").format(
@@ -208,30 +220,30 @@ def _lost(rows: Sequence[Row]) -> list[Markup]:
             calls(fast["nfe"]),
             name,
             number(fast["scores"][name]),
-            beside["model"],
-            calls(beside["nfe"]),
-            number(beside["scores"][name]),
+            compared["model"],
+            calls(compared["nfe"]),
+            number(compared["scores"][name]),
         )
         for name in ("precision", "recall")
-        if fast["scores"][name] < beside["scores"][name] - 0.03
+        if fast["scores"][name] < compared["scores"][name] - 0.03
     ]
 
 
 def diagnoses(result: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """The velocity models' diagnoses, in the order of the rows (JSON files sort their keys)."""
+    """The diagnoses of velocity models, in the order of the rows (the keys of JSON files are sorted)."""
     found = result.get("diagnosis") or {}
     return {name: found[name] for name in dict.fromkeys(r["model"] for r in model_rows(result)) if name in found}
 
 
 def _not_straighter(result: Mapping[str, Any]) -> list[Markup]:
-    """A straightened field that is no straighter than the first."""
+    """A ReFlow model is not straighter than the first model."""
     from markupsafe import Markup
 
     diagnosis = diagnoses(result)
     method = {row["model"]: row.get("method") for row in model_rows(result)}
     first = next(iter(diagnosis), "")
     return [
-        Markup("<b>{}</b> is no straighter than <b>{}</b> (S {} against {}): ReFlow had no effect.").format(
+        Markup("<b>{}</b> is not straighter than <b>{}</b> (S {} against {}): ReFlow had no effect.").format(
             name, first, number(values["straightness"]), number(diagnosis[first]["straightness"])
         )
         for name, values in diagnosis.items()

@@ -1,10 +1,11 @@
 """The pair store: pairs (x0, x1) on disk, in shards, resumable, memory-mapped, with a manifest.
 
 A store is a folder with ``manifest.json`` and shards ``00000.safetensors`` … of :data:`SHARD_ROWS` rows
-each, holding ``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a
-killed generation goes on with the shards that are missing. The manifest says how the pairs were made (what
-was asked for, and what was settled when the store was begun); a store made otherwise is refused. Rows are
-split into a training and a held-out part (1 in 32) by a hash of the row number.
+each, which hold ``x0``, ``x1`` and, for conditional pairs, ``label``. A shard is written atomically, so a
+generation that was killed continues with the missing shards. The manifest records how the pairs were made: the
+request, and values that were determined when the store was made (such as the number of solver steps). A store
+with another request is refused. Rows are split into a training and a held-out part (1 in 32) by a hash of the
+row number.
 """
 
 from __future__ import annotations
@@ -20,43 +21,56 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.store.files import atomic_file, make_folder, read_json, write_json
 
-SHARD_ROWS = 2048
-HELD_OUT = 32  # one row in so many is held out
-MEMORY_BYTES = 1 << 30  # stores below this are read into memory, larger ones stay memory-mapped
+SHARD_ROWS = 2048  # chosen, not tuned
+HELD_OUT_EVERY = 32  # one row in 32 is held out; chosen, not tuned
+MAX_MEMORY_BYTES = 1 << 30  # stores up to 1 GiB are read into memory, larger ones stay memory-mapped; not tuned
 
 Columns = dict[str, Tensor]
 
 
 def held_out_mask(rows: int) -> np.ndarray:
-    """True for the held-out rows: a fixed multiplicative hash of the row number."""
+    """Which of the rows of a store are held out, by a fixed multiplicative hash of the row number.
+
+    Args:
+        rows: number of rows.
+
+    Returns:
+        ``(rows,)``, True for a held-out row; row 0 is always a training row.
+    """
     index = np.arange(rows, dtype=np.uint64)
-    mask = ((index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) % np.uint64(HELD_OUT) == 0
-    mask[0] = False  # even a store of one row has something to learn from
+    mask = ((index * np.uint64(0x9E3779B97F4A7C15)) >> np.uint64(32)) % np.uint64(HELD_OUT_EVERY) == 0
+    mask[0] = False  # a store of one row must have a training row
     return mask
 
 
 @final
 class PairRows:
-    """Rows of a store by number, from memory or memory-mapped shards."""
+    """Chosen rows of a store, read from memory or from memory-mapped shards.
+
+    Args:
+        shards: the columns of every shard, each ``(rows of the shard, ...)``.
+        index: row numbers in the store ``(N,)``.
+    """
 
     def __init__(self, shards: list[Columns], index: Tensor) -> None:
         self.index = index
         size = sum(column.nbytes for shard in shards for column in shard.values())
         self._whole: Columns | None = None
         self._shards = shards
-        if size <= MEMORY_BYTES:
+        if size <= MAX_MEMORY_BYTES:
             self._whole = {name: torch.cat([s[name] for s in shards])[index] for name in shards[0]}
 
     def __len__(self) -> int:
         return len(self.index)
 
     def columns(self, rows: Tensor) -> Columns:
-        """The columns ``x0``, ``x1`` (and ``label``) of the given rows of this part."""
+        """The columns ``x0``, ``x1`` (and ``label``) of the given rows ``(B,)``, counted in this part."""
         if self._whole is not None:
             return {name: column.index_select(0, rows) for name, column in self._whole.items()}
         return self._gather(self.index[rows])
 
     def _gather(self, rows: Tensor) -> Columns:
+        """Copy rows of the store from its memory-mapped shards."""
         shard_of, offset = rows // SHARD_ROWS, rows % SHARD_ROWS
         out = {
             name: torch.empty(len(rows), *column.shape[1:], dtype=column.dtype)
@@ -74,9 +88,9 @@ class PairStore:
     """A folder of pairs.
 
     Args:
-        folder: where it lies.
+        folder: path of the folder.
         request: what the pairs are and how they are made; equal requests give equal bytes.
-        rows: how many pairs.
+        rows: number of pairs.
     """
 
     def __init__(self, folder: Path, request: Mapping[str, Any], rows: int) -> None:
@@ -91,7 +105,7 @@ class PairStore:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """The manifest on disk; empty when there is none."""
+        """The manifest on disk; empty if there is none."""
         return read_json(self._manifest_path) if self._manifest_path.exists() else {}
 
     @property
@@ -100,23 +114,24 @@ class PairStore:
 
     @property
     def complete(self) -> bool:
-        """Whether every shard is there and the checks were passed."""
+        """Whether every shard exists and the checks were passed."""
         return bool(self.manifest.get("complete")) and not self.missing()
 
-    def open(self, settle: Callable[[], Mapping[str, Any]] = dict) -> None:
-        """Make the folder, or check that the one on disk holds the same pairs.
+    def open(self, determine: Callable[[], Mapping[str, Any]] = dict) -> None:
+        """Make the store, or check that the one on disk was made by the same request.
 
         Args:
-            settle: what a new store's manifest says beside the request, such as the number of solver steps.
+            determine: called for a new store only; gives values for the manifest beside the request, such as the
+                number of solver steps.
 
         Raises:
-            UserError: the pairs there were made otherwise (another teacher, solver, guidance …).
+            UserError: the pairs on disk were made by another request (teacher, solver, guidance, ...).
         """
         wanted = {**self.request, "rows": self.rows}
         manifest = self.manifest
         if not manifest:
             make_folder(self.folder)
-            write_json(self._manifest_path, {"request": {**wanted, **settle()}, "complete": False})
+            write_json(self._manifest_path, {"request": {**wanted, **determine()}, "complete": False})
             return
         found = manifest.get("request", {})
         for key in sorted(wanted):
@@ -127,11 +142,11 @@ class PairStore:
                 )
 
     def shard_path(self, number: int) -> Path:
-        """File of a shard."""
+        """Path of a shard's file."""
         return self.folder / f"{number:05d}.safetensors"
 
     def missing(self) -> list[int]:
-        """Numbers of the shards that are not there yet."""
+        """Numbers of the shards that do not exist yet."""
         return [n for n in range(self.shards) if not self.shard_path(n).exists()]
 
     def shard_range(self, number: int) -> tuple[int, int]:
@@ -140,7 +155,12 @@ class PairStore:
         return start, min(SHARD_ROWS, self.rows - start)
 
     def write_shard(self, number: int, columns: Columns) -> None:
-        """Write one shard atomically."""
+        """Write one shard atomically.
+
+        Args:
+            number: the number of the shard.
+            columns: ``x0``, ``x1`` (and ``label``) of its rows, see :meth:`shard_range`.
+        """
         from safetensors.torch import save_file
 
         with atomic_file(self.shard_path(number)) as path:
@@ -151,13 +171,17 @@ class PairStore:
         write_json(self._manifest_path, {**self.manifest, "complete": True, "checks": dict(checks)})
 
     def read(self, choose: Callable[[np.ndarray], np.ndarray]) -> PairRows:
-        """Rows of the store chosen by a function of the held-out mask."""
+        """The rows for which ``choose(held_out_mask)`` is True.
+
+        Raises:
+            UserError: a shard is missing, damaged or too short.
+        """
         shards = [self._read_shard(number) for number in range(self.shards)]
         index = np.flatnonzero(choose(held_out_mask(self.rows)))
         return PairRows(shards, torch.from_numpy(index))
 
     def _read_shard(self, number: int) -> Columns:
-        """One shard, memory-mapped; refused when it is damaged or short."""
+        """Read one shard, memory-mapped; refuse a damaged or short one."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -173,13 +197,13 @@ class PairStore:
 
     def _unreadable(self, path: Path, why: object) -> UserError:
         return UserError(
-            f"the pair file {path} cannot be read ({why}): delete it, and the same command makes it again."
+            f"the pair file {path} cannot be read ({why}): delete it, and the same command will make it again."
         )
 
     def training_rows(self) -> PairRows:
-        """The rows to learn from."""
+        """The training rows, which losses use."""
         return self.read(lambda held_out: ~held_out)
 
     def held_out_rows(self) -> PairRows:
-        """The rows kept for judging."""
+        """The held-out rows, which only checks use."""
         return self.read(lambda held_out: held_out)

@@ -1,4 +1,4 @@
-"""Tensors as safetensors takes them, read back, and told apart by a digest."""
+"""Tensors in safetensors files, and the digest of weights."""
 
 from __future__ import annotations
 
@@ -13,19 +13,23 @@ from fewstep.errors import UserError
 
 
 def unshared(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors of which no two share storage, as tied weights do: the format refuses those."""
-    seen: set[int] = set()
+    """Make tensors contiguous and copy those that share storage (tied weights), which safetensors refuses."""
+    pointers: set[int] = set()
     out = {}
     for name, value in tensors.items():
         plain = value.detach().contiguous()
         pointer = plain.untyped_storage().data_ptr()
-        out[name] = plain.clone() if pointer in seen else plain
-        seen.add(pointer)
+        out[name] = plain.clone() if pointer in pointers else plain
+        pointers.add(pointer)
     return out
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a safetensors file, or say that it is missing or damaged."""
+    """Read a safetensors file, memory-mapped.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -33,13 +37,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise UserError(
-            f"{path} is missing, truncated or no safetensors file ({error}): copy the folder again, or run "
-            "its recipe again."
+            f"{path} is missing, truncated or not a safetensors file ({error}): copy the folder again, or "
+            "run its recipe again."
         ) from error
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, types, shapes and bytes of the weights, first 16 hex digits."""
+    """The first 16 hexadecimal digits of SHA-256 over names, dtypes, shapes and bytes of the weights.
+
+    >>> weights_digest({"w": torch.zeros(2)}) == weights_digest({"w": torch.zeros(3)})
+    False
+    """
     digest = hashlib.sha256()
     for name in sorted(state):
         value = state[name].detach().cpu().contiguous()
