@@ -312,6 +312,94 @@ def test_pullback_says_that_it_needs_gradients() -> None:
         pullback(without_gradients, noise(2, 3), times(2), noise(2, 3))
 
 
+def squared_root(x: Tensor, t: Tensor) -> Tensor:
+    """(1 - t) x, written so that autograd gives 0 times infinity at t = 1."""
+    return (1 - t).sqrt().square()[:, None] * x
+
+
+def test_a_derivative_that_is_not_a_number_is_not_taken() -> None:
+    """d/dt (1 - t) x = -x at t = 1, where automatic differentiation of the squared root gives NaN."""
+    x, t, one = noise(4, 3), torch.ones(4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    for mode in ("forward", "double_vjp"):
+        assert not torch.isfinite(Derivative(squared_root, mode)(x, t, 0 * x, one)[1]).any()
+    derivative = Derivative(squared_root)
+    _, dv = derivative(x, t, 0 * x, one)
+    assert derivative.used == "finite_difference"
+    torch.testing.assert_close(dv, -x, rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize(
+    ("velocity", "message"),
+    [
+        (lambda x, t: (1 - t).sqrt()[:, None] * x, "derivative is NaN or infinite at t = 1 in every mode"),
+        (lambda x, t: torch.where(t[:, None] < 1, x, torch.nan), "velocity is NaN or infinite at t = 1"),
+    ],
+    ids=["slope", "velocity"],
+)
+def test_where_no_way_is_finite_an_error_says_what_is_not(velocity: Any, message: str, dtype: torch.dtype) -> None:
+    x, one = noise(4, 3, dtype=dtype), torch.ones(4, dtype=dtype)
+    with pytest.raises(UserError, match=message):
+        Derivative(velocity)(x, one, 0 * x, one)
+    derivative = Derivative(velocity)
+    derivative(x, one / 2, x, one)
+    assert derivative.used == "forward"
+
+
+class Dropping(nn.Module):
+    """Dropout around x^3; ``opaque`` without derivatives. Starts at zero until ``scale`` is set, as networks do."""
+
+    def __init__(self, opaque: bool, scale: float = 1.0) -> None:
+        super().__init__()
+        self.cube = Closed.apply if opaque else lambda x: x**3
+        self.drop, self.scale = nn.Dropout(0.2), scale
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.scale * self.drop(self.cube(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_finite_differences_of_a_network_that_drops_are_refused(dtype: torch.dtype) -> None:
+    x, dx, t = noise(64, 9, dtype=dtype), noise(64, 9, seed=1, dtype=dtype), times(64, dtype=dtype)
+    for net, mode in ((Dropping(opaque=True), "auto"), (Dropping(opaque=False), "finite_difference")):
+        derivative = Derivative(net, mode)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=r"two values for one input.*dropout to 0.*eval.*forward"):
+            derivative(x, t, dx)
+        net.eval()
+        derivative(x, t, dx)
+        assert derivative.used == "finite_difference"
+
+
+def test_a_network_that_drops_is_differentiated_within_one_call() -> None:
+    """3 x^2 dx / (1 - p) where a value is kept and 0 where it is dropped: v says which."""
+    x, dx, t = noise(64, 9), noise(64, 9, seed=1), times(64)
+    derivative = Derivative(Dropping(opaque=False))
+    v, dv = derivative(x, t, dx)
+    assert derivative.used == "forward"
+    assert 0.1 < float((v == 0).double().mean()) < 0.3
+    torch.testing.assert_close(dv, (v != 0) * 3 * x**2 * dx / 0.8)
+
+
+def test_dropout_is_found_at_the_first_call_that_is_not_zero() -> None:
+    """A network whose last layer starts at zero gives 0 twice."""
+    x, dx, t, net = noise(64, 9), noise(64, 9, seed=1), times(64), Dropping(opaque=True, scale=0.0)
+    derivative = Derivative(net, "finite_difference")
+    assert not derivative(x, t, dx)[1].any()
+    net.scale = 1.0
+    with pytest.raises(UserError, match="two values"):
+        derivative(x, t, dx)
+
+
+def test_the_tries_leave_the_random_state_to_the_call() -> None:
+    """The first call drops what a later call from the same state drops: a resumed run equals an uninterrupted one."""
+    x, dx, t, derivative = noise(64, 9), noise(64, 9, seed=1), times(64), Derivative(Dropping(opaque=False))
+    before = torch.get_rng_state()
+    first = derivative(x, t, dx)[0]
+    torch.set_rng_state(before)
+    assert torch.equal(derivative(x, t, dx)[0], first)
+    torch.set_rng_state(before)
+
+
 def test_mistakes_are_named() -> None:
     with pytest.raises(UserError, match="forward"):
         Derivative(mlp(), "forwards")  # type: ignore[arg-type]

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import ast
+import contextlib
 import itertools
+from contextlib import AbstractContextManager
+from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
 import pytest
 import torch
 
+import fewstep
 from fewstep.errors import UserError
-from fewstep.flow.noise import BLOCK, Draws, block_rows, generator_for, integer_rows, mix, noise_rows
+from fewstep.flow.noise import BLOCK, Draws, block_rows, generator_for, integer_rows, isolated_rng, mix, noise_rows
+
+SOURCE = Path(fewstep.__file__).parent
 
 
 @pytest.mark.parametrize("shape", [(1,), (2,), (3, 5)])
@@ -133,3 +140,67 @@ def test_global_random_state_is_left_alone() -> None:
     integer_rows(300, 4, seed=0)
     Draws(generator_for(0), 8).normal((2,))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_the_global_state_is_put_back_also_after_an_error(device: torch.device | str | None) -> None:
+    before = torch.get_rng_state()
+    with isolated_rng(device):
+        torch.manual_seed(5)
+        first = torch.rand(4)
+        with isolated_rng(device):
+            torch.rand(9)
+        assert not torch.equal(torch.rand(4), first)
+    assert torch.equal(torch.get_rng_state(), before)
+    with contextlib.suppress(ZeroDivisionError), isolated_rng(device):
+        torch.rand(4)
+        raise ZeroDivisionError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(("device", "forked"), [(None, []), ("cpu", []), ("meta", []), ("cuda:2", [2]), ("cuda", [1])])
+def test_at_most_one_gpu_has_its_generator_forked(
+    device: str | None, forked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a machine with several GPUs: what torch is asked to fork."""
+    asked: list[list[int]] = []
+
+    def fork_rng(devices: list[int]) -> AbstractContextManager[None]:
+        asked.append(devices)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(torch.random, "fork_rng", fork_rng)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    with isolated_rng(device):
+        pass
+    assert asked == [forked]
+
+
+@pytest.mark.skipif(torch.cuda.device_count() == 0, reason="needs a GPU")
+def test_the_state_of_a_gpu_is_put_back() -> None:
+    before = torch.cuda.get_rng_state()
+    with isolated_rng("cuda"):
+        torch.rand(4, device="cuda")
+    assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+def forks_of_every_gpu(tree: ast.AST) -> list[int]:
+    """Lines that call ``fork_rng`` and do not say for which devices."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [
+        call.lineno
+        for call in calls
+        if ast.unparse(call.func).rpartition(".")[2] == "fork_rng"
+        and not any(word.arg == "devices" for word in call.keywords)
+    ]
+
+
+def test_no_code_forks_the_generator_of_every_gpu() -> None:
+    assert forks_of_every_gpu(ast.parse("with torch.random.fork_rng(), x: pass")) == [1]
+    assert forks_of_every_gpu(ast.parse("torch.random.fork_rng(devices=[])")) == []
+    found = {
+        path.relative_to(SOURCE).as_posix()
+        for path in SOURCE.rglob("*.py")
+        if forks_of_every_gpu(ast.parse(path.read_text("utf-8")))
+    }
+    assert found <= {"methods/families/end_derivative.py"}

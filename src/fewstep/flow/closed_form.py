@@ -157,7 +157,7 @@ class Gaussian:
     def _variance(self, t: Tensor, y: Tensor) -> Tensor:
         """q(t), broadcastable to y."""
         s = self.std.to(y)
-        q = expand_time(self.path.sigma(t), y) ** 2 + expand_time(self.path.alpha(t), y) ** 2 * s**2
+        q = expand_time(self.path.sigma_squared(t), y) + expand_time(self.path.alpha(t), y) ** 2 * s**2
         _refuse_points(self.std, q)
         return q
 
@@ -247,7 +247,7 @@ class Mixture:
 
     def _variance(self, t: Tensor) -> Tensor:
         """q_k(t) = sigma^2 + alpha^2 s_k^2, (B, K)."""
-        q = self.path.sigma(t)[:, None] ** 2 + (self.path.alpha(t)[:, None] * self.stds.to(t)) ** 2
+        q = self.path.sigma_squared(t)[:, None] + (self.path.alpha(t)[:, None] * self.stds.to(t)) ** 2
         _refuse_points(self.stds, q)
         return q
 

@@ -19,8 +19,17 @@ at the first call the derivative of a few rows is held against finite difference
 
     min(|d - d_h|, |d - d_k|) > 1/4 max(|d|, |d_h|) + 4 (|d_h - d_k| + eps |v| / k).
 
-The second term is large where the network is steep on the scale of the steps, or noisy: then differences say nothing.
-The third is what rounding does to them; in half precision it is all there is, and only a derivative of 0 is refused.
+The second term is large where the network is steep on the scale of the steps, or noisy: then differences decide
+nothing. The third is the effect of rounding on them; in half precision nothing else is left of the differences, and
+only a derivative of 0 is refused.
+
+A derivative that is NaN or infinite is never taken. Where autograd gives one, finite differences are taken if both
+steps agree: then the derivative exists and autograd only met an expression like ``sqrt(s)**2`` at s = 0. If they do
+not, the slope is infinite, as that of ``sqrt(1 - t)`` at t = 1, and an error says so.
+
+Finite differences compare calls of the network. A network that gives two values for one input (dropout in training
+mode) makes them noise divided by the step, so it is refused: one call is repeated on a few rows and the values are
+compared. The other two ways make one call and need no such check.
 """
 
 from __future__ import annotations
@@ -34,22 +43,24 @@ from torch import Tensor
 
 from fewstep.errors import UserError, unknown
 from fewstep.flow.field import Velocity
+from fewstep.flow.noise import isolated_rng
 
 Mode = Literal["auto", "forward", "double_vjp", "finite_difference"]
 Way = Literal["auto", "forward", "finite_difference"]
 WAYS: tuple[Mode, ...] = ("forward", "double_vjp", "finite_difference")
-STEP = {torch.float64: 1e-5}  # of finite differences; values in single precision carry errors of 1e-6 or so
-COARSE_STEP = 5e-3
-TRIED_ROWS = 4  # on which ``auto`` looks for a way
-SHARE = 0.25  # of the derivative: a larger difference from finite differences is a wrong derivative
-CERTAINTY = 4.0  # times the uncertainty of the finite differences
-FINER = 1 / 16  # of the step, for their uncertainty
-HALF = 1e-3  # precisions with a larger eps cannot judge
+STEP = {torch.float64: 1e-5}  # step of finite differences, relative to the size of the state
+COARSE_STEP = 5e-3  # the same in single and half precision, where velocities carry relative errors near 1e-6 or more
+TRIED_ROWS = 4  # rows on which ``auto`` tries the ways
+SHARE = 0.25  # largest relative gap to the finite differences at which a derivative is taken; chosen, not tuned
+CERTAINTY = 4.0  # the gap may be larger by so many times the differences' own uncertainty; chosen, not tuned
+FINER = 1 / 16  # the second step of the finite differences, relative to the first
+HALF_PRECISION_EPS = 1e-3  # in precisions whose eps is larger, differences decide nothing
+SAME = 8.0  # two calls agree when they differ by at most this many eps: GPU sums may change order between calls
 
 
 @final
 class Derivative:
-    """``(x, t, dx, dt) -> (v, dv)`` for one velocity field.
+    """``(x, t, dx, dt) -> (v, dv)``, ``dv = (∂v/∂x) dx + (∂v/∂t) dt``, for one velocity field.
 
     Args:
         velocity: ``v(x, t, **cond)``.
@@ -58,6 +69,13 @@ class Derivative:
 
     Attributes:
         used: the way that was taken, None before the first call.
+
+    Raises:
+        UserError: an unknown mode.
+
+    >>> x, t = torch.ones(2, 3), torch.full((2,), 0.5)
+    >>> Derivative(lambda x, t: x**2)(x, t, x)[1][0]
+    tensor([2., 2., 2.])
     """
 
     def __init__(self, velocity: Velocity, mode: Mode = "auto") -> None:
@@ -66,62 +84,114 @@ class Derivative:
         self.velocity = velocity
         self.mode = mode
         self.used: Mode | None = None if mode == "auto" else mode
+        self._repeats = False  # whether the network was seen to give one value for one input
 
     def __call__(
         self, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor | None = None, **cond: Any
     ) -> tuple[Tensor, Tensor]:
         """The velocity and its derivative in the direction ``(dx, dt)``.
 
+        The tries of the first call leave torch's global random state as they found it.
+
         Args:
             x, dx: state and its tangent, (B, ...).
-            t, dt: times and their tangents, (B,); no ``dt`` is 0.
+            t, dt: times in [0, 1] and their tangents, (B,); no ``dt`` is 0.
             cond: handed to the network.
 
         Returns:
             ``v`` and ``dv``, each (B, ...), without an autograd graph.
+
+        Raises:
+            UserError: ``dx`` has another shape than ``x``; with ``auto``, no way gives a finite derivative; finite
+                differences of a network that gives two values for one input.
         """
         if dx.shape != x.shape:
             raise UserError(f"the tangent has shape {tuple(dx.shape)} and the state {tuple(x.shape)}: they must agree.")
         dt = torch.zeros_like(t) if dt is None else dt
-        if self.used is None:
+        if self.used is None or (self.used == "finite_difference" and not self._repeats):
             rows = slice(TRIED_ROWS)
-            self.used = self._first_that_works(x[rows], t[rows], dx[rows], dt[rows], rows_of(cond, len(x), rows))
+            few = x[rows], t[rows], dx[rows], dt[rows], rows_of(cond, len(x), rows)
+            with torch.no_grad(), plain_attention(), isolated_rng(x.device):
+                self.used = self.used or self._first_that_works(*few)
+                if self.used == "finite_difference":
+                    self._repeats = _repeats(self.velocity, few[0], few[1], few[-1])
         with torch.no_grad(), plain_attention():
             return _RUN[self.used](self.velocity, x, t, dx, dt, cond)
 
     def _first_that_works(self, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]) -> Mode:
         """Try on a few rows; what a network raises where it cannot be differentiated may be any exception."""
-        with torch.no_grad(), plain_attention():
-            right = _Differences(self.velocity, x, t, dx, dt, cond)
-            for way in ("forward", "double_vjp"):
-                try:
-                    _, derivative = _RUN[way](self.velocity, x, t, dx, dt, cond)
-                except Exception:
-                    continue
-                if right.allow(derivative):
-                    return way
+        differences, infinite = _Differences(self.velocity, x, t, dx, dt, cond), False
+        for way in ("forward", "double_vjp"):
+            try:
+                _, derivative = _RUN[way](self.velocity, x, t, dx, dt, cond)
+            except Exception:
+                continue
+            if not _finite(derivative):
+                infinite = True
+            elif differences.allow(derivative):
+                return way
+        if not _finite(differences.slope) or (infinite and not differences.settled):
+            raise _no_finite_derivative(self.velocity(x, t, **cond), t)
         return "finite_difference"
 
 
 @final
 class _Differences:
-    """Finite differences on a few rows, and what they are worth; see the module's docstring."""
+    """Finite differences on a few rows with two steps, and their uncertainty; see the module's docstring."""
 
     def __init__(self, velocity: Velocity, x: Tensor, t: Tensor, dx: Tensor, dt: Tensor, cond: dict[str, Any]) -> None:
         share = _share(x)
         v, self.slope = _finite_difference(velocity, x, t, dx, dt, cond)
-        _, self.finer = _finite_difference(velocity, x, t, dx, dt, cond, share=FINER * share)
+        _, self.finer = _finite_difference(velocity, x, t, dx, dt, cond, FINER * share)
         self.eps = torch.finfo(v.dtype).eps
         self.noise = self.eps * _norm(v / _wide(_offset(x, dx, dt, FINER * share), v))
         self.doubt = _norm(self.slope - self.finer) + self.noise
 
+    @property
+    def settled(self) -> bool:
+        """Whether both steps give one slope; towards an infinite slope the smaller step gives a larger one."""
+        return self.doubt <= SHARE * _norm(self.slope) + CERTAINTY * self.noise
+
     def allow(self, derivative: Tensor) -> bool:
-        """Whether a derivative agrees. An exact 0 is what a detached input gives: only rounding excuses it."""
+        """Whether a derivative agrees. Exactly 0 is what a detached input gives: taken only if rounding explains it."""
         size = _norm(self.slope)
         if not derivative.any():
             return size <= CERTAINTY * self.noise
         gap = min(_norm(derivative - self.slope), _norm(derivative - self.finer))
-        return self.eps > HALF or not gap > SHARE * max(_norm(derivative), size) + CERTAINTY * self.doubt
+        allowed = SHARE * max(_norm(derivative), size) + CERTAINTY * self.doubt
+        return self.eps > HALF_PRECISION_EPS or not gap > allowed
+
+
+def _repeats(velocity: Velocity, x: Tensor, t: Tensor, cond: dict[str, Any]) -> bool:
+    """Refuse a network that gives two values for one input. False where all values are 0, which decides nothing."""
+    one, two = velocity(x, t, **cond), velocity(x, t, **cond)
+    if _norm(one - two) > SAME * torch.finfo(one.dtype).eps * _norm(one):
+        raise UserError(
+            "the derivative would be taken by finite differences, and the network gives two values for one input (as "
+            "dropout in training mode does): their difference is noise, not a derivative. Set the network's dropout "
+            "to 0, call .eval() on it, or make it differentiable in forward mode (mode 'forward' needs one call)."
+        )
+    return bool(one.any())
+
+
+def _finite(values: Tensor) -> bool:
+    return bool(torch.isfinite(values).all())
+
+
+def _no_finite_derivative(v: Tensor, t: Tensor) -> UserError:
+    """What is not finite: the velocity itself, or its derivative alone; and at which time."""
+    if not _finite(v):
+        row = int((~torch.isfinite(v)).flatten(1).any(1).nonzero()[0])
+        return UserError(
+            f"the velocity is NaN or infinite at t = {float(t[row]):g}, so it has no derivative: check the network's "
+            "weights, its conditions and the scale of its input."
+        )
+    times = ", ".join(f"{time:g}" for time in sorted(set(t.tolist())))
+    return UserError(
+        f"the velocity is finite and its derivative is NaN or infinite at t = {times} in every mode (forward, "
+        "double_vjp, finite_difference): it has an infinite slope there, as a square root has at 0. Take times "
+        "inside (0, 1), or write the network without the square root."
+    )
 
 
 def pullback(velocity: Velocity, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:

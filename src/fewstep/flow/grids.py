@@ -73,7 +73,7 @@ def logit_normal(steps: int, mu: float = 0.0, s: float = 1.0) -> np.ndarray:
     for ``mu = 0``, near noise for ``mu < 0``, near data for ``mu > 0``.
     """
     law = LogitNormal(mu, s)
-    return _between(law.sample(torch.from_numpy(uniform(steps)[1:-1])).numpy())
+    return _between(law.quantile(torch.from_numpy(uniform(steps)[1:-1])).numpy())
 
 
 def uniform_lambda(steps: int, low: float = 5.0, high: float | None = None) -> np.ndarray:

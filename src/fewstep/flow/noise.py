@@ -3,13 +3,17 @@
 Sample noise is drawn in blocks of 256 rows, one generator per (seed, block, draw), so that sample ``i`` is
 the same whatever the number of samples, the batch size or the number of processes. Training draws are a
 function of (seed, stage, samples seen). Both go through :func:`mix`, a splitmix64 hash of the parts.
+
+Some code must use torch's global generators: weight initialisation and dropout draw from nothing else. It runs inside
+:func:`isolated_rng`, which puts their state back.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import final
 
 import torch
@@ -41,6 +45,31 @@ def mix(*parts: int | str) -> int:
 def generator_for(*parts: int | str) -> torch.Generator:
     """Return a fresh CPU generator seeded with ``mix(*parts)``."""
     return torch.Generator().manual_seed(mix(*parts))
+
+
+@contextlib.contextmanager
+def isolated_rng(device: torch.device | str | None = None) -> Iterator[None]:
+    """Restore the state of torch's global random generators on leaving the block.
+
+    ``torch.random.fork_rng()`` without ``devices`` saves and restores the generator of every GPU of the machine, which
+    starts a CUDA context on each of them. This saves the CPU's generator and at most one GPU's.
+
+    Args:
+        device: the CUDA device whose generator is restored too; ``cuda`` means the current one. None or any other
+            device: the CPU's generator alone.
+
+    >>> before = torch.get_rng_state()
+    >>> with isolated_rng():
+    ...     _ = torch.manual_seed(0), torch.randn(3)
+    >>> torch.equal(torch.get_rng_state(), before)
+    True
+    """
+    device = torch.device("cpu" if device is None else device)
+    devices: list[int] = []
+    if device.type == "cuda":
+        devices = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices=devices):
+        yield
 
 
 def noise_rows(

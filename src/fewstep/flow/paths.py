@@ -68,6 +68,14 @@ class AffinePath(ABC):
         """d sigma / dt."""
 
     @abstractmethod
+    def sigma_squared(self, t: Tensor) -> Tensor:
+        """Variance of the noise, sigma^2, without a square root: all its derivatives are finite on [0, 1].
+
+        ``sigma(t)**2`` has the derivative ``2 sigma sigma'``, which automatic differentiation computes as 0 times
+        infinity at t = 1 where sigma is a square root (VP, interpolant).
+        """
+
+    @abstractmethod
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
         """sigma sigma' = (sigma^2)' / 2, finite on all of [0, 1] even where sigma' is not."""
 
@@ -134,7 +142,7 @@ class AffinePath(ABC):
         alpha = self.alpha(t)
         _refuse(alpha == 0, t, "score to velocity", "alpha(t) = 0 there")
         rate = self.alpha_dot(t) / alpha
-        weight = rate * self.sigma(t) ** 2 - self.sigma_sigma_dot(t)
+        weight = rate * self.sigma_squared(t) - self.sigma_sigma_dot(t)
         return expand_time(rate, x) * x + expand_time(weight, x) * score
 
     def noise_to_score(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -175,6 +183,10 @@ class Linear(AffinePath):
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -torch.ones_like(t)
 
+    def sigma_squared(self, t: Tensor) -> Tensor:
+        """(1 - t)^2."""
+        return (1 - t) ** 2
+
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
         return t - 1
 
@@ -210,6 +222,10 @@ class Cosine(AffinePath):
 
     def sigma_dot(self, t: Tensor) -> Tensor:
         return -math.pi / 2 * self.alpha(t)
+
+    def sigma_squared(self, t: Tensor) -> Tensor:
+        """sin^2(pi (1 - t) / 2)."""
+        return self.sigma(t) ** 2
 
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
         return self.sigma(t) * self.sigma_dot(t)
@@ -258,7 +274,7 @@ class VP(AffinePath):
         return torch.exp(self._log_alpha(t))
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-torch.expm1(2 * self._log_alpha(t)))
+        return torch.sqrt(self.sigma_squared(t))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
         return self.alpha(t) * self._rate(t)
@@ -268,12 +284,16 @@ class VP(AffinePath):
         _refuse(sigma == 0, t, "the VP path's sigma'(t)", "sigma is a square root with value 0 there")
         return -self.alpha(t) * self.alpha_dot(t) / sigma
 
+    def sigma_squared(self, t: Tensor) -> Tensor:
+        """1 - alpha^2, without cancellation where alpha is nearly 1."""
+        return -torch.expm1(2 * self._log_alpha(t))
+
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
         return -self.alpha(t) * self.alpha_dot(t)
 
     def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x1 = alpha x + (sigma^2 / alpha') v, as d = -alpha' / sigma."""
-        return self.alpha(t), -torch.expm1(2 * self._log_alpha(t)) / self.alpha_dot(t)
+        return self.alpha(t), self.sigma_squared(t) / self.alpha_dot(t)
 
     def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x0 = sigma x - sigma (alpha / alpha') v."""
@@ -308,7 +328,7 @@ class Interpolant(AffinePath):
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt((1 - t) * (1 + t))
+        return torch.sqrt(self.sigma_squared(t))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -318,12 +338,16 @@ class Interpolant(AffinePath):
         _refuse(sigma == 0, t, "the interpolant path's sigma'(t)", "sigma is a square root with value 0 there")
         return -t / sigma
 
+    def sigma_squared(self, t: Tensor) -> Tensor:
+        """1 - t^2."""
+        return (1 - t) * (1 + t)
+
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
         return -t
 
     def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x1 = t x + (1 - t^2) v, as d = -1 / sigma."""
-        return t, (1 - t) * (1 + t)
+        return t, self.sigma_squared(t)
 
     def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """x0 = sigma x - t sigma v."""

@@ -1,7 +1,7 @@
 r"""Time laws: how often each t is trained on.
 
-Every law is given by its quantile function (inverse distribution function), so one uniform draw u in [0, 1]
-makes t = quantile(u), whatever the law: ``law.sample(u)`` is deterministic and increasing in u.
+Every law is given by its quantile function (inverse distribution function), so one uniform draw u in [0, 1)
+makes t = quantile(u), whatever the law: ``law.sample(u)`` is deterministic, increasing in u, and always below 1.
 
 A name with its numbers makes a law: ``make_time_law("logit_normal:0,1")``, ``"ushape:4"``, ``"uniform"``.
 Times are ours, t = 0 noise. A paper's law on tau = 1 - t changes sides: logit-normal(mu, s) on tau is
@@ -22,11 +22,28 @@ from fewstep.errors import UserError, unknown
 
 
 class TimeLaw(ABC):
-    """A distribution of training times on [0, 1]."""
+    """A distribution of training times on [0, 1)."""
+
+    def sample(self, u: Tensor) -> Tensor:
+        """Times of uniform draws: ``min(quantile(u), 1 - eps / 2)``, the largest number below 1 in u's precision.
+
+        The time 1 itself is no training time: on the ``vp`` and ``interpolant`` paths the velocity target is infinite
+        there. A quantile function can round to it: that of ``logit_normal:0,4`` does for u = 1 - 2^-24 in float32.
+
+        Args:
+            u: draws of U[0, 1), any shape, floating point.
+
+        Returns:
+            Times in [0, 1), shape and dtype of ``u``.
+
+        >>> float(LogitNormal(0.0, 4.0).sample(torch.tensor(1 - 2**-24))) < 1
+        True
+        """
+        return self.quantile(u).clamp(max=1 - torch.finfo(u.dtype).eps / 2)
 
     @abstractmethod
-    def sample(self, u: Tensor) -> Tensor:
-        """Quantile function: uniform draws u in [0, 1] (any shape) to times."""
+    def quantile(self, u: Tensor) -> Tensor:
+        """Quantile function, the inverse of the distribution function: u in [0, 1] (any shape) to times in [0, 1]."""
 
     @abstractmethod
     def density(self, t: Tensor) -> Tensor:
@@ -38,7 +55,7 @@ class TimeLaw(ABC):
 class Uniform(TimeLaw):
     """p(t) = 1."""
 
-    def sample(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
         return u
 
     def density(self, t: Tensor) -> Tensor:
@@ -63,7 +80,7 @@ class LogitNormal(TimeLaw):
         if self.s <= 0:
             raise UserError(f"logit_normal: s = {self.s} is a standard deviation and must be positive.")
 
-    def sample(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
         return torch.sigmoid(self.mu + self.s * torch.special.ndtri(u))
 
     def density(self, t: Tensor) -> Tensor:
@@ -94,7 +111,7 @@ class UShaped(TimeLaw):
         if not 0 < self.a <= 100:
             raise UserError(f"ushape: a = {self.a} must be in (0, 100]; a -> 0 is the law 'uniform'.")
 
-    def sample(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
         """t = 1/2 + asinh((2 u - 1) sinh(a/2)) / a."""
         return (0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a).clamp(0.0, 1.0)
 
@@ -120,7 +137,7 @@ class Exponential(TimeLaw):
                 f"exponential: rate = {self.rate} must be in [-80, 80], not 0; rate 0 is the law 'uniform'."
             )
 
-    def sample(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
         """t = -log(1 - u (1 - e^{-rate})) / rate, written from the heavy end so that no digits are lost."""
         size = abs(self.rate)
         near = u if self.rate > 0 else 1 - u

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fewstep.errors import UserError
+from fewstep.flow.noise import isolated_rng
 from fewstep.generator.config import Config, read_config
 from fewstep.generator.model import Generator
 from fewstep.generator.model_folder import BASE_FILE, read_base
@@ -71,7 +72,7 @@ def _build(folder: Path, config: Config) -> nn.Module:
             f"{folder} holds the weights of a module fewstep did not build: pass it, "
             f"fs.load({str(folder)!r}, module=net)."
         )
-    with torch.random.fork_rng(devices=[]):
+    with isolated_rng():
         return build(config.network)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fewstep.errors import UserError, require_extra, unknown
+from fewstep.flow.noise import isolated_rng
 from fewstep.networks.extractors import Extractor, build_features, cifar_resnet, pool
 from fewstep.store.files import json_round_trip, read_json
 from fewstep.store.tensors import read_tensors, weights_digest
@@ -176,7 +177,7 @@ def _load_folder(
 
 def build_frozen(network: Mapping[str, Any]) -> nn.Module:
     """Build a feature network whose weights are loaded afterwards; the global random state is unchanged."""
-    with torch.random.fork_rng(devices=[]):
+    with isolated_rng():
         return build_features(network)
 
 

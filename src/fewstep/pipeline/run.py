@@ -12,7 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.flow.noise import mix
+from fewstep.flow.noise import isolated_rng, mix
 from fewstep.generator import BaseRows, Config, load, save_model
 from fewstep.methods.contract.objective import Collapse
 from fewstep.methods.contract.options import Options
@@ -191,7 +191,7 @@ def keep_best(
 
 def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher | None) -> nn.Module:
     """The student: its own seed's weights, or the initial model's EMA when they fit its network."""
-    with torch.random.fork_rng(devices=[]):
+    with isolated_rng():
         torch.default_generator.manual_seed(mix(run.recipe.header.seed, name, "init"))
         student = build_network(network)
     if initial is not None and same_weights(initial.network, network):
