@@ -14,11 +14,12 @@ from torch.func import jvp
 from fewstep.errors import UserError
 from fewstep.flow.closed_form import CoupledGaussian, Gaussian, Mixture, coupled_gaussian, gaussian, mixture
 from fewstep.flow.coupled_gaussian import joint_gaussian_velocity
-from fewstep.flow.paths import VP, AffinePath, Cosine, Linear
+from fewstep.flow.derivatives import WAYS, Derivative, pullback
+from fewstep.flow.paths import VP, AffinePath, Cosine, Interpolant, Linear
 
 D = torch.float64
 Flow = Gaussian | Mixture | CoupledGaussian
-PATHS = [Linear(), Cosine(), VP()]
+PATHS = [Linear(), Cosine(), VP(), Interpolant()]
 
 
 def bimodal(path: AffinePath | None = None) -> Mixture:
@@ -87,6 +88,33 @@ def test_flow_map_moves_with_the_velocity(flow: Flow) -> None:
     t, r = torch.linspace(0, 0.9, 7, dtype=D), torch.linspace(0.8, 0.1, 7, dtype=D)
     end, speed = jvp(lambda s: flow.flow_map(x, t, s), (r,), (torch.ones_like(r),))
     torch.testing.assert_close(speed, flow.velocity(end, r), rtol=1e-6, atol=1e-6)
+
+
+@ALL
+@pytest.mark.parametrize("time", [0.0, 1.0])
+def test_derivatives_at_the_ends_are_the_limits_from_inside(flow: Flow, time: float) -> None:
+    """dv/dt, (∂v/∂x) w and the derivatives of score and density, against one-sided third-order differences."""
+    x, w, t = points(flow, 5), points(flow, 5, seed=1), full(5, time)
+    h = 1e-4 if time == 0 else -1e-4
+
+    def inside(values: Callable[[Tensor], Tensor]) -> Tensor:
+        zero, one, two, three = (values(t + k * h) for k in range(4))
+        return (-11 * zero + 18 * one - 9 * two + 2 * three) / (6 * h)
+
+    slope = inside(lambda s: flow.velocity(x, s))
+    for mode in ("auto", *WAYS):
+        derivative = Derivative(flow.velocity, mode)
+        _, found = derivative(x, t, 0 * x, torch.ones_like(t))
+        torch.testing.assert_close(found, slope, rtol=1e-5, atol=1e-5)
+        assert derivative.used == ("forward" if mode == "auto" else mode)
+    _, along = Derivative(flow.velocity)(x, t, w)
+    torch.testing.assert_close(along, (flow.velocity(x + 1e-5 * w, t) - flow.velocity(x - 1e-5 * w, t)) / 2e-5)
+    assert bool(torch.isfinite(pullback(flow.velocity, x, t, w)[1]).all())
+    if isinstance(flow, CoupledGaussian):
+        return
+    for values in (flow.score, flow.log_density):
+        _, found = jvp(lambda s, f=values: f(x, s), (t,), (torch.ones_like(t),))
+        torch.testing.assert_close(found, inside(lambda s, f=values: f(x, s)), rtol=1e-5, atol=1e-5)
 
 
 @ALL
@@ -179,7 +207,7 @@ def test_one_dimensional_map_is_accurate_in_tails_and_gaps() -> None:
 def test_fine_solver_agrees_with_the_product_of_one_dimensional_flows() -> None:
     """Means that differ along one axis only: the plane's flow factorises into mixture and Gaussian."""
     weights, stds = torch.tensor([0.3, 0.7]), torch.full((2,), 0.2)
-    for path in PATHS:
+    for path in (Linear(), Cosine(), VP()):
         flat = mixture(weights, torch.tensor([[-1.0, 0.4], [1.5, 0.4]]), stds, path)
         first = mixture(weights, torch.tensor([[-1.0], [1.5]]), stds, path)
         second = gaussian(torch.tensor([0.4]), 0.2, path)

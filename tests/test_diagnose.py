@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from fewstep.diagnostics.verdict import verdict
 from fewstep.errors import UserError
 from fewstep.flow import closed_form
 from fewstep.flow.field import CountedField, Guided
+from fewstep.flow.paths import VP, AffinePath, Cosine, Interpolant
 
 PLAIN: dict[str, Any] = {"sensitivity": False, "stiffness": False}  # straightness and curvature alone
 
@@ -305,6 +307,47 @@ def test_a_network_without_derivatives_is_measured_by_differences() -> None:
     assert d.weighted_error is None
     with pytest.raises(UserError, match="no weighted error"):
         d.grid(4, weighted=True)
+
+
+@pytest.mark.parametrize("path", [VP(), Interpolant(), Cosine()], ids=repr)
+def test_flows_on_every_path_are_measured_up_to_the_ends(path: AffinePath) -> None:
+    """Z'' = alpha'' m + z (sqrt q)'' with q = sigma^2 + alpha^2 s^2, by differences of the coefficients."""
+    m, s = 0.7, 0.5
+    flow = closed_form.gaussian(torch.tensor([m]), torch.tensor([s]), path)
+    d = fs.diagnose(flow.velocity, standardised(32, 1), nodes=32)
+    for name, value in d.as_dict().items():
+        assert isinstance(value, str) or np.isfinite(np.asarray(value, dtype=float)).all(), name
+    h = 1e-4
+    t = torch.from_numpy(d.times).clamp(2 * h, 1 - 2 * h)  # an error of h times the third derivative at the ends
+
+    def bend(values: Callable[[Tensor], Tensor]) -> Tensor:
+        return (values(t + h) - 2 * values(t) + values(t - h)) / h**2
+
+    mean = bend(path.alpha) * m
+    spread = bend(lambda u: (path.sigma(u) ** 2 + (path.alpha(u) * s) ** 2).sqrt())
+    expected = (mean**2 + spread**2).sqrt()  # the z are standardised
+    np.testing.assert_allclose(d.curvature, expected, atol=5e-3 * float(expected.max()))
+    assert d.derivatives == "forward"
+
+
+def test_a_measure_that_is_not_finite_is_refused_by_name_and_place() -> None:
+    with pytest.raises(UserError, match=r"derivative along its trajectories is NaN or infinite at t = 1 .*square root"):
+        fs.diagnose(lambda x, t: x * (1 - t).sqrt()[:, None], standardised(8, 2), nodes=8, **PLAIN)
+
+    def escaping(x: Tensor, t: Tensor) -> Tensor:
+        """Contracts along every trajectory; one long Euler step overshoots and then grows beyond float32."""
+        return -60 * x * (1 + 1e4 * (x * (x < -5)).square()) ** 4
+
+    x0 = torch.linspace(0.1, 1.0, 8)[:, None]
+    with pytest.raises(UserError, match=r"no finite euler_error with 4, 6, .* Euler steps.*sensitivity=False"):
+        fs.diagnose(escaping, x0, nodes=128, stiffness=False)
+    assert np.isfinite(fs.diagnose(escaping, x0, nodes=128, **PLAIN).curvature).all()
+
+
+def test_one_sample_has_no_standard_error_and_is_measured_all_the_same() -> None:
+    d = fs.diagnose(gaussian(0.0, 0.5).velocity, torch.ones(1, 1), nodes=16)
+    assert math.isnan(d.straightness_error)
+    assert np.isfinite(d.curvature).all()
 
 
 def test_what_is_switched_off_is_none_and_refused() -> None:

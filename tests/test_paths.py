@@ -55,6 +55,24 @@ def test_dotted_coefficients_are_derivatives(path: AffinePath) -> None:
 
 
 @pytest.mark.parametrize("path", ALL, ids=repr)
+@pytest.mark.parametrize("time", [0.0, 0.3, 1.0])
+def test_the_noise_variance_has_finite_derivatives_at_both_ends_too(path: AffinePath, time: float) -> None:
+    """(sigma^2)' = 2 sigma sigma' and (sigma^2)'' against one-sided differences from inside."""
+    t = torch.tensor([time], dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(path.sigma_squared(t), path.sigma(t.detach()) ** 2, rtol=1e-13, atol=1e-15)
+    (first,) = torch.autograd.grad(path.sigma_squared(t).sum(), t, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), t)
+    torch.testing.assert_close(first, 2 * path.sigma_sigma_dot(t))
+    h = 1e-4 if time < 0.5 else -1e-4
+    one, two, three = (path.sigma_squared(t.detach() + k * h) for k in (1, 2, 3))
+    zero = path.sigma_squared(t.detach())
+    torch.testing.assert_close(
+        first.detach(), (-11 * zero + 18 * one - 9 * two + 2 * three) / (6 * h), rtol=0, atol=1e-6
+    )
+    torch.testing.assert_close(second, (2 * zero - 5 * one + 4 * two - three) / h**2, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("path", ALL, ids=repr)
 def test_ends_are_exact_and_signal_to_noise_grows(path: AffinePath) -> None:
     ends = torch.tensor([0.0, 1.0], dtype=torch.float64)
     assert path.alpha(ends)[1] == 1

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fewstep as fs
 from fewstep.diagnostics.diagnose import Diagnosis
-from fewstep.diagnostics.sensitivity import interpolated, root_mean_square
+from fewstep.diagnostics.sensitivity import interpolated, jump_squares, root_mean_square, with_jumps
+from fewstep.errors import UserError
 from fewstep.flow import closed_form
 
 
@@ -83,6 +84,65 @@ def test_first_order_alone_is_right_for_wide_modes_and_too_large_for_narrow_ones
         measured = d.euler_error_trimmed[list(d.euler_steps).index(16)]
         assert low < d.unit_error_trimmed / 16 / measured < high
         assert (d.euler_steps.max() > 16) == (std < 0.1)  # runs go on until first order holds
+
+
+def pair(std: float) -> closed_form.Mixture:
+    return closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.full((2,), std))
+
+
+def even_noise(num: int) -> Tensor:
+    """Quantiles of N(0, 1): as many lie next to a boundary between modes as should."""
+    return torch.special.ndtri((torch.arange(num, dtype=torch.float64) + 0.5) / num)[:, None]
+
+
+@pytest.mark.parametrize("std", [0.3, 0.1, 0.03])
+def test_the_error_over_all_samples_counts_those_that_end_in_another_mode(std: float) -> None:
+    """Their share falls as 1/N: N RMS keeps growing, and first order alone is several times too small."""
+    flow, z = pair(std), even_noise(10_000)
+    d = fs.diagnose(flow.velocity, even_noise(1000), nodes=32, stiffness=False)
+    exact = flow.flow_map(z, torch.zeros(len(z)), torch.ones(len(z)))
+    share, everyone = [], 0.0
+    for steps in (8, 16, 64, 128):
+        errors = (fs.solve(flow.velocity, z, steps=steps).x - exact).abs()[:, 0].numpy()
+        everyone = root_mean_square(errors, trimmed=False)
+        assert 1 / 1.3 < d.predicted_error(steps, trimmed=False) / everyone < 1.3
+        assert d.predicted_error(steps) == pytest.approx(root_mean_square(errors, trimmed=True), rel=0.12)
+        share.append(steps * float((errors > 1).mean()))
+    if std < 0.3:
+        assert share[2] == pytest.approx(share[1], rel=0.1)
+        assert everyone > 4 * d.unit_error / 128
+
+
+def test_without_jumps_the_error_over_all_samples_is_first_order() -> None:
+    """Boundaries between equal modes on a circle are fixed by symmetry: nobody changes sides from 16 steps on."""
+    std = 0.1
+    d = fs.diagnose(ring(std).velocity, noise(600, 2, seed=10), nodes=32, stiffness=False)
+    other = noise(1000, 2, seed=20)
+    for steps in (16, 64):
+        true = euler_error(ring(std).velocity, other, steps, trimmed=False)
+        assert d.predicted_error(steps, trimmed=False) == pytest.approx(true, rel=0.12)
+    assert d.euler_jumps[-1] < 1e-3 * d.euler_error[-1] ** 2
+
+
+def test_too_few_samples_to_count_jumps_are_refused() -> None:
+    d = fs.diagnose(pair(0.1).velocity, noise(100, 1), nodes=16, stiffness=False)
+    assert d.predicted_error(16) > 0
+    with pytest.raises(UserError, match=r"derivatives of 100 samples are too few.*at least 500"):
+        d.predicted_error(16, trimmed=False)
+
+
+def test_the_part_of_jumps_is_extrapolated_by_its_own_law() -> None:
+    """E^2 = (a / N)^2 + b / N is met exactly; the runs with fewer than 8 steps are given back as they are."""
+    steps = np.array([1, 2, 4, 8, 16])
+    jumps = 0.3 / steps
+    known = np.sqrt((0.5 / steps) ** 2 + jumps)
+    for number in (8, 11, 64, 1000):
+        assert with_jumps(number, 0.5, steps, known, jumps) == pytest.approx(
+            math.hypot(0.5 / number, (0.3 / number) ** 0.5)
+        )
+    assert with_jumps(4, 0.5, steps, known, jumps) == pytest.approx(known[2])
+    norms = np.array([[1.0, 0.5], [5.0, 0.2], [0.4, 0.01]])
+    np.testing.assert_allclose(jump_squares(norms, np.array([1.0, 1.0, 0.1]), np.array([1, 2])), [(25 + 0.16) / 3, 0])
 
 
 def test_the_plain_sum_of_local_errors_is_no_prediction() -> None:

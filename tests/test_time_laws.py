@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fewstep.errors import UserError
+from fewstep.flow.paths import PATHS, AffinePath
 from fewstep.flow.time_laws import TIME_LAWS, Exponential, LogitNormal, TimeLaw, Uniform, UShaped, make_time_law
 
 LAWS = [
@@ -58,7 +59,31 @@ def test_times_stay_in_the_unit_interval_and_grow(law: TimeLaw, dtype: torch.dty
     assert bool((t.diff() >= 0).all())
     assert float(t[0]) == pytest.approx(0.0, abs=2e-7)
     assert float(t[-1]) == pytest.approx(1.0, abs=2e-7)
-    assert bool(((t >= 0) & (t <= 1)).all())
+    assert bool(((t >= 0) & (t < 1)).all())
+
+
+EXTREME = [*LAWS, LogitNormal(0, 4), LogitNormal(6, 2), LogitNormal(20, 0.1), UShaped(100), Exponential(-80)]
+
+
+@pytest.mark.parametrize("law", EXTREME, ids=repr)
+@pytest.mark.parametrize("path", [path() for path in PATHS.values()], ids=repr)
+def test_the_largest_uniform_draw_gives_a_time_whose_target_is_finite(law: TimeLaw, path: AffinePath) -> None:
+    """torch.rand gives at most 1 - 2^-24 in float32 and 1 - 2^-53 in float64; 1 itself is what rounding can make."""
+    for dtype, digits in ((torch.float32, 24), (torch.float64, 53)):
+        u = torch.tensor([0.0, 1 - 2.0**-8, 1 - 2.0 ** (1 - digits), 1 - 2.0**-digits, 1.0], dtype=dtype)
+        t = law.sample(u)
+        assert float(t.max()) < 1.0
+        assert float(t.min()) >= 0.0
+        x = torch.ones(len(t), 2, dtype=dtype)
+        assert bool(torch.isfinite(path.target(x, -x, t)).all())
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_draws_away_from_one_are_the_quantiles_themselves(law: TimeLaw) -> None:
+    u = torch.rand(4000, generator=torch.Generator().manual_seed(0))
+    quantiles = law.quantile(u)
+    assert float((quantiles < 1).float().mean()) > 0.9
+    assert torch.equal(law.sample(u)[quantiles < 1], quantiles[quantiles < 1])
 
 
 @pytest.mark.parametrize("law", [Uniform(), LogitNormal(0, 0.7), UShaped(4)], ids=repr)
@@ -70,7 +95,7 @@ def test_symmetric_laws_are_symmetric(law: TimeLaw) -> None:
 
 def test_exponential_with_the_other_sign_is_the_mirror_image() -> None:
     u = torch.linspace(0, 1, 101, dtype=torch.float64)
-    torch.testing.assert_close(Exponential(-3).sample(u), 1 - Exponential(3).sample(1 - u))
+    torch.testing.assert_close(Exponential(-3).quantile(u), 1 - Exponential(3).quantile(1 - u))
     torch.testing.assert_close(Exponential(-3).density(u), Exponential(3).density(1 - u))
 
 

@@ -24,13 +24,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.diagnostics.diagnosis import Diagnosis
+from fewstep.diagnostics.diagnosis import Diagnosis, require_finite
 from fewstep.diagnostics.profiles import (
     Path,
     RowCount,
     at,
     follow,
     pieces,
+    refuse_infinite,
     resolved_times,
     root_mean,
     rows,
@@ -44,6 +45,7 @@ from fewstep.diagnostics.sensitivity import (
     MOST_STEPS,
     adjoint_weights,
     endpoint_errors,
+    jump_squares,
     root_mean_square,
     unit_error,
 )
@@ -136,10 +138,12 @@ class _Measurement:
         times = self.nodes(nodes) if adaptive else with_middles(np.linspace(0.0, 1.0, nodes // 2 + 1))
         size = max(1, min(CHUNK, CHUNK_NUMBERS // (len(times) * self.x0[0].numel())))
         parts = pieces(len(self.x0), size)
-        ends, found = zip(*(self.measure(part, times) for part in parts), strict=True)
-        table = {name: np.concatenate([one[name] for one in found if name in one]) for name in found[0]}
+        ends, tables = zip(*(self.measure(part, times) for part in parts), strict=True)
+        table = {name: np.concatenate([one[name] for one in tables if name in one]) for name in tables[0]}
         euler = self.euler(torch.cat(ends), parts, table["unit"]) if self.sensitivity else {}
-        return self.summary(table, times, nodes, euler)
+        diagnosis = self.summary(table, times, nodes, euler)
+        require_finite(diagnosis)
+        return diagnosis
 
     def nodes(self, nodes: int) -> np.ndarray:
         """Times that resolve a few of the trajectories."""
@@ -175,7 +179,9 @@ class _Measurement:
             x, t = path.states[k][:few], float(times[k])
 
             def product(q: Tensor, x: Tensor = x, t: float = t) -> Tensor:
-                return self.derivative(x, at(t, x), q, **own)[1].to(x.dtype)
+                along = self.derivative(x, at(t, x), q, **own)[1].to(x.dtype)
+                refuse_infinite(along, "derivative in a random direction", t)
+                return along
 
             values.append(eigenvalues(product, start))
         ritz = torch.stack(values, 1)
@@ -277,19 +283,21 @@ def stiffness_nodes(times: np.ndarray) -> list[int]:
 def _sensitivity_fields(table: Rows, euler: Rows, samples: int) -> dict[str, Any]:
     names = ("weighted_error", "unit_error", "unit_error_trimmed", "euler_steps", "euler_error", "euler_error_trimmed")
     if not euler:
-        return dict.fromkeys(names)
+        return dict.fromkeys((*names, "euler_jumps"))
     weighted = np.sqrt(table["weighted"].mean(0)) / 2 if "weighted" in table else None
+    few = len(table["unit"])
     found: list[Any] = []
     for trimmed in (False, True):
         errors = np.array([root_mean_square(column, trimmed=trimmed) for column in euler["norms"].T])
         unit = root_mean_square(table["unit"], trimmed=trimmed)
-        if len(table["unit"]) < samples:  # few samples give the ratio to a run better than the size
-            few = root_mean_square(euler["norms"][: len(table["unit"]), -1], trimmed=trimmed)
-            unit *= float(errors[-1]) / max(few, 1e-30)
+        if few < samples:  # the ratio to a run of the same few samples is less uncertain than the value itself
+            run = root_mean_square(euler["norms"][:few, -1], trimmed=trimmed)
+            unit *= float(errors[-1]) / max(run, 1e-30)
         found += [unit, errors]
     unit, errors, unit_trimmed, errors_trimmed = found
+    jumps = jump_squares(euler["norms"][:few], table["unit"], euler["steps"])
     values = (weighted, unit, unit_trimmed, euler["steps"], errors, errors_trimmed)
-    return dict(zip(names, values, strict=True))
+    return {**dict(zip(names, values, strict=True)), "euler_jumps": jumps}
 
 
 def _stiffness_fields(table: Rows, times: np.ndarray) -> dict[str, Any]:

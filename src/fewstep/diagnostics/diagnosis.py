@@ -7,12 +7,21 @@ from typing import Any, final
 
 import numpy as np
 
-from fewstep.diagnostics.sensitivity import interpolated
+from fewstep.diagnostics.sensitivity import JUMP_SAMPLES, interpolated, with_jumps
 from fewstep.errors import UserError
 from fewstep.flow.grids import Grid, check_steps, check_times
 
 FLOOR = 0.02  # smallest local error a grid is built for, as a share of the largest
 WEIGHTED_FLOOR = 1e-4  # of the weighted error, whose range is wide: for a Gaussian of width s it is 1 : s^4
+STANDARD_ERRORS = (
+    "straightness_error",
+    "deviation_error",
+    "curvature_error",
+    "normal_curvature_error",
+    "stiffness_error",
+)
+AT_STEPS = ("euler_error", "euler_error_trimmed", "euler_jumps")  # arrays over ``euler_steps``
+AT_STIFFNESS_TIMES = ("stiffness", "stiffness_error", "contraction", "expansion")
 
 
 @final
@@ -46,6 +55,8 @@ class Diagnosis:
         euler_steps: numbers of steps with which Euler's method was run.
         euler_error: RMS of ``|error|`` at t = 1, for every one of them.
         euler_error_trimmed: the same without the 5 % largest samples.
+        euler_jumps: the part of ``euler_error^2`` made by samples that jump: whose error is more than 3 times first
+            order's, because Euler's method carries them to another mode.
         stiffness_times: where eigenvalues λ of ``∂v/∂x`` were taken.
         stiffness: mean over samples of the largest ``|λ|`` at ``stiffness_times``.
         stiffness_error: its standard error.
@@ -82,6 +93,7 @@ class Diagnosis:
     euler_steps: np.ndarray | None
     euler_error: np.ndarray | None
     euler_error_trimmed: np.ndarray | None
+    euler_jumps: np.ndarray | None
     stiffness_times: np.ndarray | None
     stiffness: np.ndarray | None
     stiffness_error: np.ndarray | None
@@ -127,20 +139,75 @@ class Diagnosis:
         ``N error`` is interpolated in 1/N between the runs at ``euler_steps`` and their limit ``unit_error``. The limit
         alone is first order in 1/N, which is not enough where the velocity changes within one step.
 
+        Without trimming, samples that Euler's method carries to another mode dominate: their mean square falls as 1/N,
+        and it is added by that law. The prediction is then as uncertain as the number of such samples in the runs, a
+        handful. On ten mixtures (2 modes of width .01 to .3 on the line, 8 modes of width .02 to .1 and of equal or
+        unequal weight in the plane), over 200 draws of 500 noises, 90 % of the predictions were between .48 and 1.95
+        times the true error for N = 16 to 64 (.44 for N = 8), and up to 3.3 times it at N = 256 where all weights are
+        equal. The trimmed prediction from 300 noises is within 15 % from N = 8 on.
+
         Args:
             steps: N.
-            trimmed: without the 5 % largest samples, whose trajectories part ways with Euler's altogether.
+            trimmed: without the 5 % largest samples.
 
         Raises:
-            UserError: steps below 1; no sensitivity was measured.
+            UserError: steps below 1; no sensitivity was measured; untrimmed, with derivatives of fewer than 500
+                samples.
         """
         steps = check_steps(steps)
         unit = self.unit_error_trimmed if trimmed else self.unit_error
         known = self.euler_error_trimmed if trimmed else self.euler_error
-        if unit is None or known is None or self.euler_steps is None:
+        if unit is None or known is None or self.euler_steps is None or self.euler_jumps is None:
             raise UserError("this diagnosis predicts no error: it was made with sensitivity=False.")
-        return interpolated(steps, unit, self.euler_steps, known)
+        if trimmed:
+            return interpolated(steps, unit, self.euler_steps, known)
+        if self.derivative_samples < JUMP_SAMPLES:
+            raise UserError(
+                f"the error over all samples depends on the few that Euler's method carries to another mode, and "
+                f"derivatives of {self.derivative_samples} samples are too few to count them (at least {JUMP_SAMPLES} "
+                "are needed; there are as many as make 32768 numbers). Take trimmed=True, diagnose more noises, or "
+                f"measure the error itself with fewstep.solve(v, x0, steps={steps})."
+            )
+        return with_jumps(steps, unit, self.euler_steps, known, self.euler_jumps)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+
+
+def require_finite(d: Diagnosis) -> None:
+    """Refuse a diagnosis with a measure that is NaN or infinite.
+
+    The standard errors of a single sample are NaN and allowed.
+
+    Raises:
+        UserError: it names the measure and the times, or the numbers of Euler steps, at which it is not finite.
+    """
+    for name, value in vars(d).items():
+        if value is None or isinstance(value, str) or (name in STANDARD_ERRORS and d.samples == 1):
+            continue
+        bad = ~np.isfinite(np.asarray(value, dtype=float))
+        if bad.any():
+            raise UserError(f"the diagnosis has no finite {name}{_where(d, name, bad)}: {_cause(name)}")
+
+
+def _where(d: Diagnosis, name: str, bad: np.ndarray) -> str:
+    if name in AT_STEPS and d.euler_steps is not None:
+        return f" with {', '.join(map(str, d.euler_steps[bad]))} Euler steps"
+    times = d.stiffness_times if name in AT_STIFFNESS_TIMES else d.times
+    if bad.ndim == 0 or times is None:
+        return ""
+    found = times[bad]
+    return f" at t = {found[0]:.4g}" if len(found) == 1 else f" at {len(found)} times from t = {found[0]:.4g}"
+
+
+def _cause(name: str) -> str:
+    if name in AT_STEPS or name.startswith(("unit_error", "weighted_error")):
+        return (
+            "steps that long leave the region where the velocity is defined, or errors grow beyond the range of "
+            "the dtype. Pass sensitivity=False to measure the rest, or noises in float64."
+        )
+    return (
+        "values grow beyond the range of the dtype, or the network gives NaN next to its trajectories. Check its "
+        "weights and the scale of the start, or pass noises in float64."
+    )

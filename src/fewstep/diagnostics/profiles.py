@@ -95,12 +95,13 @@ def follow(
     few = rows(cond, slice(0, derived))
     for k, t in enumerate(map(float, times)):
         v = field(x, at(t, x), **cond)
-        _refuse_infinite(v, t)
+        refuse_infinite(v, "velocity", t)
         path.states.append(x)
         path.velocities.append(v)
         if derived:
             head = x[:derived]
             _, a = derivative(head, at(t, head), v[:derived], torch.ones_like(at(t, head)), **few)
+            refuse_infinite(a, "derivative along its trajectories", t)
             path.accelerations.append(a.to(x.dtype))
         last = k == len(times) - 1
         h = float(times[k] - times[k - 1]) if last else float(times[k + 1] - t)
@@ -114,12 +115,27 @@ def follow(
     return path
 
 
-def _refuse_infinite(v: Tensor, t: float) -> None:
-    if not bool(torch.isfinite(v).all()):
-        raise UserError(
-            f"the network's velocity is NaN or infinite at t = {t:g} on its own trajectories: nothing can "
-            "be measured there. Check the network's weights, its conditions and the scale of the start."
-        )
+def refuse_infinite(values: Tensor, what: str, t: float) -> None:
+    """Raise when a value is NaN or infinite.
+
+    Args:
+        values: what the network gave.
+        what: its name in the message, as "the network's ...".
+        t: the time it was taken at.
+
+    Raises:
+        UserError: a value is not finite.
+    """
+    if bool(torch.isfinite(values).all()):
+        return
+    if what == "velocity":
+        fix = "Check the network's weights, its conditions and the scale of the start."
+    else:
+        fix = "The velocity is finite: it has an infinite slope there, as a square root has at 0."
+    raise UserError(
+        f"the network's {what} is NaN or infinite at t = {t:g} on its own trajectories: nothing can be measured there. "
+        f"{fix}"
+    )
 
 
 def with_middles(edges: np.ndarray) -> np.ndarray:
