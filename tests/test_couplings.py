@@ -19,11 +19,9 @@ from fewstep.flow.couplings import (
     MinibatchOT,
     Paired,
     SuperResolution,
-    block_average,
-    inpainting_base,
-    random_mask,
     require_independent,
 )
+from fewstep.flow.degradations import block_average, inpainting_base, random_mask
 from fewstep.flow.ot import assignment
 
 

@@ -391,5 +391,7 @@ def test_mistakes_are_named() -> None:
             likelihood(flow, x1, **options)
     with pytest.raises(UserError, match="floating"):
         likelihood(flow, x1.long())
-    with pytest.raises(UserError, match="4 of 4"):
+    with pytest.raises(UserError, match="velocity is NaN or infinite at t = 1"):
         log_likelihood(lambda x, t: x * torch.nan, x1, steps=2)
+    with pytest.raises(UserError, match="4 of 4"):
+        log_likelihood(lambda x, t: torch.where(t[:, None] > 0.4, x, torch.nan), x1, steps=2)

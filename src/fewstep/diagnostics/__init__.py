@@ -1,1 +1,1 @@
-"""How far a velocity field is from being its own one-step flow map."""
+"""Measures of a flow: straightness, curvature, error, stiffness, likelihood; grids and solvers fitted to it."""

@@ -6,7 +6,7 @@ From fine RK4 trajectories ``Z_t``, one per noise, on panels as short as the flo
   every trajectory is a straight line run at constant speed, and then one Euler step is exact;
 - acceleration ``Z'' = ∂_t v + (∂_x v) v`` and its part normal to the velocity: the first counts changes of
   speed, the second only changes of direction;
-- local error of an Euler step of length h: ``h^2/2 |Z''|``, and once more from halved steps, without derivatives;
+- local error of an Euler step of length h: ``h^2/2 |Z''|``, and a second time from halved steps, without derivatives;
 - endpoint error of Euler's method, and where along t it is made (:mod:`.sensitivity`);
 - stiffness: the largest ``|λ|`` of ``∂v/∂x`` (:mod:`.stiffness`);
 - one-step gap: the distance between one Euler step and the trajectory's end.
@@ -57,13 +57,13 @@ from fewstep.solvers.solve import check_start, solve
 
 __all__ = ["Diagnosis", "diagnose"]
 
-NODES = 64
+NODES = 64  # RK4 steps of the starting grid; chosen, not tuned
 CHUNK = 256  # samples measured at a time, fewer where they are large
-CHUNK_NUMBERS = 1 << 24  # at most so many velocity components at a time
+CHUNK_NUMBERS = 1 << 24  # most velocity components kept at a time
 PILOT = 32  # samples that place the nodes
-DERIVED, DERIVED_NUMBERS = 64, 1 << 15  # samples for derivatives: at least, and as long as they are small
-STIFF, STIFF_NUMBERS, STIFF_MOST = 16, 1 << 12, 256  # samples for eigenvalues
-STIFF_TIMES = 16  # intervals between times of eigenvalues
+DERIVED, DERIVED_NUMBERS = 64, 1 << 15  # samples for derivatives: the least, and as many as make so many numbers
+STIFF, STIFF_NUMBERS, STIFF_MOST = 16, 1 << 12, 256  # samples for eigenvalues: likewise, and the most
+STIFF_TIMES = 16  # equal intervals of [0, 1] between whose ends eigenvalues are taken
 
 Rows = dict[str, np.ndarray]
 
@@ -80,10 +80,10 @@ def diagnose(
 ) -> Diagnosis:
     """Measure a velocity field along the trajectories that start at ``x0``.
 
-    Derivatives are taken for as many samples as make 32 768 numbers, 64 at least, and eigenvalues for fewer: the result
-    says for how many. A smooth flow keeps its ``nodes``; data of width s ask for a few more per halving of s. Exact
-    fields of data of width 0 are singular at t = 1: their trajectories end there at infinite acceleration, and the
-    closed forms refuse that time.
+    The formulas are in the module's docstring. Derivatives are taken for as many samples as make 32 768 numbers, at
+    least 64, and eigenvalues for fewer: the result says for how many. A smooth flow keeps its ``nodes``; data of width
+    s need a few more per halving of s. Exact fields of data of width 0 are singular at t = 1: their trajectories end
+    there with infinite acceleration, and the closed forms refuse that time.
 
     Args:
         v: ``v(x, t, **cond)``.
@@ -91,7 +91,7 @@ def diagnose(
         cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
         nodes: RK4 steps and quadrature nodes of the starting grid, even.
         adaptive: put more nodes where 32 pilot trajectories need them, at most four times as many.
-        sensitivity: also measure what local errors become at the end.
+        sensitivity: also measure the effect of local errors at t = 1, and Euler's endpoint errors.
         stiffness: also measure eigenvalues.
 
     Returns:
@@ -99,7 +99,11 @@ def diagnose(
 
     Raises:
         UserError: a start that :func:`fewstep.solve` refuses, conditions of another length, an odd number of
-            nodes, a velocity that is not finite, or that is none.
+            nodes, a callable that returns no velocity; a velocity, a derivative or a measure that is not finite, with
+            its name and the time.
+
+    >>> round(diagnose(lambda x, t: 0 * x + 2, torch.zeros(4, 1), nodes=8).displacement, 6)
+    4.0
     """
     check_start(x0)
     if not isinstance(nodes, int) or nodes < 4 or nodes % 2:
@@ -116,7 +120,7 @@ def diagnose(
 
 @final
 class _Measurement:
-    """One diagnosis in the making: the field, its derivative, and how many samples serve for what."""
+    """The state of one diagnosis: the field, its derivative, and how many samples are used for which measure."""
 
     def __init__(self, v: Velocity, x0: Tensor, cond: dict[str, Any], sensitivity: bool, stiffness: bool) -> None:
         self.field = RowCount(as_field(v))
@@ -134,7 +138,7 @@ class _Measurement:
 
     def run(self, nodes: int, adaptive: bool) -> Diagnosis:
         """Place the nodes, measure piece by piece, and sum up."""
-        solve(self.field, self.x0[:1], steps=1, cond=rows(self.cond, slice(0, 1)))  # refuses what is no velocity
+        solve(self.field, self.x0[:1], steps=1, cond=rows(self.cond, slice(0, 1)))  # refuses a callable of another kind
         times = self.nodes(nodes) if adaptive else with_middles(np.linspace(0.0, 1.0, nodes // 2 + 1))
         size = max(1, min(CHUNK, CHUNK_NUMBERS // (len(times) * self.x0[0].numel())))
         parts = pieces(len(self.x0), size)
@@ -244,7 +248,7 @@ class _Measurement:
 
 
 def _velocity_rows(path: Path) -> Rows:
-    """What needs the velocities alone; the chord is known only at the end."""
+    """The measures that need velocities alone; the chord is known only after the whole trajectory."""
     chord = (path.states[-1] - path.states[0]).flatten(1).cpu().double()
     deviation, speed, doubled = [], [], []
     for v, d in zip(path.velocities, path.doubled, strict=True):

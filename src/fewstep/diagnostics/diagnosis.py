@@ -1,4 +1,4 @@
-"""The result of a diagnosis: numbers, the grids made from them, and the error they predict."""
+"""The result of a diagnosis: its measures, the grids computed from them, and the error they predict."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from fewstep.diagnostics.sensitivity import JUMP_SAMPLES, interpolated, with_jum
 from fewstep.errors import UserError
 from fewstep.flow.grids import Grid, check_steps, check_times
 
-FLOOR = 0.02  # smallest local error a grid is built for, as a share of the largest
-WEIGHTED_FLOOR = 1e-4  # of the weighted error, whose range is wide: for a Gaussian of width s it is 1 : s^4
+FLOOR = 0.02  # local errors below this share of the largest count as this share; chosen, not tuned
+WEIGHTED_FLOOR = 1e-4  # the same for the weighted error, whose range is wider: 1 to s^4 for a Gaussian of width s
 STANDARD_ERRORS = (
     "straightness_error",
     "deviation_error",
@@ -49,7 +49,7 @@ class Diagnosis:
         normal_curvature_error: its standard error.
         local_error: RMS error of an Euler step per ``h^2``: ``|Z''| / 2``.
         doubling_error: the same without derivatives: ``2 |two half steps - one step| / h^2``, h to the next node.
-        weighted_error: the local error carried to t = 1: RMS of ``|Φ(1, t) Z''| / 2``.
+        weighted_error: the effect of the local error at t = 1: RMS of ``|Φ(1, t) Z''| / 2``.
         unit_error: RMS of ``|e(1)|``: Euler's endpoint error with N steps tends to ``unit_error / N``.
         unit_error_trimmed: the same without the 5 % largest samples.
         euler_steps: numbers of steps with which Euler's method was run.
@@ -112,7 +112,14 @@ class Diagnosis:
 
         The step density is proportional to ``local_error^(1/2)`` (floored at 2 % of its largest value), which
         minimises the sum of the local errors for a given number of steps. Weighted, it is ``weighted_error^(1/2)``
-        (floored at .01 % of its largest value), and the least sum is that of the errors as they arrive at t = 1.
+        (floored at .01 % of its largest value), and the sum of the errors at t = 1 is least.
+
+        Args:
+            steps: number of steps.
+            weighted: weigh every local error by its effect at t = 1.
+
+        Returns:
+            ``steps + 1`` increasing times from 0 to 1.
 
         Raises:
             UserError: steps below 1; weighted, where no sensitivity was measured.
@@ -171,7 +178,7 @@ class Diagnosis:
         return with_jumps(steps, unit, self.euler_steps, known, self.euler_jumps)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The measures by name, as values that JSON can hold."""
         return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
 
 

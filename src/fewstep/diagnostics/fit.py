@@ -1,9 +1,10 @@
 r"""Fit a solver to a field: ``solver="fitted"``.
 
 Every explicit fixed-step solver is ``y_j = a_j x_0 + sum_(k<j) b_jk v_k`` at times ``t_j``. With the network frozen
-there are few such numbers (17, 32, 51 for 4, 6, 8 calls), and they can be chosen for the field itself: so that the end
-point is nearest to the true one on a pilot of noises (non-stationary solvers, arXiv:2403.01329; generalised solvers,
-arXiv:2510.17699). The fit starts from the best picked and refined table, so it can only improve on it.
+there are few such numbers (17, 32, 51 for 4, 6, 8 calls), and they can be fitted to the field, so that the mean square
+distance of the end point to the true one is least on a pilot of noises (non-stationary solvers, arXiv:2403.01329;
+generalised solvers, arXiv:2510.17699). The fit starts from the best picked and refined table; its result is kept only
+where it is better on held-out noises.
 
 The endpoint errors ``r(theta)`` of all noises and dimensions are a nonlinear least-squares problem in a few dozen
 unknowns: Levenberg-Marquardt (Moré 1978) needs some ten iterations. The Jacobian comes from tangents carried along
@@ -29,19 +30,26 @@ from fewstep.solvers.numeric import numeric_table
 from fewstep.solvers.tables import Table
 
 FIRST = 512  # noises of the first iterations
-ITERATIONS, LAST_ITERATIONS = 10, 2
-DAMPING = 1e-2  # of the first iteration, as a share of the curvature in every direction
-STOP = 5e-3  # relative gain of an iteration that is not worth another one
-DAMPING_LIMIT = 1e6
-DIFFERENCE = 3e-4  # root mean square change of the state, or change of t, in difference quotients
-LEAST_TANGENT = 1e-3  # shorter tangents, as a share of the mean one, are not stretched to that
-ROWS = 1 << 15  # rows through the network at a time
-APART = 1e-4  # times stay so far from each other and from the ends
+ITERATIONS, LAST_ITERATIONS = 10, 2  # at most so many on the first noises, then on all
+DAMPING = 1e-2  # damping of the first iteration, relative to the diagonal of the Gram matrix
+STOP = 5e-3  # the fit ends after an iteration that lowers the error by a smaller share than this
+DAMPING_LIMIT = 1e6  # an iteration is given up when its damping reaches this
+DIFFERENCE = 3e-4  # step of difference quotients: RMS change of the state, or change of t
+LEAST_TANGENT = 1e-3  # tangents shorter than this share of the mean length get a step as if they had this length
+ROWS = 1 << 15  # most rows through the network at a time
+APART = 1e-4  # least distance between consecutive times, and from the last time to 1
 
 
 @final
 class Unknowns:
-    """The numbers of a table that are free: times, then ``a_j`` and ``b_jk`` of every row after the first."""
+    """The free numbers of a table: times, then ``a_j`` and ``b_jk`` of every row after the first.
+
+    Args:
+        calls: rows of the table.
+
+    Attributes:
+        entries: kind (``t``, ``a`` or ``b``), row j and column k of every number.
+    """
 
     def __init__(self, calls: int) -> None:
         self.calls = calls
@@ -50,13 +58,13 @@ class Unknowns:
             self.entries += [("a", j, 0), *(("b", j, k) for k in range(j))]
 
     def read(self, table: Table) -> np.ndarray:
-        """Their values in a table."""
+        """Their values in a table, (P,)."""
         a, b = table.dense
         values = {"t": lambda j, k: table.times[j], "a": lambda j, k: a[j], "b": lambda j, k: b[j, k]}
         return np.array([values[kind](j, k) for kind, j, k in self.entries])
 
     def table(self, theta: np.ndarray) -> Table | None:
-        """The table they make; None when its times leave their order."""
+        """The table with the values ``theta`` (P,); None when its times are not increasing."""
         times, a, b = np.zeros(self.calls + 1), np.ones(self.calls + 1), np.zeros((self.calls + 1, self.calls))
         times[-1] = 1.0
         for value, (kind, j, k) in zip(theta.tolist(), self.entries, strict=True):
@@ -71,12 +79,12 @@ class Unknowns:
         return numeric_table("fitted", times[:-1].tolist(), a, b)
 
     def row(self, index: int) -> int:
-        """The row from which on an unknown has an effect."""
+        """The first row whose state depends on the unknown of that index."""
         return self.entries[index][1]
 
 
 def can_start(table: Table) -> bool:
-    """Whether a fit can start from a table: its rows' times rise and end before 1 (Heun's and RK4's do not)."""
+    """Whether a fit can start from a table: its rows' times increase and stay below 1 (Heun's and RK4's do not)."""
     return _in_order(np.array([*table.times, 1.0]))
 
 
@@ -85,7 +93,13 @@ def _in_order(times: np.ndarray) -> bool:
 
 
 def jacobian(pilot: Pilot, table: Table, unknowns: Unknowns) -> Tensor:
-    """Derivatives of the end points, (P, B * D), in the pilot's dtype."""
+    """Derivatives of the end points with respect to the unknowns, (P, B * D), in the pilot's dtype.
+
+    Args:
+        pilot: noises and the field.
+        table: where the derivatives are taken.
+        unknowns: of tables with so many rows.
+    """
     a, b = table.dense
     velocities = pilot.velocities(table)
     x0, number = pilot.x0, len(unknowns.entries)
@@ -133,7 +147,7 @@ def _through(pilot: Pilot, state: Tensor, velocity: Tensor, t: float, dy: Tensor
     parts = []
     for first in range(0, len(dy), piece):
         tangent, time = dy[first : first + piece].reshape(-1, *state.shape), dt[first : first + piece]
-        # a step for every sample: the tangents of the few beside a boundary between modes are much longer
+        # every sample has its own step: tangents of the few next to a boundary between modes are much longer
         size = torch.maximum(tangent.flatten(2).square().mean(2).sqrt(), time[:, None])
         h = DIFFERENCE / size.maximum(LEAST_TANGENT * size.mean(1, keepdim=True)).clamp_min(1e-12)
         wide = h.reshape(*h.shape, *(1,) * (state.ndim - 1))
@@ -149,7 +163,7 @@ def fit(pilot: Pilot, held_out: Pilot, start: Table) -> Table:
 
     Args:
         pilot: noises the numbers are fitted on.
-        held_out: noises that say which iteration is kept.
+        held_out: noises on which the best iteration is chosen.
         start: a deterministic table from t = 0 to t = 1 that :func:`can_start` a fit.
 
     Returns:
@@ -166,7 +180,13 @@ def fit(pilot: Pilot, held_out: Pilot, start: Table) -> Table:
 
 
 def levenberg_marquardt(pilot: Pilot, table: Table, most: int) -> Iterator[Table]:
-    """The tables of its iterations, of falling endpoint error on the pilot, until the error stands still."""
+    """Levenberg-Marquardt on the endpoint errors (Moré 1978): the table of every iteration that lowers the error.
+
+    Args:
+        pilot: noises the numbers are fitted on.
+        table: where the fit starts.
+        most: iterations, at most; fewer when one lowers the error by less than half a per cent.
+    """
     unknowns = Unknowns(len(table.times))
     theta, error, damping = unknowns.read(table), pilot.error(table), DAMPING
     for _ in range(most):

@@ -1,8 +1,8 @@
-"""Quadratic forms ``w^T (dv/dx) w`` of a velocity field, of which a divergence is the sum or the mean.
+"""Quadratic forms ``w^T (dv/dx) w`` of a velocity field: their sum over unit vectors is the divergence.
 
 Reverse differentiation gives ``w^T dv/dx`` in one backward pass, about two network calls; its product with ``w`` is the
-form. Where a network cannot be differentiated so, or is so only in part, :class:`~fewstep.flow.derivatives.Derivative`
-gives ``(dv/dx) w`` another way.
+form. Where a network cannot be differentiated in reverse, or only a part of it can,
+:class:`~fewstep.flow.derivatives.Derivative` gives ``(dv/dx) w`` in another way.
 """
 
 from __future__ import annotations
@@ -18,20 +18,23 @@ from fewstep.flow.derivatives import TRIED_ROWS, Derivative, plain_attention, ro
 from fewstep.flow.field import Field
 from fewstep.flow.noise import BLOCK, block_rows, generator_for
 
-ROWS = 4096  # network rows at a time: samples times directions
-NUMBERS = 1 << 19  # and values in them
-AGREEMENT = 1e-2  # of the forms by reverse differentiation and by the derivative
+ROWS = 4096  # most network rows at a time: samples times directions
+VALUES = 1 << 19  # most values in those rows
+AGREEMENT = 1e-2  # largest relative gap between the forms by reverse differentiation and by the derivative
 
 
 def chunk(x: Tensor, directions: int) -> int:
-    """How many samples like those of ``x`` are worked on at a time, each in so many directions."""
-    return max(1, min(ROWS // directions, NUMBERS // (directions * x[0].numel())))
+    """How many samples of the size of ``x``'s rows go through the network at a time, in so many directions each."""
+    return max(1, min(ROWS // directions, VALUES // (directions * x[0].numel())))
 
 
 def rademacher(num: int, dimensions: int, probes: int, *, seed: int, row: int) -> Tensor:
     """Independent signs for samples ``row … row + num``, (num, probes, dimensions) int8.
 
-    A probe of a sample depends on ``seed`` and on the two numbers alone.
+    A probe of a sample depends on ``seed``, the probe's number and the sample's number alone.
+
+    >>> rademacher(2, 3, 1, seed=0, row=0).shape
+    torch.Size([2, 1, 3])
     """
 
     def draw(probe: int, block: int) -> Tensor:
@@ -74,11 +77,15 @@ class QuadraticForms:
     def choose(self, x: Tensor, cond: dict[str, Any]) -> None:
         """Find how the network can be differentiated, on a few rows at t = 1.
 
-        Reverse differentiation, the only way to gradients, is taken where it agrees with the derivative ``J w``, which
-        has been held against finite differences.
+        Reverse differentiation, which alone gives gradients, is taken where it agrees with the derivative ``J w``,
+        itself compared with finite differences.
+
+        Args:
+            x: data, (B, ...); the first few rows are used.
+            cond: conditions, one row per sample.
 
         Raises:
-            UserError: gradients are wanted, and the network does not let them through.
+            UserError: gradients are asked for, and the network cuts them off; no way gives a finite derivative.
         """
         few, some = x[:TRIED_ROWS], rows_of(cond, len(x), slice(TRIED_ROWS))
         one = few.new_ones(len(few))
@@ -101,7 +108,7 @@ class QuadraticForms:
         return bool((gap.abs() <= AGREEMENT * along.abs().sum(1)).all())
 
     def __call__(self, x: Tensor, t: Tensor, w: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        """Every sample is repeated for each of its directions.
+        """Velocities and quadratic forms; every sample is repeated for each of its directions.
 
         Args:
             x: (B, ...).
@@ -114,7 +121,7 @@ class QuadraticForms:
         """
         v, terms = None, []
         way = self._reverse if self.reverse else self.derivative
-        for part in w.split(max(1, min(ROWS, NUMBERS // x[0].numel())), 1):
+        for part in w.split(max(1, min(ROWS, VALUES // x[0].numel())), 1):
             count = part.shape[1]
             rows = torch.arange(len(x), device=x.device).repeat_interleave(count)
             before = self.field.calls

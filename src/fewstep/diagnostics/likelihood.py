@@ -18,7 +18,8 @@ inequality gives ``E log p(y) <= log int p(x_k + delta u) du = log(P(k) / delta^
     bits/dim = -log p(y) / (D ln 2) + log2(1 / delta)
 
 is on average an upper bound of the code length ``-log2 P(k) / D``, and equal to it where the density is constant on
-every cell (arXiv:1511.01844, section 3.1). Without the noise the number means nothing.
+every cell (arXiv:1511.01844, section 3.1). Without the noise it bounds nothing: the density of discrete data can be
+made arbitrarily large.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ from fewstep.solvers.solve import check_start, solve
 from fewstep.solvers.tables import find_solver
 
 Divergence = Literal["auto", "exact", "hutchinson"]
-STEPS = 100
-EXACT_UP_TO = 128  # dimensions, with "auto"
-CONVERGED = 0.005  # bits per dimension by which halving the steps may move a likelihood
+STEPS = 100  # default solver steps; chosen, not tuned
+EXACT_UP_TO = 128  # most dimensions in which "auto" computes the exact divergence
+CONVERGED = 0.005  # largest change with half the steps, in bits per dimension, that counts as converged; not tuned
 CHECKED = 64  # samples solved again with half the steps
 
 
@@ -69,7 +70,7 @@ class Likelihood:
         discretisation: mean ``|log_prob - coarse|`` in bits per dimension: for a solver of order p about ``2^p - 1``
             times the error of ``log_prob``.
         converged: whether ``discretisation`` is at most 0.005; None without checks.
-        notes: what to know before quoting the number.
+        notes: warnings for whoever quotes the value.
     """
 
     log_prob: Tensor
@@ -110,6 +111,9 @@ class Likelihood:
             quantum: distance between neighbouring values, in the units of ``x1``: 2/256 for 8-bit images in [-1, 1],
                 which adds 7.
 
+        Returns:
+            (B,). Source: arXiv:1511.01844, section 3.1.
+
         Raises:
             UserError: a quantum that is no positive number.
         """
@@ -132,7 +136,7 @@ def log_likelihood(
     grad: bool = False,
     check: bool = True,
 ) -> Likelihood:
-    """Log-density of ``x1`` under the flow of ``v``, in nats.
+    """Log-density of ``x1`` under the flow of ``v``, in nats: ``log p_0(z(0)) - int_0^1 div v(z(t), t) dt``.
 
     Args:
         v: ``v(x, t, **cond)``, t = 0 noise, t = 1 data.
@@ -150,8 +154,8 @@ def log_likelihood(
         check: solve forward again, and the first 64 samples with half the steps.
 
     Returns:
-        A :class:`Likelihood`. The log-density of a solve with few steps is no likelihood, whatever its value: look at
-        ``converged``.
+        A :class:`Likelihood`. The log-density of a solve with few steps is not that of the flow: see ``converged``.
+        Source: arXiv:1806.07366, theorem 1; arXiv:1810.01367, section 3.1.
 
     Raises:
         UserError: a start or a grid that :func:`fewstep.solve` refuses, conditions of another length, an unknown base
@@ -202,6 +206,10 @@ def dequantise(x: Tensor, quantum: float, *, seed: int = 0, row: int = 0) -> Ten
 
     Raises:
         UserError: a quantum that is no positive number.
+
+    >>> x = dequantise(torch.zeros(3, 1), 0.5)
+    >>> bool((x >= 0).all() and (x < 0.5).all())
+    True
     """
     quantum = _check_quantum(quantum)
     shape = x.shape[1:]
@@ -217,7 +225,7 @@ def dequantise(x: Tensor, quantum: float, *, seed: int = 0, row: int = 0) -> Ten
 @final
 @dataclass(frozen=True)
 class _Checks:
-    """The part of a :class:`Likelihood` that costs solves of its own."""
+    """The fields of a :class:`Likelihood` that need further solves."""
 
     round_trip: float | None = None
     coarse: Tensor | None = None
@@ -239,6 +247,7 @@ class _Problem:
     row: int
 
     def name(self) -> str:
+        """The divergence in words, such as ``exact, 2 directions, reverse``."""
         kind, unit = ("exact", "direction") if self.exact else ("Hutchinson, Rademacher", "probe")
         return f"{kind}, {self.directions} {unit}{'s' * (self.directions != 1)}, {self.forms.used}"
 
@@ -304,7 +313,7 @@ class _Problem:
 
 
 def _standard_error(terms: Tensor) -> Tensor:
-    """Of the mean of every row; NaN where there is one value."""
+    """Standard error of the mean of every row; NaN where there is one value."""
     count = terms.shape[1]
     return terms.std(1) / math.sqrt(count) if count > 1 else torch.full_like(terms[:, 0], math.nan)
 

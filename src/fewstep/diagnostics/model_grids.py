@@ -2,8 +2,8 @@
 
 ``error`` gives every step of Euler's method the same local error, as it arrives at the end (:meth:`Diagnosis.grid`).
 ``dp`` finds the steps whose jumps from the exact trajectory are smallest in sum, by dynamic programming (GITS,
-arXiv:2405.11326). Both look at one step at a time, while errors of consecutive steps partly cancel; what a solver
-really makes of a grid only a pilot run says (:func:`fewstep.tune`).
+arXiv:2405.11326). Both add up errors of single steps, while errors of consecutive steps partly cancel; the error of a
+solver on a grid is measured by a pilot run (:func:`fewstep.tune`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fewstep.flow.field import Velocity
 from fewstep.flow.grids import FROM_MODEL, Grid, check_steps
 from fewstep.solvers.solve import check_start, solve
 
-POINTS = 60  # intervals of the reference trajectory between whose ends jumps are made
+POINTS = 60  # intervals of the reference trajectory; grids are chosen among their ends
 DISCOUNT = 1.15  # weight of what comes after a jump (arXiv:2405.11326, sec. 3.3)
 
 
@@ -34,6 +34,12 @@ def model_grid(name: str, v: Velocity, x0: Tensor, steps: int, *, cond: Mapping[
         x0: base samples, (M, ...); 256 will do.
         steps: number of steps.
         cond: conditions, tensors with one row per sample.
+
+    Returns:
+        ``steps + 1`` increasing times from 0 to 1.
+
+    Raises:
+        UserError: an unknown name; what :func:`dp_grid` or :func:`~fewstep.diagnostics.diagnose.diagnose` refuses.
     """
     if name not in FROM_MODEL:
         raise unknown("grid of a model", name, FROM_MODEL)
@@ -55,6 +61,12 @@ def dp_grid(v: Velocity, x0: Tensor, steps: int, *, cond: Mapping[str, Any] | No
         x0: base samples, (M, ...).
         steps: number of steps, at most 60.
         cond: conditions, tensors with one row per sample.
+
+    Returns:
+        ``steps + 1`` increasing times from 0 to 1. Source: GITS, arXiv:2405.11326, sec. 3.3.
+
+    Raises:
+        UserError: steps below 1 or above 60, a start that :func:`fewstep.solve` refuses.
     """
     check_start(x0)
     steps = check_steps(steps)
@@ -74,9 +86,14 @@ def dp_grid(v: Velocity, x0: Tensor, steps: int, *, cond: Mapping[str, Any] | No
 
 
 def cheapest_path(cost: np.ndarray, steps: int) -> list[int]:
-    """Indices ``0 = k_0 < … < k_N`` with the least discounted sum of ``cost[k_m, k_(m+1)]``."""
+    """Indices ``0 = k_0 < … < k_N`` with the least ``sum_m DISCOUNT^m cost[k_m, k_(m+1)]``.
+
+    Args:
+        cost: (P + 1, P + 1), infinite on and below the diagonal.
+        steps: N.
+    """
     last = len(cost) - 1
-    rest = cost[:, last].copy()  # of the way from every point to the end with one jump, then with one more each
+    rest = cost[:, last].copy()  # cost from every point to the end, first with one step, then with one more each time
     choices = []
     for _ in range(steps - 1):
         total = cost + DISCOUNT * rest[None, :]

@@ -1,9 +1,10 @@
 """Pick the best solver and grid for a number of network calls: ``solver="auto"``.
 
-No fixed (solver, grid) is near the best for every field and every budget: which quantity is smooth, in which variable,
-and where along t, differ from model to model. So all of them are run on a pilot of noises whose true endpoints are
-known (:class:`~fewstep.diagnostics.pilot.Pilot`), first on a few noises, the better ones on all. The winners' grids are
-then refined time by time, and what is kept must be better on held-out noises than the same solver on a uniform grid.
+No fixed (solver, grid) is near the best for every field and every number of calls: which quantity is smooth, in which
+variable, and where along t, differs from model to model. So all of them are run on a pilot of noises whose true
+endpoints are known (:class:`~fewstep.diagnostics.pilot.Pilot`), first on a few noises, the better ones on all. The
+grids of the best are then refined time by time, and a refined grid is kept only if it is better on held-out noises than
+the same solver on a uniform grid.
 """
 
 from __future__ import annotations
@@ -28,14 +29,12 @@ SCANNED_GRIDS = (
 )  # fmt: skip
 FITTED = "fitted"
 FIRST = 64  # noises of the first round
-KEPT = 24  # combinations that go on to all noises
+KEPT = 24  # combinations of solver and grid that are run on all noises
 REFINED = 3  # solvers whose grids are refined
-SWEEPS = 4  # of coordinate descent
-REACH, SHRINK = (
-    0.5,
-    0.6,
-)  # share of the gap to its neighbour that a time is moved by, and its factor from sweep to sweep
-GAIN = 0.99  # a table replaces a simpler one when its error on held-out noises is at most this share of it
+SWEEPS = 4  # sweeps of coordinate descent
+REACH = 0.5  # in the first sweep a time is moved by this share of the gap to its neighbour
+SHRINK = 0.6  # factor of that share from sweep to sweep
+GAIN = 0.99  # a table replaces a simpler one when its error on held-out noises is at most this share of the other's
 
 
 @final
@@ -83,7 +82,7 @@ def restore(values: Mapping[str, Any], path: AffinePath = LINEAR) -> Choice:
     """The choice that :meth:`Choice.as_dict` describes, for a field trained on ``path``.
 
     Raises:
-        UserError: missing or strange values, as of a damaged file.
+        UserError: missing values or values of another type, as in a damaged file.
     """
     try:
         known = {field.name: values[field.name] for field in fields(Choice) if field.name != "table"}
@@ -93,7 +92,9 @@ def restore(values: Mapping[str, Any], path: AffinePath = LINEAR) -> Choice:
         else:
             made = table(known["solver"], known["grid"], path)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"a stored sampler cannot be read ({error}): delete it, and it is made again.") from error
+        raise UserError(
+            f"a stored sampler cannot be read ({error}): delete its file, and it is computed again."
+        ) from error
     return Choice(table=made, **known)
 
 
@@ -108,10 +109,17 @@ class Candidate:
 
 
 def candidates(calls: int, path: AffinePath = LINEAR) -> Iterator[tuple[str, str, Table]]:
-    """Every solver that can spend ``calls`` network calls, on every scanned grid.
+    """Every solver that can use exactly ``calls`` network calls, on every scanned grid.
 
-    Stochastic ones have no endpoint to judge; those that tend to the flow on straight trajectories only would be
-    judged right by a pilot on which they happen to be.
+    Stochastic solvers are left out, as their endpoint is not a function of the noise, and so are solvers that converge
+    to the flow on straight trajectories only.
+
+    Args:
+        calls: network evaluations per sample.
+        path: the path the field was trained on.
+
+    Returns:
+        Names of solver and grid, and the table.
     """
     for name, solver in SOLVERS.items():
         if calls % solver.calls or solver.stochastic or not solver.converges:
@@ -121,9 +129,14 @@ def candidates(calls: int, path: AffinePath = LINEAR) -> Iterator[tuple[str, str
 
 
 def scan(pilot: Pilot, calls: int, path: AffinePath = LINEAR) -> list[Candidate]:
-    """All candidates that reach the second round, best first, judged on the whole pilot.
+    """The candidates of the second round with their errors on the whole pilot, best first.
 
     Tables that are equal (DDIM and Euler on the line, ...) are run once, under the name that comes first.
+
+    Args:
+        pilot: noises the candidates are run on.
+        calls: network evaluations per sample.
+        path: the path the field was trained on.
     """
     first = pilot.part(FIRST) if len(pilot) > FIRST else pilot
     seen: dict[tuple[bytes, bytes, tuple[float, ...]], None] = {}
@@ -148,7 +161,7 @@ def refine(pilot: Pilot, solver: str, grid: Grid, path: AffinePath = LINEAR) -> 
     neighbour, and stays where the error is least; the share shrinks from sweep to sweep.
 
     Returns:
-        The grid and its error on the pilot. Whether it is better on other noises is for the caller to see.
+        The grid and its error on the pilot, which is biased low; its error on other noises is not computed here.
     """
     times, best = list(grid), pilot.error(table(solver, grid, path))
     share = REACH
@@ -173,6 +186,12 @@ def pick(pilot: Pilot, held_out: Pilot, calls: int, path: AffinePath = LINEAR, r
         calls: network evaluations per sample.
         path: the path the field was trained on.
         refined: how many of the best solvers have their grids refined.
+
+    Returns:
+        The choice of the least error on the held-out noises.
+
+    Raises:
+        UserError: ``calls`` below 1.
     """
     calls = check_steps(calls)
     ranked = scan(pilot, calls, path)

@@ -1,8 +1,8 @@
 """A pilot: a few hundred noises with their true endpoints, on which samplers of one field are judged.
 
-The reference endpoints are RK4's, with as many steps as it takes until twice as many change nothing any more. A table
-of any solver is then run in its dense form ``y_j = a_j x_0 + sum_k b_jk v_k``; what two tables have in common at their
-beginning is evaluated once, which halves the cost of searches that move one time of a grid at a time.
+The reference endpoints are RK4's, with as many steps as it takes until twice as many no longer change them. A table
+of any solver is then run in its dense form ``y_j = a_j x_0 + sum_k b_jk v_k``. Rows at the beginning that are equal in
+two consecutive tables are evaluated once, which halves the cost of searches that move one time of a grid at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from fewstep.flow.field import Field, Velocity, as_field
 from fewstep.solvers.solve import check_start, solve
 from fewstep.solvers.tables import Table
 
-REFERENCE = (16, 32, 64, 128, 256)  # RK4 steps that are tried for the reference, until it stands still
-TRIED = 256  # noises on which that is tried
-STILL = 2e-4  # change of the reference endpoints, as a share of their spread, that counts as none
+REFERENCE = (16, 32, 64, 128, 256)  # RK4 steps tried for the reference, in this order
+TRIED = 256  # noises on which they are tried
+CONVERGED = 2e-4  # change of the endpoints, as a share of their spread, at which the reference is accepted; not tuned
 
 
 @final
@@ -32,13 +32,16 @@ class Pilot:
         v: ``v(x, t, **cond)``.
         x0: base samples, (B, ...).
         cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
-        steps: RK4 steps of the reference; found when absent.
+        steps: RK4 steps of the reference; chosen from ``REFERENCE`` when absent.
 
     Attributes:
         x0, x1: starts and reference endpoints.
         spread: root mean square deviation of ``x1`` from its mean, per dimension.
         steps: RK4 steps of the reference.
         nfe: network evaluations per sample spent so far.
+
+    Raises:
+        UserError: a start that :func:`fewstep.solve` refuses; endpoints that are not finite.
     """
 
     def __init__(
@@ -65,7 +68,7 @@ class Pilot:
         return len(self.x0)
 
     def part(self, count: int) -> Pilot:
-        """The pilot of the first ``count`` noises; it solves nothing again."""
+        """The pilot of the first ``count`` noises; its reference is not solved again."""
         return self._rows_of(slice(count))
 
     def split(self, count: int) -> tuple[Pilot, Pilot]:
@@ -88,14 +91,14 @@ class Pilot:
 
     @torch.no_grad()
     def end(self, table: Table) -> Tensor:
-        """The endpoints of a deterministic table."""
+        """The endpoints of a deterministic table, (B, ...)."""
         a, b = table.dense
         self._evaluate(table.times, a, b)
         return self.state(a[-1], b[-1])
 
     @torch.no_grad()
     def velocities(self, table: Table) -> list[Tensor]:
-        """The velocities that a table meets, one per row."""
+        """The velocities that a table evaluates, one (B, ...) per row."""
         a, b = table.dense
         self._evaluate(table.times, a, b)
         return list(self._velocities)
@@ -119,13 +122,13 @@ class Pilot:
         return x
 
     def _reference(self) -> tuple[int, Tensor]:
-        """The fewest steps of those tried whose endpoints twice as many do not change, found on some of the noises."""
+        """The fewest steps whose endpoints agree with those of twice as many, found on some of the noises."""
         some = self._rows_of(slice(TRIED))
         coarse = some._solved(REFERENCE[0])
         for steps in REFERENCE[:-1]:
             fine = some._solved(2 * steps)
             spread = (fine.double() - fine.double().mean(0)).square().mean().sqrt().clamp_min(1e-12)
-            if float((fine - coarse).double().square().mean().sqrt() / spread) <= STILL:
+            if float((fine - coarse).double().square().mean().sqrt() / spread) <= CONVERGED:
                 break
             coarse = fine
         else:
@@ -136,7 +139,7 @@ class Pilot:
         x = solve(self.field, self.x0, solver="rk4", steps=steps, cond=self.cond).x
         if not bool(torch.isfinite(x).all()):
             raise UserError(
-                f"the flow ends in NaN or infinite values after {steps} RK4 steps, so no sampler of it can be judged: "
+                f"the flow ends in NaN or infinite values after {steps} RK4 steps, so its samplers have no reference: "
                 "check the network's weights, its conditions and the scale of the start."
             )
         return x

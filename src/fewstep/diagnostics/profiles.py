@@ -1,4 +1,4 @@
-r"""Trajectories on a grid of panels, and what is measured at their nodes.
+r"""Trajectories on a grid of panels, and the quantities at their nodes.
 
 A *panel* ``[a, b]`` is two RK4 steps of half its width; its nodes are ``a``, its middle ``m`` and ``b``, and Simpson's
 rule integrates over it. At every node the acceleration is a directional derivative, ``x'' = ∂_t v + (∂_x v) v``.
@@ -9,9 +9,9 @@ through them has in the middle the derivative
     3 (v_b - v_a) / (2 H) - (x''_a + x''_b) / 4,
 
 which differs from the acceleration measured there by O(H^4); and ``x_b - x_a`` differs from the integral of the
-velocity by O(H^5). Both are compared, in RMS over a few pilot trajectories, with the whole change of velocity
-``∫ |x''| dt``. Data of width s bend every path within a time s next to t = 1: panels there become as short as s, and no
-others do.
+velocity by O(H^5). Both differences, as RMS over a few pilot trajectories, must be a small share of the whole change
+of velocity ``∫ |x''| dt``. For data of width s, paths bend within a time s of t = 1: panels there become as short as s,
+and the others keep their length.
 """
 
 from __future__ import annotations
@@ -29,15 +29,20 @@ from fewstep.errors import UserError
 from fewstep.flow.derivatives import Derivative
 from fewstep.flow.field import Field
 
-TOLERANCE = 5e-4  # of a panel, as a share of the whole change of velocity
-LEAST_CHANGE = 1e-3  # the whole change of velocity counts as at least this share of the velocity
-SHORTEST = 2.0**-14  # panel; single precision tells its nodes apart
-MOST = 4  # times as many panels as at the start
+TOLERANCE = 5e-4  # largest difference on a panel, as a share of the whole change of velocity; chosen, not tuned
+LEAST_CHANGE = 1e-3  # the whole change of velocity is taken as at least this share of the velocity
+SHORTEST = 2.0**-14  # shortest panel, whose nodes are still different numbers in single precision
+MOST = 4  # at most so many times the panels of the starting grid
 
 
 @final
 class RowCount(Field):
-    """Count network evaluations of single samples: calls times rows."""
+    """Count network evaluations of single samples: calls times rows.
+
+    Attributes:
+        field: the field whose calls are counted.
+        rows: evaluations so far, summed over samples.
+    """
 
     def __init__(self, field: Field) -> None:
         self.field = field
@@ -45,10 +50,11 @@ class RowCount(Field):
 
     @property
     def calls(self) -> int:  # type: ignore[override]
-        """Those of the field."""
+        """Network calls of the field so far."""
         return self.field.calls
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """The field's velocity in the dtype of ``x``."""
         before = self.field.calls
         v = self.field(x, t, **cond)
         self.rows += (self.field.calls - before) * len(x)
@@ -77,12 +83,12 @@ class Path:
 
 
 def at(t: float, x: Tensor) -> Tensor:
-    """One time for all rows, (B,)."""
+    """The time ``t`` for every row of ``x``, (B,)."""
     return x.new_full((len(x),), t)
 
 
 def rows(cond: Mapping[str, Any], part: slice) -> dict[str, Any]:
-    """The conditions of some samples; what is no tensor belongs to all of them."""
+    """The conditions of some samples: tensors are cut to ``part``, other values belong to all samples."""
     return {name: value[part] if isinstance(value, Tensor) else value for name, value in cond.items()}
 
 
@@ -90,7 +96,22 @@ def rows(cond: Mapping[str, Any], part: slice) -> dict[str, Any]:
 def follow(
     field: Field, derivative: Derivative, x: Tensor, times: np.ndarray, cond: Mapping[str, Any], derived: int
 ) -> Path:
-    """RK4 from node to node; the acceleration of the first ``derived`` rows at every node."""
+    """Trajectories by RK4 from node to node.
+
+    Args:
+        field: ``v(x, t, **cond)``.
+        derivative: of the same field.
+        x: starts at ``times[0]``, (B, ...).
+        times: nodes, (N + 1,).
+        cond: conditions of these rows.
+        derived: for so many of the first rows the acceleration is computed too.
+
+    Returns:
+        A :class:`Path`.
+
+    Raises:
+        UserError: a velocity or an acceleration that is not finite; the time is named.
+    """
     path = Path(times, [], [], [], [])
     few = rows(cond, slice(0, derived))
     for k, t in enumerate(map(float, times)):
@@ -139,16 +160,30 @@ def refuse_infinite(values: Tensor, what: str, t: float) -> None:
 
 
 def with_middles(edges: np.ndarray) -> np.ndarray:
-    """Ends and middles of panels, in order."""
+    """Ends and middles of panels, in order: (2 N + 1,) from N + 1 ends.
+
+    >>> with_middles(np.array([0.0, 0.5, 1.0])).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
     times = np.empty(2 * len(edges) - 1)
     times[::2], times[1::2] = edges, (edges[1:] + edges[:-1]) / 2
     return times
 
 
 def resolved_times(field: Field, derivative: Derivative, x: Tensor, cond: Mapping[str, Any], panels: int) -> np.ndarray:
-    """Nodes that resolve the acceleration of these trajectories: see the module's docstring.
+    """Nodes that resolve the acceleration of these trajectories, by the criterion of the module's docstring.
 
-    Every pass starts again at the first panel that was halved; at most ``MOST`` times the panels are made.
+    Every pass starts at the first panel that was halved in the pass before.
+
+    Args:
+        field: ``v(x, t, **cond)``.
+        derivative: of the same field.
+        x: starts of the pilot trajectories at t = 0, (B, ...).
+        cond: conditions of these rows.
+        panels: number of equal panels to begin with; at most four times as many are made.
+
+    Returns:
+        Ends and middles of the panels, (2 N + 1,).
     """
     edges, done = np.linspace(0.0, 1.0, panels + 1), np.empty(0)
     scale = None
@@ -169,7 +204,7 @@ def resolved_times(field: Field, derivative: Derivative, x: Tensor, cond: Mappin
 
 
 def _defects(path: Path) -> np.ndarray:
-    """How far each panel is from resolving the acceleration, as a change of velocity, RMS over samples."""
+    """The larger of both differences on every panel, as a change of velocity, RMS over samples."""
     found = []
     for k in range(0, len(path.times) - 1, 2):
         width = float(path.times[k + 2] - path.times[k])
@@ -191,7 +226,11 @@ def _rms(values: Tensor) -> float:
 
 
 def simpson_weights(times: np.ndarray) -> np.ndarray:
-    """Weights of Simpson's rule on panels whose ends and middles are ``times``."""
+    """Weights of Simpson's rule on panels whose ends and middles are ``times``, (2 N + 1,); they sum to the range.
+
+    >>> (6 * simpson_weights(np.array([0.0, 0.5, 1.0]))).tolist()
+    [1.0, 4.0, 1.0]
+    """
     weights = np.zeros(len(times))
     for k in range(0, len(times) - 1, 2):
         weights[k : k + 3] += (times[k + 2] - times[k]) / 6 * np.array([1.0, 4.0, 1.0])
@@ -205,13 +244,13 @@ def root_mean(squares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def standard_error(values: np.ndarray) -> np.ndarray:
-    """Of the mean over samples (M, …); NaN for one sample."""
+    """Standard error of the mean over samples (M, …): std / sqrt(M). NaN for one sample."""
     if len(values) < 2:
         return np.full(values.shape[1:], np.nan)
     return np.asarray(values.std(0, ddof=1) / np.sqrt(len(values)))
 
 
 def pieces(total: int, size: int) -> list[slice]:
-    """Slices of at most ``size`` rows."""
+    """Consecutive slices of at most ``size`` rows that cover ``total`` rows."""
     cuts = [*range(0, total, size), total]
     return [slice(a, b) for a, b in itertools.pairwise(cuts)]

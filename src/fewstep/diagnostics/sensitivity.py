@@ -1,13 +1,13 @@
-r"""What local errors become at the end: the endpoint error of Euler's method, and where along t it is made.
+r"""The endpoint error of Euler's method, and where along t it is made.
 
-One Euler step of length h from ``x(t)`` misses the trajectory by ``-h^2/2 x''(t)``; by ``t = 1`` the flow has carried
-that to ``-h^2/2 Φ(1, t) x''(t)``, with ``Φ' = J Φ``, ``J = ∂v/∂x``. On N equal steps the error (numerical − exact) is
+One Euler step of length h from ``x(t)`` misses the trajectory by ``-h^2/2 x''(t)``; at ``t = 1`` the flow has turned
+that into ``-h^2/2 Φ(1, t) x''(t)``, with ``Φ' = J Φ``, ``J = ∂v/∂x``. On N equal steps the error (numerical − exact) is
 
     -e(1) / N + O(N^-2),     e' = J e + x''/2,  e(0) = 0                                  (:func:`unit_error`)
 
-(Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, sec. II.8). How much an error made at t counts is
-the mean of ``|Φ(1, t) x''|^2``; for random signs w it is that of ``(λ(t) · x''(t))^2`` with ``λ' = -J^T λ, λ(1) = w``
-(:func:`adjoint_weights`), since ``E w w^T = I``.
+(Hairer, Nørsett & Wanner, Solving Ordinary Differential Equations I, sec. II.8). The weight of an error made at t is
+the mean of ``|Φ(1, t) x''|^2``; for random signs w it equals the mean of ``(λ(t) · x''(t))^2`` with ``λ' = -J^T λ``,
+``λ(1) = w`` (:func:`adjoint_weights`), since ``E w w^T = I``.
 
 Both equations are solved on the panels of the trajectory by Kutta's third-order rule, whose stages are a panel's nodes.
 
@@ -53,7 +53,19 @@ JUMP_SAMPLES = 500  # with 100 samples, which often hold no jump, predictions we
 
 @torch.no_grad()
 def unit_error(derivative: Derivative, path: Path, cond: Mapping[str, Any]) -> Tensor:
-    """``e(1)`` of ``e' = J e + x''/2``, for the rows that have accelerations: (R, ...)."""
+    """``e(1)`` of ``e' = J e + x''/2, e(0) = 0``: minus Euler's endpoint error is ``e(1) / N + O(N^-2)``.
+
+    Args:
+        derivative: Jacobian-vector products of the field.
+        path: trajectories; its first R rows have accelerations.
+        cond: conditions of those rows.
+
+    Returns:
+        (R, ...). Source: Hairer, Nørsett & Wanner I, sec. II.8.
+
+    Raises:
+        UserError: a derivative that is not finite; the time is named.
+    """
     few = len(path.accelerations[0])
 
     def slope(k: int, e: Tensor) -> Tensor:
@@ -79,7 +91,7 @@ def adjoint_weights(
 
     Args:
         field: ``v(x, t, **cond)``.
-        derivative: its Jacobian-vector products, which the gradients are held against.
+        derivative: its Jacobian-vector products; the gradients must agree with them in the middle of the path.
         path: trajectories; its first R rows have accelerations.
         signs: ``λ(1)``, (R, ...), of entries ±1.
         cond: conditions of those rows.
@@ -113,7 +125,10 @@ def adjoint_weights(
 def _transposed(
     pulled: Callable[[int, Tensor], Tensor], derivative: Derivative, path: Path, w: Tensor, cond: Mapping[str, Any]
 ) -> bool:
-    """Whether ``(w^T J) u = w^T (J u)`` in the middle of the path: a detached part of a network raises nothing."""
+    """Whether ``(w^T J) u = w^T (J u)`` in the middle of the path.
+
+    A network that detaches part of its input gives a wrong gradient without an error.
+    """
     k = len(path.times) // 2
     x, u = path.states[k][: len(w)], path.velocities[k][: len(w)]
     try:
@@ -135,7 +150,15 @@ def _dot(a: Tensor, b: Tensor) -> Tensor:
 def endpoint_errors(
     field: Field, x0: Tensor, x1: Tensor, cond: Mapping[str, Any], steps: int, parts: Sequence[slice]
 ) -> np.ndarray:
-    """Norm of Euler's endpoint error with ``steps`` equal steps, per sample: (M,)."""
+    """Norm of Euler's endpoint error with ``steps`` equal steps, per sample: (M,).
+
+    Args:
+        field: ``v(x, t, **cond)``.
+        x0, x1: starts and true endpoints, (M, ...).
+        cond: conditions, one row per sample.
+        steps: number of equal Euler steps from t = 0 to t = 1.
+        parts: slices of samples that are solved at a time.
+    """
     found = []
     for part in parts:
         end = solve(field, x0[part], steps=steps, cond=rows(cond, part)).x
@@ -144,7 +167,11 @@ def endpoint_errors(
 
 
 def root_mean_square(norms: np.ndarray, *, trimmed: bool) -> float:
-    """RMS of norms; trimmed, without the 5 % largest of them."""
+    """RMS of norms (M,); trimmed, without the 5 % largest of them.
+
+    >>> root_mean_square(np.array([1.0, 7.0]), trimmed=False)
+    5.0
+    """
     kept = np.sort(norms)[: len(norms) - int(DROPPED * len(norms))] if trimmed else norms
     return float(np.sqrt(np.square(kept).mean()))
 
@@ -187,7 +214,13 @@ def with_jumps(steps: int, unit: float, known_steps: np.ndarray, known: np.ndarr
 def interpolated(steps: int, unit: float, known_steps: np.ndarray, known: np.ndarray) -> float:
     """The error at ``steps`` from that at ``known_steps`` and from its limit ``unit / N``.
 
-    ``log(N error)`` is taken as linear in 1/N between neighbours, N = ∞ being one of them.
+    ``log(N error)`` is interpolated linearly in 1/N between neighbours; ``log(unit)`` stands at 1/N = 0.
+
+    Args:
+        steps: N.
+        unit: the limit of ``N error``.
+        known_steps: increasing, (K,).
+        known: errors with those numbers of steps, (K,).
     """
     inverse = np.concatenate([[0.0], 1 / known_steps[::-1].astype(float)])
     scaled = np.concatenate([[unit], (known_steps * known)[::-1]])

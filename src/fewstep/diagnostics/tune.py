@@ -20,13 +20,20 @@ from fewstep.solvers.solve import check_start
 from fewstep.solvers.tables import LINEAR
 
 KINDS = ("auto", FITTED)
-LEAST = 32  # noises on either side
-FEWEST, MOST = 256, 2048  # of the noises on either side that a generator draws for it
-ENTRIES = {"auto": 1 << 11, FITTED: 1 << 17}  # of those noises: few dimensions need many, for their outliers' sake
+LEAST = 32  # least noises to fit on, and least to judge on
+FEWEST, MOST = 256, 2048  # limits of the noises that a generator draws for either
+ENTRIES = {"auto": 1 << 11, FITTED: 1 << 17}  # values in those noises: in few dimensions outliers need many noises
 
 
 def noises_for(kind: str, shape: Sequence[int]) -> int:
-    """How many noises of that shape :func:`tune` makes good use of: half of them fit, half judge."""
+    """How many noises of that shape to give :func:`tune`: half of them fit, half judge.
+
+    Raises:
+        UserError: an unknown kind.
+
+    >>> noises_for("auto", (2,))
+    2048
+    """
     if kind not in KINDS:
         raise unknown("kind of tuning", kind, KINDS)
     return 2 * min(MOST, max(FEWEST, ENTRIES[kind] // math.prod(shape)))
@@ -43,8 +50,9 @@ def tune(
 ) -> Choice:
     """Find how to sample a frozen field best with ``calls`` network evaluations per sample.
 
-    ``auto`` runs every deterministic solver on every grid, and refines the best ones' grids; ``fitted`` goes on from
-    there and fits all of the table's numbers. What the first half of the noises suggests, the second half must confirm.
+    ``auto`` runs every deterministic solver on every grid and refines the grids of the best; ``fitted`` continues from
+    there and fits all of the table's numbers. Candidates are fitted on the first half of the noises and kept only if
+    they are better on the second half.
 
     Args:
         v: ``v(x, t, **cond)``.

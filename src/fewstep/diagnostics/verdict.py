@@ -1,8 +1,11 @@
 """What a diagnosis means, in a few plain sentences.
 
-The bounds lie between flows that were measured. ``S / E|Δ|^2`` and gap over displacement: a teacher of digits .13 and
-.48, the same after one round of ReFlow .005 and .11; of two moons 2.9 and 2.6, after one round .001 and .07; the exact
-flows to Gaussian data of width .1 and .01, .05 and .11, .004 and .01.
+The bounds lie between the values of measured flows, given as ``S / E|Δ|^2`` and one-step gap over displacement:
+
+    a teacher of digits                              .13 and .48, after one round of ReFlow .005 and .11
+    a teacher of two moons                           2.9 and 2.6, after one round of ReFlow .001 and .07
+    the exact flow to Gaussian data of width .1      .05 and .11
+    the exact flow to Gaussian data of width .01     .004 and .01
 """
 
 from __future__ import annotations
@@ -13,11 +16,11 @@ import numpy as np
 
 from fewstep.diagnostics.diagnosis import Diagnosis
 
-STRAIGHT, CURVED = 0.01, 0.05  # S / E|Δ|^2 below which a flow is straight, above which it is not
-NEAR, FAR = 0.15, 0.3  # one-step gap over displacement, likewise
-STILL = 1e-6  # displacement per dimension below which there is nothing to compare with
-STEPS = (8, 16)
-OVERSHOOT = 1 / 8  # step length
+STRAIGHT, CURVED = 0.01, 0.05  # S / E|Δ|^2 below which a flow is straight, and above which it is not
+SMALL_GAP, LARGE_GAP = 0.15, 0.3  # one-step gap over displacement, likewise
+NO_DISPLACEMENT = 1e-6  # displacement per dimension below which nothing can be expressed relative to it
+STEPS = (8, 16)  # Euler steps whose error is stated
+STIFF_STEP = 1 / 8  # step length that the sentence on stiffness is about
 
 
 def verdict(d: Diagnosis, *, deterministic: bool | None = None) -> list[str]:
@@ -26,17 +29,20 @@ def verdict(d: Diagnosis, *, deterministic: bool | None = None) -> list[str]:
     Args:
         d: a diagnosis.
         deterministic: whether the flow was trained on a teacher's pairs (a reflowed flow); None where it is not known.
+
+    Returns:
+        Up to six sentences; one, where trajectories have no displacement.
     """
-    if d.displacement < STILL * d.dimensions:
+    if d.displacement < NO_DISPLACEMENT * d.dimensions:
         return ["Trajectories end where they began: without a displacement there is no scale to judge by."]
     return [_straightness(d), _reflow(d, deterministic), *_stiffness(d), *_origin(d), *_errors(d)]
 
 
 def _straightness(d: Diagnosis) -> str:
     s, gap = d.relative_straightness, d.relative_gap
-    if s < STRAIGHT and gap < NEAR:
+    if s < STRAIGHT and gap < SMALL_GAP:
         word = "The flow is straight"
-    elif s < CURVED and gap < FAR:
+    elif s < CURVED and gap < LARGE_GAP:
         word = "The flow is nearly straight"
     else:
         word = "The flow is not straight"
@@ -60,15 +66,15 @@ def _stiffness(d: Diagnosis) -> list[str]:
     """An explicit step h overshoots along a contracting direction where ``h |λ| > 1``."""
     if d.stiffness is None or d.contraction is None or d.stiffness_times is None:
         return []
-    stiff = d.contraction * OVERSHOOT < -1
+    stiff = d.contraction * STIFF_STEP < -1
     if not stiff.any():
-        return [f"It is not stiff: steps of {OVERSHOOT:g} follow its fastest direction everywhere."]
+        return [f"It is not stiff: steps of {STIFF_STEP:g} follow its fastest direction everywhere."]
     times = d.stiffness_times[stiff]
     worst = int(np.argmin(d.contraction))
     where = f"at t = {times[0]:.3g}" if len(times) == 1 else f"between t = {times[0]:.3g} and {times[-1]:.3g}"
     return [
         f"It is stiff {where} (eigenvalue {d.contraction[worst]:.3g} at t = {d.stiffness_times[worst]:.3g}): explicit "
-        f"steps of {OVERSHOOT:g} overshoot there, steps shorter than {-1 / d.contraction[worst]:.2g} do not."
+        f"steps of {STIFF_STEP:g} overshoot there, steps shorter than {-1 / d.contraction[worst]:.2g} do not."
     ]
 
 

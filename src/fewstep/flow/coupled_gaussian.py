@@ -7,8 +7,8 @@ q(t) = (1 - t)^2 + t^2 s^2 + 2 t (1 - t) rho s, z_1 = m + s z_0 for *every* rho,
     E|X1 - X0|^2 = E|Z1 - Z0|^2 + S + V   (any coupling, exact velocity),
     std after K Euler steps on the equal-angle grid = s cos(theta / K)^K.
 
-rho = 0 is the first rectified flow, 0 < rho < 1 optimal transport in batches or a base that knows the data,
-rho = 1 a perfect reflow.
+rho = 0 is the first rectified flow (independent pairs), 0 < rho < 1 resembles minibatch optimal transport or a base
+that depends on the data, rho = 1 a perfect reflow.
 """
 
 from __future__ import annotations
@@ -32,11 +32,17 @@ def coupled_gaussian(
     Args:
         mean, std: numbers or tensors broadcastable to one data point; std > 0.
         rho: correlation, -1 < rho <= 1 (at -1 all paths cross in one point and no flow exists).
-        shape: shape of one data point, where the broadcast shape of mean and std does not say it.
+        shape: shape of one data point, where it is larger than the broadcast shape of mean and std.
+
+    Raises:
+        UserError: std not positive, rho outside (-1, 1], values that are not finite, shapes that do not broadcast.
+
+    >>> coupled_gaussian(0.0, 1.0, rho=0.5).one_step_std()
+    tensor([0.5000], dtype=torch.float64)
     """
     m, s = as_float64("mean", mean), as_float64("std", std)
     if bool((s <= 0).any()):
-        raise UserError("coupled_gaussian: std must be positive everywhere.")
+        raise UserError("coupled_gaussian: std has a value that is not positive; give std > 0 everywhere.")
     if not -1 < rho <= 1:
         raise UserError(f"coupled_gaussian: rho = {rho} must be in (-1, 1]: at -1 all paths meet in one point.")
     return CoupledGaussian(*broadcast(m, s, shape), rho=float(rho))
@@ -47,7 +53,11 @@ def coupled_gaussian(
 class CoupledGaussian:
     """x1 = mean + std w, corr(x0, w) = rho per coordinate, linear path. Made by :func:`coupled_gaussian`.
 
-    The velocity-score relation does not hold unless rho = 0, so there is no score here.
+    Formulas: the module's docstring. The velocity-score relation does not hold unless rho = 0, so there is no score.
+
+    Attributes:
+        mean, std: float64, one shape that broadcasts to a data point.
+        rho: correlation of x0 and w.
     """
 
     mean: Tensor
@@ -68,7 +78,7 @@ class CoupledGaussian:
         return (end * m + scale * (y - time * m)).to(x.dtype)
 
     def average_velocity(self, x: Tensor, t: Tensor, r: Tensor) -> Tensor:
-        """u = (X - x) / (r - t), divided by hand: exact and differentiable at r = t too, where u = v."""
+        """u = (X - x) / (r - t), v at r = t: (r - t) is cancelled in the formula, so u is exact at r = t too."""
         y, time, m, s = self._prepare(x, t)
         end = expand_time(r, y)
         root_t, root_r = self._variance(time, s).sqrt(), self._variance(end, s).sqrt()
@@ -98,6 +108,12 @@ class CoupledGaussian:
 
         t_k = sin phi_k / (sin phi_k + s sin(theta - phi_k)), phi_k = k theta / K. Euler on this grid gives
         exactly the standard deviation s cos(theta / K)^K.
+
+        Args:
+            steps: K, at least 1.
+
+        Raises:
+            UserError: several stds, steps below 1.
         """
         s = float(self.std.flatten()[0])
         if not bool((self.std == s).all()):
@@ -158,10 +174,12 @@ def _sine(theta: float, k: int, steps: int) -> float:
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """N(0, 1) draws of that shape in float64, made on the generator's device and moved to the CPU."""
     return torch.randn(shape, generator=generator, dtype=torch.float64, device=generator.device).cpu()
 
 
 def as_float64(name: str, value: Tensor | float) -> Tensor:
+    """A number or tensor as a float64 tensor on the CPU, without a graph; NaN and infinity are refused by ``name``."""
     tensor = torch.as_tensor(value, dtype=torch.float64).detach().cpu()
     if not bool(torch.isfinite(tensor).all()):
         raise UserError(f"{name} has NaN or infinite values.")
@@ -169,7 +187,7 @@ def as_float64(name: str, value: Tensor | float) -> Tensor:
 
 
 def broadcast(m: Tensor, s: Tensor, shape: tuple[int, ...] | None) -> tuple[Tensor, Tensor]:
-    """Mean and std in the shape of one data point, (1,) when nothing says more."""
+    """Mean and std in the shape of one data point, at least (1,); shapes that do not broadcast are refused."""
     try:
         common = torch.broadcast_shapes(m.shape, s.shape, shape or (1,))
     except RuntimeError:
@@ -180,7 +198,7 @@ def broadcast(m: Tensor, s: Tensor, shape: tuple[int, ...] | None) -> tuple[Tens
 
 
 def fits(shape: torch.Size, x: Tensor) -> None:
-    """The closed form's shape must broadcast to that of the data, not the other way round."""
+    """Refuse ``x`` (B, ...) unless the closed form's shape broadcasts to that of one of its rows."""
     data = tuple(x.shape[1:])
     if len(shape) > len(data) or any(a not in (1, b) for a, b in zip(reversed(shape), reversed(data), strict=False)):
         raise UserError(f"x has shape {tuple(x.shape)} but mean and std are {tuple(shape)} per data point.")

@@ -1,12 +1,12 @@
 r"""Couplings: the joint law of (x0, x1) that training pairs are drawn from.
 
-The path is always the line; only the coupling decides how straight the flow is (2209.03003). A coupling takes
+The path is always the line; only the coupling decides how straight the flow is (arXiv:2209.03003). A coupling takes
 a batch of data with its conditions and returns the batch with its noises. Conditions travel with the data:
 optimal transport permutes x0, so x1 and everything that belongs to it stay in place.
 
-Couplings carry :class:`Facts`, and combinations that would be silently wrong are refused: the score formula
-``score = -x0 / sigma`` needs x0 ~ N(0, I) independent of x1; optimal transport across classes makes the noise
-depend on the label, while sampling draws it from the base (so pairing is within class, always).
+Couplings carry :class:`Facts`, and combinations that would give wrong results without an error are refused: the score
+formula ``score = -x0 / sigma`` needs x0 ~ N(0, I) independent of x1; optimal transport across classes makes the noise
+depend on the label, while sampling draws it from the base, so pairs are made within one class only.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from typing import final
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from fewstep.errors import UserError
+from fewstep.flow.degradations import block_average, inpainting_base, random_mask
 from fewstep.flow.ot import assignment
 
 
@@ -32,8 +32,9 @@ class Pair:
     Attributes:
         x0, x1: (B, ...).
         cond: conditions, each (B, ...), by the name of the network's keyword (``label``, ``context``).
-        beside: rows that no network is conditioned on, such as unpaired data; of any length. A coupling whose x0 is
-            Gaussian given its context adds ``start_mean`` and ``start_scale``: x0 = start_mean + start_scale * noise.
+        beside: rows that are given to no network as a condition, such as unpaired data; of any length. A coupling whose
+            x0 is Gaussian given its context adds ``start_mean`` and ``start_scale``: x0 = start_mean + start_scale *
+            noise.
     """
 
     x0: Tensor
@@ -53,7 +54,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known about a coupling, and what others may rely on.
+    """What is known about a coupling, for code that depends on it (scores, SDE samplers, cards).
 
     Attributes:
         independent: x0 is independent of x1 (given nothing or given the label).
@@ -74,6 +75,13 @@ def require_independent(facts: Facts, what: str) -> None:
     """Refuse ``what`` (a score, an SDE sampler ...) unless x0 is standard normal and independent of x1.
 
     The relation score = (t v - x) / (1 - t) between velocity and score is false otherwise.
+
+    Args:
+        facts: of the coupling that the model was trained on.
+        what: the subject of the message.
+
+    Raises:
+        UserError: the coupling is dependent, or the base is not standard normal.
     """
     if facts.independent and facts.gaussian:
         return
@@ -102,22 +110,32 @@ class Source(ABC):
 @final
 @dataclass(frozen=True)
 class GaussianSource(Source):
-    """p0 = N(0, I) of the given shape (without the batch)."""
+    """p0 = N(0, I) of the given shape (without the batch).
+
+    >>> GaussianSource((3,)).sample(2, torch.Generator()).shape
+    torch.Size([2, 3])
+    """
 
     shape: tuple[int, ...]
 
     @property
     def gaussian(self) -> bool:
+        """True."""
         return True
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """N(0, 1) draws, (n, *shape) float32."""
         return torch.randn((n, *self.shape), generator=generator, device=generator.device)
 
 
 @final
 @dataclass(frozen=True, eq=False)
 class EmpiricalSource(Source):
-    """p0 = the rows of an array (N, ...), drawn with replacement: flows from one data set to another."""
+    """p0 = the rows of an array (N, ...), drawn with replacement: flows from one data set to another.
+
+    Raises:
+        UserError: no row, or rows without a dimension.
+    """
 
     rows: Tensor
 
@@ -127,9 +145,11 @@ class EmpiricalSource(Source):
 
     @property
     def gaussian(self) -> bool:
+        """False."""
         return False
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
+        """``n`` rows at uniformly random indices, (n, ...) float32."""
         index = torch.randint(len(self.rows), (n,), generator=generator, device=generator.device)
         return self.rows[index.to(self.rows.device)].to(generator.device, torch.float32)
 
@@ -153,21 +173,26 @@ class Coupling(ABC):
 
         Returns:
             ``Pair`` with x1 as given, x0 in its shape, dtype and device, and conditions row by row.
+
+        Raises:
+            UserError: a condition with another number of rows; what the coupling cannot be used with.
         """
 
 
 @final
 @dataclass(frozen=True)
 class Independent(Coupling):
-    """x0 ~ p0 independent of x1: ordinary flow matching, 1-rectified flow (2209.03003; 2210.02747)."""
+    """x0 ~ p0 independent of x1: ordinary flow matching, 1-rectified flow (arXiv:2209.03003; arXiv:2210.02747)."""
 
     source: Source
 
     @property
     def facts(self) -> Facts:
+        """Independent; Gaussian where the source is."""
         return Facts(independent=True, deterministic=False, gaussian=self.source.gaussian)
 
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
+        """x0 drawn from the source."""
         kept = _checked(x1, cond)
         return Pair(_draw(self.source, x1, generator), x1, kept)
 
@@ -175,10 +200,10 @@ class Independent(Coupling):
 @final
 @dataclass(frozen=True)
 class MinibatchOT(Coupling):
-    """x0 permuted to least sum ||x0 - x1||^2 within the batch (2302.00482; 2304.14772).
+    """x0 permuted to the least sum of ||x0 - x1||^2 within the batch (arXiv:2302.00482; arXiv:2304.14772).
 
-    With a ``label`` the pairing is within each class; pairing across classes, or with any other condition,
-    would tie the noise to the condition while sampling draws it free of it, and is refused.
+    With a ``label`` the pairing is within each class. With any other condition it is refused: the paired noise would
+    depend on the condition, while sampling draws noise that does not.
 
     Args:
         source: the base.
@@ -195,9 +220,11 @@ class MinibatchOT(Coupling):
 
     @property
     def facts(self) -> Facts:
+        """Dependent and random; Gaussian where the source is."""
         return Facts(independent=False, deterministic=False, gaussian=self.source.gaussian)
 
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
+        """x0 drawn from the source and permuted; conditions other than ``label`` are refused."""
         kept = _checked(x1, cond)
         foreign = sorted(set(kept) - {"label"})
         if foreign:
@@ -228,7 +255,7 @@ class MinibatchOT(Coupling):
 @final
 @dataclass(frozen=True)
 class Inpainting(Coupling):
-    """x0 = mask x1 + (1 - mask) noise: the base knows part of the data (2310.03725).
+    """x0 = mask x1 + (1 - mask) noise: the base contains part of the data (arXiv:2310.03725).
 
     The mask (1 = known) hides a random rectangle or half of an image (B, C, H, W), or a random subset of the
     coordinates of a vector (B, D), of every size from one coordinate to all. The network gets as ``context``
@@ -237,9 +264,11 @@ class Inpainting(Coupling):
 
     @property
     def facts(self) -> Facts:
+        """Dependent, random, not Gaussian: x0 contains part of x1."""
         return Facts(independent=False, deterministic=False, gaussian=False)
 
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
+        """x0 = mask x1 + (1 - mask) noise, and the condition ``context``."""
         kept = _without_context(_checked(x1, cond), "in-painting")
         noise = _draw(GaussianSource(tuple(x1.shape[1:])), x1, generator)
         mask = random_mask(x1, generator)
@@ -250,7 +279,7 @@ class Inpainting(Coupling):
 @final
 @dataclass(frozen=True)
 class SuperResolution(Coupling):
-    """x0 = upsample(downsample(x1)) + sigma noise: the base is the blurred data (2310.03725).
+    """x0 = upsample(downsample(x1)) + sigma noise: the base is the blurred data (arXiv:2310.03725).
 
     Downsampling averages blocks of ``factor`` (pixels per side of an image, neighbours of a vector),
     upsampling repeats them; the network gets the blurred data as ``context``, in the shape of x1.
@@ -258,6 +287,9 @@ class SuperResolution(Coupling):
     Args:
         factor: block size, at least 2; must divide the image sides or the vector length.
         sigma: noise level, positive: without noise x0 given the context has no density.
+
+    Raises:
+        UserError: ``factor`` below 2, ``sigma`` not positive.
     """
 
     factor: int = 2
@@ -265,7 +297,7 @@ class SuperResolution(Coupling):
 
     def __post_init__(self) -> None:
         if self.factor < 2:
-            raise UserError(f"super-resolution factor = {self.factor}: it must be a whole number from 2 up.")
+            raise UserError(f"super-resolution factor = {self.factor}: it must be a whole number of at least 2.")
         if not 0 < self.sigma < math.inf:
             raise UserError(
                 f"super-resolution sigma = {self.sigma}: without noise the base has no density; give sigma > 0."
@@ -273,9 +305,11 @@ class SuperResolution(Coupling):
 
     @property
     def facts(self) -> Facts:
+        """Dependent, random, not Gaussian: x0 is x1 blurred."""
         return Facts(independent=False, deterministic=False, gaussian=False)
 
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
+        """x0 = blurred x1 + sigma noise, and the condition ``context``."""
         kept = _without_context(_checked(x1, cond), "super-resolution")
         noise = _draw(GaussianSource(tuple(x1.shape[1:])), x1, generator)
         context = block_average(x1, self.factor)
@@ -286,7 +320,7 @@ class SuperResolution(Coupling):
 @final
 @dataclass(frozen=True)
 class Paired(Coupling):
-    """Stored pairs (x0, X(x0)) of a teacher: reflow and distillation (2209.03003).
+    """Stored pairs (x0, X(x0)) of a teacher: reflow and distillation (arXiv:2209.03003).
 
     The stored noise travels with the data like a condition: ``pair`` takes it out of ``cond["x0"]``.
 
@@ -302,9 +336,11 @@ class Paired(Coupling):
 
     @property
     def facts(self) -> Facts:
+        """Dependent and deterministic, with the teacher and the guidance that made the pairs."""
         return Facts(False, True, self.teacher, self.guidance, self.gaussian)
 
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
+        """x0 taken from ``cond['x0']``."""
         kept = _checked(x1, cond)
         if "x0" not in kept:
             raise UserError("stored pairs need their noise: give it as cond['x0'], one row per row of x1.")
@@ -312,69 +348,6 @@ class Paired(Coupling):
         if x0.shape != x1.shape:
             raise UserError(f"cond['x0'] has shape {tuple(x0.shape)} but x1 has {tuple(x1.shape)}: they must be equal.")
         return Pair(x0.to(x1), x1, kept)
-
-
-def random_mask(x1: Tensor, generator: torch.Generator) -> Tensor:
-    """Masks (1 = known) for the rows of ``x1``: (B, D) or (B, 1, H, W), with at least one 0 in each."""
-    if x1.ndim == 2:
-        return _coordinate_mask(x1.shape[0], x1.shape[1], generator).to(x1)
-    if x1.ndim == 4:
-        return _rectangle_mask(x1.shape[0], x1.shape[2], x1.shape[3], generator).to(x1)
-    raise UserError(f"x1 has shape {tuple(x1.shape)}: masks are made for vectors (B, D) and images (B, C, H, W).")
-
-
-def inpainting_base(x1: Tensor, mask: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """(x0, context): x0 = mask x1 + (1 - mask) noise, context = [mask, mask x1] along dimension 1."""
-    known = mask * x1
-    return known + (1 - mask) * noise, torch.cat([mask, known], dim=1)
-
-
-def block_average(x1: Tensor, factor: int) -> Tensor:
-    """Means over blocks of ``factor`` (per side) written back in place of their members; same shape."""
-    sides = x1.shape[1:] if x1.ndim == 2 else x1.shape[2:]
-    if x1.ndim not in (2, 4) or any(side % factor for side in sides):
-        raise UserError(
-            f"x1 has shape {tuple(x1.shape)}: super-resolution by {factor} needs vectors (B, D) or images "
-            f"(B, C, H, W) whose sides are multiples of {factor}."
-        )
-    if x1.ndim == 2:
-        return functional.avg_pool1d(x1[:, None], factor)[:, 0].repeat_interleave(factor, dim=1)
-    small = functional.avg_pool2d(x1, factor)
-    return small.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
-
-
-def _coordinate_mask(n: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Known coordinates: a uniformly random subset of uniformly random size 0 .. D - 1."""
-    device = generator.device
-    size = torch.randint(dim, (n, 1), generator=generator, device=device)
-    rank = torch.rand((n, dim), generator=generator, device=device).argsort(1).argsort(1)
-    return rank < size
-
-
-def _rectangle_mask(n: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Known pixels: all but one of the four halves (an eighth of the rows each), or but a rectangle."""
-    device = generator.device
-    u = torch.rand((n, 6), generator=generator, device=device)
-    top, bottom = _interval(u[:, 0], u[:, 1], height)
-    left, right = _interval(u[:, 2], u[:, 3], width)
-    is_half, across, second = u[:, 4] < 0.5, u[:, 5] < 0.5, (4 * u[:, 5]).long() % 2 == 1
-    middle_row, middle_column = (height + 1) // 2, (width + 1) // 2
-    top = torch.where(is_half, torch.where(across & second, height - middle_row, 0), top)
-    bottom = torch.where(is_half, torch.where(across & ~second, middle_row, height), bottom)
-    left = torch.where(is_half, torch.where(~across & second, width - middle_column, 0), left)
-    right = torch.where(is_half, torch.where(~across & ~second, middle_column, width), right)
-    row = torch.arange(height, device=device)
-    column = torch.arange(width, device=device)
-    in_rows = (row >= top[:, None]) & (row < bottom[:, None])
-    in_columns = (column >= left[:, None]) & (column < right[:, None])
-    return ~(in_rows[:, :, None] & in_columns[:, None, :])[:, None]
-
-
-def _interval(u: Tensor, w: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Random pixels [start, stop) covering at least one and about a quarter to three quarters of the side."""
-    length = ((0.25 + 0.5 * u) * side).round().long().clamp(1, side)
-    start = torch.minimum((w * (side - length + 1)).long(), side - length)
-    return start, start + length
 
 
 def _draw(source: Source, x1: Tensor, generator: torch.Generator) -> Tensor:

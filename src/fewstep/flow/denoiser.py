@@ -7,14 +7,13 @@ A denoiser network of Karras et al. (arXiv:2206.00364, eq. 7 and table 1) predic
     c_noise = log(sigma) / 4,
 
 with ``s`` the standard deviation of the data. The linear path's state ``x = t x1 + (1 - t) x0`` is ``t y`` with
-``sigma = (1 - t) / t``, and its velocity is ``v = (D - x) / (1 - t)``. Put in, with ``d = (1 - t)^2 + s^2 t^2``, both
+``sigma = (1 - t) / t``, and its velocity is ``v = (D - x) / (1 - t)``. Substituted, with ``d = (1 - t)^2 + s^2 t^2``,
 ``1 / t`` and ``1 / (1 - t)`` cancel:
 
     v(x, t) = (s^2 t - (1 - t)) / d  x  +  s / sqrt(d)  F(x / sqrt(d), log((1 - t) / t) / 4),
 
-regular on all of [0, 1] (arXiv:2405.20320 starts a rectified flow from a denoiser). With
-``F = 0`` and data N(0, s^2) it is the exact velocity. Only the logarithm is infinite at the ends; its argument is
-clipped.
+which is regular on [0, 1] except for the logarithm, whose argument is clipped. (arXiv:2405.20320 initialises a
+rectified flow with a denoiser.) With ``F = 0`` and data N(0, s^2) it is the exact velocity.
 """
 
 from __future__ import annotations
@@ -29,20 +28,20 @@ from fewstep.errors import UserError
 from fewstep.flow.field import Velocity
 from fewstep.flow.paths import expand_time
 
-CLIP = 1e-5
+CLIP = 1e-5  # nearest time to an end whose c_noise the network is given; chosen, not tuned
 
 
 @final
 class DenoiserVelocity(nn.Module):
-    """``v(x, t)`` of a denoiser's raw network ``F(x, c_noise)``: what is inside the preconditioning, not ``D`` itself.
+    """``v(x, t)`` of a denoiser's raw network ``F(x, c_noise)``, the network inside the preconditioning of ``D``.
 
-    ``fs.Generator(DenoiserVelocity(net, 0.5), shape=(3, 32, 32))`` samples it; its parameters are the network's own, so
-    that training goes on from them.
+    ``fs.Generator(DenoiserVelocity(net, 0.5), shape=(3, 32, 32))`` samples it. Its parameters are the network's own:
+    training continues from them. Source: arXiv:2206.00364, eq. 7 and table 1, in the form of the module's docstring.
 
     Args:
         network: called as ``network(x, c_noise, **cond)`` with ``x`` (B, ...) and ``c_noise`` (B,); returns (B, ...).
         sigma_data: standard deviation of the data it was made for, in its own units (EDM: 0.5 for images in [-1, 1]).
-        clip: times nearer than this to an end give the network the ``c_noise`` of that distance.
+        clip: at times nearer than this to an end, ``c_noise`` is that of the time at this distance.
 
     Raises:
         UserError: ``sigma_data`` is not positive; ``clip`` is not in (0, 1/2).
@@ -59,7 +58,7 @@ class DenoiserVelocity(nn.Module):
         self.clip = float(clip)
 
     def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """``x`` (B, ...), ``t`` (B,) in [0, 1]; conditions are handed on."""
+        """The velocity, (B, ...), of ``x`` (B, ...) at ``t`` (B,) in [0, 1]; conditions are given to the network."""
         variance = self.sigma_data**2
         root = ((1 - t).square() + variance * t.square()).sqrt()
         c_noise = -torch.logit(t.clamp(self.clip, 1 - self.clip)) / 4
@@ -73,12 +72,15 @@ def denoise(v: Velocity, y: Tensor, sigma: Tensor, **cond: Any) -> Tensor:
 
     ``D = (y + sigma v(y / (1 + sigma), 1 / (1 + sigma))) / (1 + sigma)``: the state is ``x = t y`` at
     ``t = 1 / (1 + sigma)``, and ``D = x + (1 - t) v``. It is the posterior mean only for a flow from N(0, I) drawn
-    independently of the data.
+    independently of the data. Source: arXiv:2206.00364, eq. 7, solved for ``D``.
 
     Args:
         v: ``v(x, t, **cond)``.
         y: noisy data, (B, ...).
         sigma: standard deviations of the noise, (B,), not negative.
+
+    Returns:
+        ``D``, (B, ...).
     """
     scale = expand_time(1 / (1 + sigma), y)
     return scale * (y + expand_time(sigma, y) * v(scale * y, (1 / (1 + sigma)).to(y.dtype), **cond))

@@ -28,18 +28,25 @@ class Field(ABC):
     calls: int
 
     @abstractmethod
-    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor: ...
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """The velocity, (B, ...) like ``x``, at times ``t`` (B,) in [0, 1]; it adds its evaluations to ``calls``."""
 
 
 @final
 class CountedField(Field):
-    """Count the calls of any callable ``v(x, t, **cond)``."""
+    """Count the calls of any callable ``v(x, t, **cond)``.
+
+    >>> field = CountedField(lambda x, t: -x)
+    >>> field(3.0, 0.5), field.calls
+    (-3.0, 1)
+    """
 
     def __init__(self, velocity: Velocity) -> None:
         self.velocity = velocity
         self.calls = 0
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """``v(x, t, **cond)``, counted as one call."""
         self.calls += 1
         return self.velocity(x, t, **cond)
 
@@ -48,15 +55,18 @@ class CountedField(Field):
 class Guided(Field):
     """Classifier-free guidance ``v_w = v_0 + w (v_c - v_0)``.
 
-    (Ho & Salimans, arXiv:2207.12598, eq. 6, whose weight is our ``w - 1``.) Every linear function of the
-    velocity (data, noise prediction, score) is guided alike. Two network calls per evaluation; one when ``w``
-    is 0 or 1, where the other branch has no weight.
+    Every linear function of the velocity (data prediction, noise prediction, score) is guided by the same formula. Two
+    network calls per evaluation; one when ``w`` is 0 or 1, where the other branch has no weight.
+    Source: Ho & Salimans, arXiv:2207.12598, eq. 6, whose weight is our ``w - 1``.
 
     Args:
         velocity: ``v(x, t, **cond)``.
         scale: guidance weight ``w``; 1 is the conditional field.
         null: what replaces the condition in the unconditional call, ``{"label": None}`` by default.
             Conditions it does not name are given to both calls.
+
+    Raises:
+        UserError: ``scale`` is not finite.
     """
 
     def __init__(self, velocity: Velocity, scale: float, null: Mapping[str, Any] | None = None) -> None:
@@ -68,6 +78,11 @@ class Guided(Field):
             raise UserError(f"the guidance scale must be a finite number, got {scale}.")
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """``v_w(x, t)``, (B, ...), counted as two calls, or one where ``w`` is 0 or 1.
+
+        Raises:
+            UserError: none of the conditions that ``null`` replaces was given.
+        """
         if all(cond.get(name) is None for name in self.null):
             wanted, given = ", ".join(self.null) or "null has none", ", ".join(cond) or "no conditions"
             raise UserError(

@@ -24,15 +24,22 @@ Grid = tuple[float, ...]
 
 
 def uniform(steps: int) -> np.ndarray:
-    """``t_k = k / N``."""
+    """``t_k = k / N``, (N + 1,).
+
+    >>> uniform(4).tolist()
+    [0.0, 0.25, 0.5, 0.75, 1.0]
+    """
     return np.arange(steps + 1) / steps
 
 
 def shift(steps: int, s: float = 3.0) -> np.ndarray:
     """Shift the noise level ``sigma = 1 - t``: ``sigma' = s sigma / (1 + (s - 1) sigma)``.
 
-    (Stable Diffusion 3, arXiv:2403.03206, eq. 23.) In ``lambda = logit t`` it is a shift by ``-log s``:
-    ``s > 1`` puts more steps near noise, ``s < 1`` near data; ``s = 1`` is uniform. Default 3.
+    In ``lambda = logit t`` it is a shift by ``-log s``: ``s > 1`` puts more steps near noise, ``s < 1`` near data;
+    ``s = 1`` is uniform. Default 3. Source: Stable Diffusion 3, arXiv:2403.03206, eq. 23.
+
+    Raises:
+        UserError: ``s`` is not positive.
     """
     if not s > 0:
         raise UserError(f"grid 'shift' needs a positive value, got {s}: write for example 'shift:3'.")
@@ -44,6 +51,9 @@ def quadratic(steps: int, p: float = 2.0) -> np.ndarray:
     """``(k/N)^p`` for ``p > 0``, ``1 - (1 - k/N)^|p|`` for ``p < 0``; default 2.
 
     For ``|p| > 1`` the steps are dense near noise with ``p > 0`` and near data with ``p < 0``.
+
+    Raises:
+        UserError: ``p`` is 0.
     """
     if p == 0:
         raise UserError("grid 'quadratic' needs a non-zero power: 'quadratic:2' or 'quadratic:-2'.")
@@ -54,8 +64,11 @@ def quadratic(steps: int, p: float = 2.0) -> np.ndarray:
 def karras(steps: int, rho: float = 7.0, largest: float = 80.0, smallest: float = 0.002) -> np.ndarray:
     """``1 / (1 + s_k)``, ``s_k^(1/rho)`` evenly spaced from 80 down to .002; first 0, and 1 appended.
 
-    (Karras et al., arXiv:2206.00364, eq. 5 with ``k = 0, …, N - 1``; ``s = sigma / alpha = (1 - t) / t`` on the
-    linear path.) Values: rho, largest and smallest ``s``; defaults 7, 80, .002. Dense near data.
+    Values: rho, largest and smallest ``s``; defaults 7, 80, .002. Dense near data. Source: Karras et al.,
+    arXiv:2206.00364, eq. 5 with ``k = 0, …, N - 1``; ``s = sigma / alpha = (1 - t) / t`` on the linear path.
+
+    Raises:
+        UserError: rho is not positive, or largest > smallest > 0 does not hold.
     """
     if not (rho > 0 and largest > smallest > 0):
         raise UserError(
@@ -69,8 +82,11 @@ def karras(steps: int, rho: float = 7.0, largest: float = 80.0, smallest: float 
 def logit_normal(steps: int, mu: float = 0.0, s: float = 1.0) -> np.ndarray:
     """Quantiles of the logit-normal law: ``sigmoid(mu + s Phi^-1(k/N))``; ``mu, s`` default 0, 1.
 
-    (The law of arXiv:2403.03206, eq. 19, as a grid; the ends are 0 and 1.) Dense where the law is: in the middle
-    for ``mu = 0``, near noise for ``mu < 0``, near data for ``mu > 0``.
+    Dense where the law is: in the middle for ``mu = 0``, near noise for ``mu < 0``, near data for ``mu > 0``. Source:
+    the law of arXiv:2403.03206, eq. 19, as a grid; the ends are 0 and 1.
+
+    Raises:
+        UserError: ``s`` is not positive.
     """
     law = LogitNormal(mu, s)
     return _between(law.quantile(torch.from_numpy(uniform(steps)[1:-1])).numpy())
@@ -79,8 +95,11 @@ def logit_normal(steps: int, mu: float = 0.0, s: float = 1.0) -> np.ndarray:
 def uniform_lambda(steps: int, low: float = 5.0, high: float | None = None) -> np.ndarray:
     """``sigmoid(lambda_k)``, ``lambda_k`` even between ``-L`` and ``L``, ends moved to 0 and 1; ``L = 5``.
 
-    (Uniform log-signal-to-noise steps of DPM-Solver, arXiv:2206.00927, sec. 3.4; ``lambda = logit t`` on the linear
-    path.) One value is ``L``, two are the first and the last lambda.
+    One value is ``L``, two are the first and the last lambda. Source: the uniform log-signal-to-noise steps of
+    DPM-Solver, arXiv:2206.00927, sec. 3.4; ``lambda = logit t`` on the linear path.
+
+    Raises:
+        UserError: the first lambda is not below the last.
     """
     if high is None:
         low, high = -low, low
@@ -95,8 +114,11 @@ def uniform_lambda(steps: int, low: float = 5.0, high: float | None = None) -> n
 def sigmoid(steps: int, kappa: float = 4.0) -> np.ndarray:
     """``(g(kappa (k/N - 1/2)) - g(-kappa/2)) / (g(kappa/2) - g(-kappa/2))``, ``g`` logistic; ``kappa`` default 4.
 
-    (The grid of arXiv:2410.07815 for straightened flows.) With ``g(z) = (1 + tanh(z/2)) / 2`` it is ``1/2 + tanh(kappa
-    (k/N - 1/2) / 2) / (2 tanh(kappa/4))``: symmetric, dense at both ends, and uniform as ``kappa -> 0``.
+    With ``g(z) = (1 + tanh(z/2)) / 2`` it is ``1/2 + tanh(kappa (k/N - 1/2) / 2) / (2 tanh(kappa/4))``: symmetric,
+    dense at both ends, and uniform as ``kappa -> 0``. Source: the grid of arXiv:2410.07815 for straightened flows.
+
+    Raises:
+        UserError: ``kappa`` is not positive.
     """
     if not kappa > 0:
         raise UserError(
@@ -122,7 +144,7 @@ GRIDS: dict[str, Callable[..., np.ndarray]] = {
 }
 
 
-# grids that are made from a model, with what they are; :mod:`fewstep.diagnostics.model_grids` makes them
+# grids that :mod:`fewstep.diagnostics.model_grids` computes from a model, with one line on each
 FROM_MODEL = {
     "error": "Equal shares of Euler's endpoint error in every step, from the model's own profile of it.",
     "dp": "Least sum of the steps' errors along the model's own trajectories, by dynamic programming.",
@@ -130,7 +152,14 @@ FROM_MODEL = {
 
 
 def explicit_times(spec: GridSpec) -> Grid | None:
-    """Return the times of an explicit grid, or None when ``spec`` names one."""
+    """Return the times of an explicit grid, or None when ``spec`` names one.
+
+    Raises:
+        UserError: neither a name nor a list of times; times that :func:`check_times` refuses.
+
+    >>> explicit_times("0,0.2,1"), explicit_times("shift:3")
+    ((0.0, 0.2, 1.0), None)
+    """
     if isinstance(spec, str):
         if not any(c.isdigit() for c in spec.split(",")[0]) or ":" in spec:
             return None
@@ -148,7 +177,11 @@ def explicit_times(spec: GridSpec) -> Grid | None:
 
 
 def check_times(times: Grid) -> None:
-    """Refuse a grid that is too short, leaves [0, 1], is not finite, or turns round."""
+    """Refuse times that are fewer than two, outside [0, 1], not finite, or not strictly monotone.
+
+    Raises:
+        UserError: which of these, with the offending time.
+    """
     if len(times) < 2:
         raise UserError(f"a grid needs at least two times, got {list(times)}: write for example '0,0.5,1'.")
     bad = [t for t in times if not (math.isfinite(t) and 0.0 <= t <= 1.0)]
@@ -163,7 +196,11 @@ def check_times(times: Grid) -> None:
 
 
 def check_steps(steps: float) -> int:
-    """Refuse a number of steps that is not a whole number of at least 1."""
+    """Return ``steps`` as an int.
+
+    Raises:
+        UserError: not a whole number of at least 1.
+    """
     if isinstance(steps, float):
         number = int(steps) if steps.is_integer() else 0
     else:
@@ -187,7 +224,10 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
         ``steps + 1`` strictly monotone times in [0, 1].
 
     Raises:
-        UserError: unknown name, steps below 1, steps and explicit times in conflict, times that turn round.
+        UserError: unknown name, steps below 1, steps and explicit times in conflict, times that are not monotone.
+
+    >>> make_grid("quadratic:2", steps=2)
+    (0.0, 0.25, 1.0)
     """
     if steps is not None:
         steps = check_steps(steps)
@@ -203,18 +243,18 @@ def make_grid(spec: GridSpec = "uniform", steps: int | None = None) -> Grid:
     name, _, value = spec.partition(":")
     if name in FROM_MODEL:
         raise UserError(
-            f"grid {name!r} is made from a model, and here is none: take model.sample(…, grid={name!r}), or the times "
-            f"of fewstep.diagnostics.model_grids.model_grid({name!r}, v, x0, steps)."
+            f"grid {name!r} is made from a model, and none is given here: call model.sample(…, grid={name!r}), or take "
+            f"the times of fewstep.diagnostics.model_grids.model_grid({name!r}, v, x0, steps)."
         )
     if name not in GRIDS:
         raise unknown("grid", name, [*GRIDS, *FROM_MODEL])
     if steps is None:
         raise UserError(f"grid {name!r} needs the number of steps: pass steps=N.")
-    with np.errstate(over="ignore", under="ignore"):  # what overflows here coincides, and is refused below
+    with np.errstate(over="ignore", under="ignore"):  # times that overflow coincide and are refused below
         times = tuple(GRIDS[name](steps, *_values(name, spec, value)).tolist())
     if not all(t < s for t, s in itertools.pairwise(times)):
         raise UserError(
-            f"grid {spec!r} with {steps} steps squeezes times together until they coincide: take a milder "
+            f"grid {spec!r} with {steps} steps squeezes times together until they are equal: take a less extreme "
             "value, or fewer steps."
         )
     return times

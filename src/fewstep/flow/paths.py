@@ -1,26 +1,11 @@
-r"""Affine probability paths and the conversions between the four ways of saying the same thing.
+"""The paths by name: linear, cosine, variance preserving, and the stochastic interpolant.
 
-A path carries noise ``x0`` (t = 0) to data ``x1`` (t = 1):
-
-    x_t = alpha(t) x1 + sigma(t) x0,        target(t) = alpha'(t) x1 + sigma'(t) x0.
-
-Taking E[. | x_t] of both lines shows that the velocity ``v``, the data prediction ``x1 = E[x1 | x_t]`` and
-the noise prediction ``x0 = E[x0 | x_t]`` are linear in each other, for every coupling. With the determinant
-``d = alpha sigma' - sigma alpha'`` (negative wherever the signal-to-noise ratio grows),
-
-    x1 = (sigma' x - sigma v) / d,          x0 = (alpha v - alpha' x) / d.
-
-Only the score needs more: ``score = -x0 / sigma`` holds when x0 is standard normal and independent of x1
-(Lipman et al. 2210.02747; Albergo et al. 2303.08797), not after reflow or an OT coupling.
-
-A conversion that is singular at some t (data -> velocity at sigma = 0, noise -> velocity at alpha = 0, ...)
-raises when a given t is exactly there. Velocity -> data and velocity -> noise are regular on all of [0, 1].
+What they share, and the conversions between velocity, data, noise and score, is in :mod:`fewstep.flow.affine_path`.
 """
 
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import final
 
@@ -28,159 +13,34 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, unknown
+from fewstep.flow.affine_path import AffinePath, expand_time, refuse_singular
 
-
-def expand_time(t: Tensor, x: Tensor) -> Tensor:
-    """Reshape ``t`` (B,) to (B, 1, ..., 1) with as many dimensions as ``x`` (B, ...), in the dtype of ``x``.
-
-    The reshape goes by dimensions, so it is right also when B equals the data dimension.
-    Raises ``UserError`` when ``t`` is not (B,).
-    """
-    if t.ndim != 1 or x.ndim == 0 or t.shape[0] != x.shape[0]:
-        raise UserError(
-            f"t has shape {tuple(t.shape)} and x has shape {tuple(x.shape)}: t must be (B,), one time per "
-            "row of x. For one time for all rows use x.new_full((x.shape[0],), time)."
-        )
-    return t.to(x.dtype).reshape(-1, *([1] * (x.ndim - 1)))
-
-
-class AffinePath(ABC):
-    """x_t = alpha(t) x1 + sigma(t) x0, from noise (t = 0) to data (t = 1).
-
-    The coefficient functions take and return (B,) tensors. In the conversions ``x`` is the state x_t
-    (B, ...), ``t`` is (B,) in [0, 1], and the converted quantity has the shape of ``x``.
-    """
-
-    @abstractmethod
-    def alpha(self, t: Tensor) -> Tensor:
-        """Weight of the data, alpha(1) = 1."""
-
-    @abstractmethod
-    def sigma(self, t: Tensor) -> Tensor:
-        """Weight of the noise, sigma(1) = 0."""
-
-    @abstractmethod
-    def alpha_dot(self, t: Tensor) -> Tensor:
-        """d alpha / dt."""
-
-    @abstractmethod
-    def sigma_dot(self, t: Tensor) -> Tensor:
-        """d sigma / dt."""
-
-    @abstractmethod
-    def sigma_squared(self, t: Tensor) -> Tensor:
-        """Variance of the noise, sigma^2, without a square root: all its derivatives are finite on [0, 1].
-
-        ``sigma(t)**2`` has the derivative ``2 sigma sigma'``, which automatic differentiation computes as 0 times
-        infinity at t = 1 where sigma is a square root (VP, interpolant).
-        """
-
-    @abstractmethod
-    def sigma_sigma_dot(self, t: Tensor) -> Tensor:
-        """sigma sigma' = (sigma^2)' / 2, finite on all of [0, 1] even where sigma' is not."""
-
-    @abstractmethod
-    def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) of x1 = a x + b v: a = sigma'/d, b = -sigma/d."""
-
-    @abstractmethod
-    def noise_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) of x0 = a x + b v: a = -alpha'/d, b = alpha/d."""
-
-    @abstractmethod
-    def score_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(a, b) of score = a x + b v = -x0 / sigma; not finite where the score is singular."""
-
-    def interpolate(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha(t) x1 + sigma(t) x0."""
-        _same_shape("x0", x0, "x1", x1)
-        return expand_time(self.alpha(t), x1) * x1 + expand_time(self.sigma(t), x0) * x0
-
-    def target(self, x0: Tensor, x1: Tensor, t: Tensor) -> Tensor:
-        """Conditional velocity alpha'(t) x1 + sigma'(t) x0, what flow matching regresses on."""
-        _same_shape("x0", x0, "x1", x1)
-        return expand_time(self.alpha_dot(t), x1) * x1 + expand_time(self.sigma_dot(t), x0) * x0
-
-    def velocity_to_data(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """E[x1 | x_t]; on the linear path x + (1 - t) v. Regular on [0, 1]."""
-        return _combine(self.data_coefficients(t), x, v)
-
-    def velocity_to_noise(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """E[x0 | x_t]; on the linear path x - t v. Regular on [0, 1]."""
-        return _combine(self.noise_coefficients(t), x, v)
-
-    def data_to_velocity(self, x1: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The inverse of :meth:`velocity_to_data`; singular where sigma(t) = 0."""
-        return _solve(self.data_coefficients(t), x, x1, t, "data to velocity", "sigma(t) = 0 there")
-
-    def noise_to_velocity(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Inverse of :meth:`velocity_to_noise`; singular where alpha(t) = 0, and at t = 1 on VP and interpolant."""
-        reason = "v has weight 0 in the noise prediction there"
-        return _solve(self.noise_coefficients(t), x, x0, t, "noise to velocity", reason)
-
-    def data_to_noise(self, x1: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x0 = (x - alpha x1) / sigma; singular where sigma(t) = 0."""
-        return _solve((self.alpha(t), self.sigma(t)), x1, x, t, "data to noise", "sigma(t) = 0 there")
-
-    def noise_to_data(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x1 = (x - sigma x0) / alpha; singular where alpha(t) = 0."""
-        return _solve((self.sigma(t), self.alpha(t)), x0, x, t, "noise to data", "alpha(t) = 0 there")
-
-    def velocity_to_score(self, v: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """grad log p_t(x) = -x0 / sigma, on the linear path (t v - x) / (1 - t).
-
-        Valid for an independent coupling with x0 ~ N(0, I) only. Singular where sigma(t) = 0, except on VP and
-        interpolant.
-        """
-        a, b = self.score_coefficients(t)
-        _refuse(~(torch.isfinite(a) & torch.isfinite(b)), t, "velocity to score", "sigma(t) = 0 there")
-        return _combine((a, b), x, v)
-
-    def score_to_velocity(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """v = (alpha'/alpha) (x + sigma^2 score) - sigma sigma' score; singular where alpha(t) = 0."""
-        _same_shape("score", score, "x", x)
-        alpha = self.alpha(t)
-        _refuse(alpha == 0, t, "score to velocity", "alpha(t) = 0 there")
-        rate = self.alpha_dot(t) / alpha
-        weight = rate * self.sigma_squared(t) - self.sigma_sigma_dot(t)
-        return expand_time(rate, x) * x + expand_time(weight, x) * score
-
-    def noise_to_score(self, x0: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """score = -x0 / sigma; ``x`` only fixes the batch. Singular where sigma(t) = 0."""
-        _same_shape("x0", x0, "x", x)
-        sigma = self.sigma(t)
-        _refuse(sigma == 0, t, "noise to score", "sigma(t) = 0 there")
-        return -x0 / expand_time(sigma, x)
-
-    def score_to_noise(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """x0 = -sigma score. Regular on [0, 1]."""
-        _same_shape("score", score, "x", x)
-        return -expand_time(self.sigma(t), x) * score
-
-    def data_to_score(self, x1: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """score = (alpha x1 - x) / sigma^2; singular where sigma(t) = 0."""
-        return self.noise_to_score(self.data_to_noise(x1, x, t), x, t)
-
-    def score_to_data(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """Tweedie's formula x1 = (x + sigma^2 score) / alpha; singular where alpha(t) = 0."""
-        return self.noise_to_data(self.score_to_noise(score, x, t), x, t)
+__all__ = ["PATHS", "VP", "AffinePath", "Cosine", "Interpolant", "Linear", "expand_time", "make_path"]
 
 
 @final
 @dataclass(frozen=True)
 class Linear(AffinePath):
-    """The straight line x_t = t x1 + (1 - t) x0 with target x1 - x0 (2209.03003, Eq. 1)."""
+    """The straight line x_t = t x1 + (1 - t) x0 with target x1 - x0 (arXiv:2209.03003, eq. 1).
+
+    >>> Linear().velocity_to_data(torch.tensor([[2.0]]), torch.tensor([[1.0]]), torch.tensor([0.25]))  # x + (1 - t) v
+    tensor([[2.5000]])
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
+        """t."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
+        """1 - t."""
         return 1 - t
 
     def alpha_dot(self, t: Tensor) -> Tensor:
+        """1."""
         return torch.ones_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
+        """-1."""
         return -torch.ones_like(t)
 
     def sigma_squared(self, t: Tensor) -> Tensor:
@@ -188,6 +48,7 @@ class Linear(AffinePath):
         return (1 - t) ** 2
 
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        """t - 1."""
         return t - 1
 
     def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,21 +67,25 @@ class Linear(AffinePath):
 @final
 @dataclass(frozen=True)
 class Cosine(AffinePath):
-    """The quarter circle alpha = sin(pi t / 2), sigma = cos(pi t / 2) (GVP of SiT 2401.08740; 2209.15571).
+    """The quarter circle alpha = sin(pi t / 2), sigma = cos(pi t / 2) (GVP of SiT, arXiv:2401.08740; arXiv:2209.15571).
 
     sigma is computed as sin(pi (1 - t) / 2), which is exactly 0 at t = 1.
     """
 
     def alpha(self, t: Tensor) -> Tensor:
+        """sin(pi t / 2)."""
         return torch.sin(math.pi / 2 * t)
 
     def sigma(self, t: Tensor) -> Tensor:
+        """cos(pi t / 2), computed as sin(pi (1 - t) / 2)."""
         return torch.sin(math.pi / 2 * (1 - t))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
+        """(pi / 2) sigma."""
         return math.pi / 2 * self.sigma(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
+        """-(pi / 2) alpha."""
         return -math.pi / 2 * self.alpha(t)
 
     def sigma_squared(self, t: Tensor) -> Tensor:
@@ -228,6 +93,7 @@ class Cosine(AffinePath):
         return self.sigma(t) ** 2
 
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        """-(pi / 2) alpha sigma."""
         return self.sigma(t) * self.sigma_dot(t)
 
     def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,7 +112,7 @@ class Cosine(AffinePath):
 @final
 @dataclass(frozen=True)
 class VP(AffinePath):
-    """Variance preserving path of the linear-beta diffusion (2011.13456, App. C), in our time t = 1 - tau.
+    """Variance preserving path of the linear-beta diffusion (arXiv:2011.13456, app. C), in our time t = 1 - tau.
 
     log alpha = -tau^2 (beta_max - beta_min) / 4 - tau beta_min / 2 and sigma = sqrt(1 - alpha^2).
     alpha(0) is small but not 0 (.0066 by default), and sigma' is infinite at t = 1: the *target* is refused
@@ -254,6 +120,9 @@ class VP(AffinePath):
 
     Args:
         beta_min, beta_max: ends of the linear noise schedule, 0 < beta_min <= beta_max.
+
+    Raises:
+        UserError: a schedule that is not positive and growing.
     """
 
     beta_min: float = 0.1
@@ -271,17 +140,21 @@ class VP(AffinePath):
         return -tau * (tau * (self.beta_max - self.beta_min) / 4 + self.beta_min / 2)
 
     def alpha(self, t: Tensor) -> Tensor:
+        """exp(-tau^2 (beta_max - beta_min) / 4 - tau beta_min / 2), tau = 1 - t."""
         return torch.exp(self._log_alpha(t))
 
     def sigma(self, t: Tensor) -> Tensor:
+        """sqrt(1 - alpha^2)."""
         return torch.sqrt(self.sigma_squared(t))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
+        """alpha beta(tau) / 2, beta(tau) = beta_min + tau (beta_max - beta_min)."""
         return self.alpha(t) * self._rate(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
+        """-alpha alpha' / sigma; refused at t = 1, where it is infinite."""
         sigma = self.sigma(t)
-        _refuse(sigma == 0, t, "the VP path's sigma'(t)", "sigma is a square root with value 0 there")
+        refuse_singular(sigma == 0, t, "the VP path's sigma'(t)", "sigma is a square root with value 0 there")
         return -self.alpha(t) * self.alpha_dot(t) / sigma
 
     def sigma_squared(self, t: Tensor) -> Tensor:
@@ -289,6 +162,7 @@ class VP(AffinePath):
         return -torch.expm1(2 * self._log_alpha(t))
 
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        """-alpha alpha'."""
         return -self.alpha(t) * self.alpha_dot(t)
 
     def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -325,17 +199,21 @@ class Interpolant(AffinePath):
     """
 
     def alpha(self, t: Tensor) -> Tensor:
+        """t."""
         return t
 
     def sigma(self, t: Tensor) -> Tensor:
+        """sqrt(1 - t^2)."""
         return torch.sqrt(self.sigma_squared(t))
 
     def alpha_dot(self, t: Tensor) -> Tensor:
+        """1."""
         return torch.ones_like(t)
 
     def sigma_dot(self, t: Tensor) -> Tensor:
+        """-t / sigma; refused at t = 1, where it is infinite."""
         sigma = self.sigma(t)
-        _refuse(sigma == 0, t, "the interpolant path's sigma'(t)", "sigma is a square root with value 0 there")
+        refuse_singular(sigma == 0, t, "the interpolant path's sigma'(t)", "sigma is a square root with value 0 there")
         return -t / sigma
 
     def sigma_squared(self, t: Tensor) -> Tensor:
@@ -343,6 +221,7 @@ class Interpolant(AffinePath):
         return (1 - t) * (1 + t)
 
     def sigma_sigma_dot(self, t: Tensor) -> Tensor:
+        """-t."""
         return -t
 
     def data_coefficients(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -367,31 +246,3 @@ def make_path(name: str) -> AffinePath:
     if name not in PATHS:
         raise unknown("path", name, PATHS)
     return PATHS[name]()
-
-
-def _combine(coefficients: tuple[Tensor, Tensor], x: Tensor, v: Tensor) -> Tensor:
-    """A x + b v with (B,) coefficients."""
-    _same_shape("the converted quantity", v, "x", x)
-    a, b = coefficients
-    return expand_time(a, x) * x + expand_time(b, x) * v
-
-
-def _solve(coefficients: tuple[Tensor, Tensor], x: Tensor, y: Tensor, t: Tensor, what: str, reason: str) -> Tensor:
-    """The v of a x + b v = y; refuses b = 0."""
-    _same_shape("the converted quantity", x, "x", y)
-    a, b = coefficients
-    _refuse(b == 0, t, what, reason)
-    return (y - expand_time(a, x) * x) / expand_time(b, x)
-
-
-def _refuse(singular: Tensor, t: Tensor, what: str, reason: str) -> None:
-    """Raise when any time makes the conversion singular."""
-    if bool(singular.any()):
-        where = float(t[singular][0])
-        raise UserError(f"{what} is singular at t = {where:g}: {reason}. Use a t strictly inside (0, 1).")
-
-
-def _same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Broadcasting between states hides mistakes: shapes must be equal."""
-    if a.shape != b.shape:
-        raise UserError(f"{name_a} has shape {tuple(a.shape)} but {name_b} has {tuple(b.shape)}: they must be equal.")

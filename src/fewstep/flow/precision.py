@@ -18,6 +18,8 @@ from fewstep.flow.field import Velocity
 class full_precision:
     """A context without autograd graph and without autocast, for targets and their derivatives.
 
+    Targets need no gradient, and derivatives lose too many digits in half precision.
+
     Args:
         like: a tensor on the device whose autocast is switched off.
     """

@@ -8,13 +8,14 @@ and the potentials ``h`` (up to a constant) are those for which every row receiv
 convex ``E_x max_j (<x, y_j> - h_j) + mean_j h_j``, whose stochastic gradient is ``1/N - freq_j``. In one dimension the
 cells are intervals that meet at ``(h_{j+1} - h_j) / (y_{j+1} - y_j)``, the quantile of ``j / N`` whatever the rows.
 
-That gradient alone is slow where dimensions are few: a step moves the boundary between two neighbours, and whole
-regions must trade mass. So fitting has two parts.
+That gradient alone converges slowly in few dimensions: a step moves the boundary between two neighbouring cells, while
+mass must move over many cells. So fitting has two parts.
 
 1. Soft cells, ``w_j = softmax_j((<x, y_j> - h_j) / eps)``, with eps falling from the spread of the scores to the gap
-   between the best two: ``h_j += a eps (N mean(w_j) - 1)``. Wide cells settle regions, narrow ones details.
-2. Hard cells: the stochastic gradient, measured in every cell's own gap, with a falling step. The result is a mean of
-   the iterates that forgets the early ones.
+   between the best two: ``h_j += a eps (N mean(w_j) - 1)``. A large eps moves mass between regions, a small one between
+   neighbours.
+2. Hard cells: the stochastic gradient, in units of every cell's mean gap between the best and the second score, with a
+   falling step. The result is a weighted mean of the iterates in which early ones have a small weight.
 """
 
 from __future__ import annotations
@@ -26,26 +27,38 @@ from typing import final
 import torch
 from torch import Tensor
 
-BATCH = (256, 1024)  # fresh base rows per step: a sixteenth of the data rows, at least and at most
-SOFT_STEPS = 300  # of the first part
-SOFT_STEP = 0.2  # its step: this share of a batch's draws per soft cell, at most 1
-VISITS = 100  # draws per row in the second part, at most
-LEAST_STEPS = 2000  # but so many steps at least, where rows are few
-SETTLED = 2.0  # draws per row after which its steps begin to fall
-FALL = 0.5  # the power of time that they fall with
-FORGET = 3.0  # the power of time in the mean's weights
+BATCH = (256, 1024)  # limits of the base rows drawn per step, which are a sixteenth of the data rows
+SOFT_STEPS = 300  # steps of part 1
+SOFT_STEP = 0.2  # step size of part 1, times a batch's draws per soft cell, at most 1
+VISITS = 100  # part 2 draws at most so many base rows per data row
+FEWEST_STEPS = 2000  # part 2 may take so many steps even where that is more draws per row
+SETTLED = 2.0  # draws per row after which the steps of part 2 begin to fall
+FALL = 0.5  # they fall as this power of the number of steps
+FORGET = 3.0  # iterate n has a weight proportional to this power of n in the mean
 NEW = 0.2  # weight of one draw in a cell's mean gap
-FIRST_CHECK = 1 / 8  # share of the second part after which the imbalance is looked at; then each time it has doubled
+FIRST_CHECK = 1 / 8  # the imbalance is first measured after this share of part 2, then whenever the steps have doubled
 BALANCED = 0.02  # imbalance at which fitting ends: shares within 14 % of 1/N, root mean square
-CERTAIN = 5.0  # an imbalance is estimated with a standard error of this part of what is asked
-SOME = 32  # draws that typical sizes are taken from
+CERTAIN = 5.0  # a measured imbalance has a standard error of about the limit over this
+SOME = 32  # draws that gaps and spreads are estimated from
 PIECE = 1 << 22  # largest table of scores, entries
 
 Draw = Callable[[int, torch.Generator], Tensor]
 
 
 def assign(x: Tensor, y: Tensor, h: Tensor) -> Tensor:
-    """``argmax_j <x, y_j> - h_j``: (B,) row numbers of x (B, D) among y (N, D)."""
+    """The optimal map ``j(x) = argmax_j <x, y_j> - h_j``.
+
+    Args:
+        x: points of the base, (B, D).
+        y: data rows, (N, D).
+        h: potentials, (N,).
+
+    Returns:
+        Row numbers, (B,) int64. Source: arXiv:2509.25519.
+
+    >>> assign(torch.tensor([[-1.0], [2.0]]), torch.tensor([[-1.0], [1.0]]), torch.zeros(2))
+    tensor([0, 1])
+    """
     most = max(1, PIECE // max(1, len(y)))
     table = with_potentials(y, h)
     out = torch.empty(min(most, len(x)), len(y), dtype=y.dtype, device=y.device)
@@ -63,7 +76,10 @@ def score(x: Tensor, table: Tensor, out: Tensor) -> Tensor:
 
 
 def best(scores: Tensor) -> Tensor:
-    """The first of each row's largest entries; on a CPU by numpy, in a tenth of torch's time."""
+    """Index of the largest entry of every row (B, N), the first where several are equal: (B,).
+
+    On a CPU by numpy, which takes a tenth of torch's time.
+    """
     return torch.from_numpy(scores.numpy().argmax(1)) if scores.device.type == "cpu" else scores.argmax(1)
 
 
@@ -81,10 +97,10 @@ def imbalance(rows: Tensor, size: int, weight: Tensor | None = None) -> float:
 
 @final
 class Potentials:
-    """Fits ``h``. Equal rows are fitted as one row of more weight: potentials cannot share draws out among them.
+    """Fits the potentials ``h`` (module's docstring). Equal rows are fitted as one row of their joint weight.
 
     Attributes:
-        chi2: the potentials' imbalance on fresh rows.
+        chi2: the potentials' imbalance on fresh base rows, as last measured.
 
     Args:
         y: rows (N, D).
@@ -107,17 +123,25 @@ class Potentials:
 
     @property
     def h(self) -> Tensor:
-        """The potentials, (N,), the mean of recent iterates."""
+        """The potentials, (N,): the weighted mean of the iterates."""
         return self._mean[self._which].to(self.y)
 
     def fit(self, visits: float = VISITS, balanced: float = BALANCED) -> int:
-        """Take steps until the imbalance is at most ``balanced``, or rows have been drawn so often; return how many."""
+        """Take steps until the imbalance is at most ``balanced``, or ``visits`` base rows per data row were drawn.
+
+        Args:
+            visits: draws per row in part 2, at most.
+            balanced: imbalance (chi^2) at which fitting ends.
+
+        Returns:
+            The number of steps taken.
+        """
         size = len(self._h)
         if size == 1:
             self.chi2 = 0.0
             return 0
         self._soften()
-        most, done = max(LEAST_STEPS, math.ceil(visits * size / self._batch)), 0
+        most, done = max(FEWEST_STEPS, math.ceil(visits * size / self._batch)), 0
         until = math.ceil(FIRST_CHECK * most)
         while self.chi2 > balanced and done < most:
             while done < until:
@@ -127,7 +151,7 @@ class Potentials:
         return SOFT_STEPS + done
 
     def measure(self, balanced: float = BALANCED) -> float:
-        """Imbalance of the potentials on fresh rows, as many as tell it from ``balanced``."""
+        """Imbalance of the potentials on fresh base rows, enough of them to tell it from ``balanced``."""
         size = len(self._h)
         total = max(4096, math.ceil(CERTAIN * math.sqrt(2 * size) / balanced))
         parts = [self._draw(min(65536, total - k), self._generator) for k in range(0, total, 65536)]

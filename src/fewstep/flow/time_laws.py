@@ -1,9 +1,9 @@
-r"""Time laws: how often each t is trained on.
+r"""Time laws: the distributions that training times are drawn from.
 
 Every law is given by its quantile function (inverse distribution function), so one uniform draw u in [0, 1)
 makes t = quantile(u), whatever the law: ``law.sample(u)`` is deterministic, increasing in u, and always below 1.
 
-A name with its numbers makes a law: ``make_time_law("logit_normal:0,1")``, ``"ushape:4"``, ``"uniform"``.
+A name with its parameters makes a law: ``make_time_law("logit_normal:0,1")``, ``"ushape:4"``, ``"uniform"``.
 Times are ours, t = 0 noise. A paper's law on tau = 1 - t changes sides: logit-normal(mu, s) on tau is
 logit-normal(-mu, s) here.
 """
@@ -56,16 +56,18 @@ class Uniform(TimeLaw):
     """p(t) = 1."""
 
     def quantile(self, u: Tensor) -> Tensor:
+        """t = u."""
         return u
 
     def density(self, t: Tensor) -> Tensor:
+        """1."""
         return torch.ones_like(t)
 
 
 @final
 @dataclass(frozen=True)
 class LogitNormal(TimeLaw):
-    """logit t ~ N(mu, s^2): most weight in the middle (2403.03206).
+    """logit t ~ N(mu, s^2): most weight in the middle (arXiv:2403.03206, eq. 19).
 
     Args:
         mu: centre in logits; positive leans to the data.
@@ -81,6 +83,7 @@ class LogitNormal(TimeLaw):
             raise UserError(f"logit_normal: s = {self.s} is a standard deviation and must be positive.")
 
     def quantile(self, u: Tensor) -> Tensor:
+        """t = sigmoid(mu + s Phi^-1(u))."""
         return torch.sigmoid(self.mu + self.s * torch.special.ndtri(u))
 
     def density(self, t: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ class LogitNormal(TimeLaw):
 @final
 @dataclass(frozen=True)
 class UShaped(TimeLaw):
-    """p(t) = a (e^{a t} + e^{a (1 - t)}) / (2 (e^a - 1)): most weight at both ends (2405.20320).
+    """p(t) = a (e^{a t} + e^{a (1 - t)}) / (2 (e^a - 1)): most weight at both ends (arXiv:2405.20320).
 
     The sum is 2 e^{a/2} cosh(a (t - 1/2)), so p = a cosh(a (t - 1/2)) / (2 sinh(a/2)), the distribution
     function is 1/2 + sinh(a (t - 1/2)) / (2 sinh(a/2)), and it inverts in closed form.
@@ -116,13 +119,14 @@ class UShaped(TimeLaw):
         return (0.5 + torch.asinh((2 * u - 1) * math.sinh(self.a / 2)) / self.a).clamp(0.0, 1.0)
 
     def density(self, t: Tensor) -> Tensor:
+        """a cosh(a (t - 1/2)) / (2 sinh(a/2))."""
         return self.a / (2 * math.sinh(self.a / 2)) * torch.cosh(self.a * (t - 0.5))
 
 
 @final
 @dataclass(frozen=True)
 class Exponential(TimeLaw):
-    """p(t) = rate e^{-rate t} / (1 - e^{-rate}); the default is 10^{1 - t} up to a constant (2410.07815).
+    """p(t) = rate e^{-rate t} / (1 - e^{-rate}); the default is 10^{1 - t} up to a constant (arXiv:2410.07815).
 
     Args:
         rate: positive leans to the noise, negative to the data; not 0.
@@ -138,13 +142,14 @@ class Exponential(TimeLaw):
             )
 
     def quantile(self, u: Tensor) -> Tensor:
-        """t = -log(1 - u (1 - e^{-rate})) / rate, written from the heavy end so that no digits are lost."""
+        """t = -log(1 - u (1 - e^{-rate})) / rate, computed from the end of larger density to keep all digits."""
         size = abs(self.rate)
         near = u if self.rate > 0 else 1 - u
         t = (-torch.log1p(near * math.expm1(-size)) / size).clamp(0.0, 1.0)
         return t if self.rate > 0 else 1 - t
 
     def density(self, t: Tensor) -> Tensor:
+        """rate e^{-rate t} / (1 - e^{-rate})."""
         return -self.rate / math.expm1(-self.rate) * torch.exp(-self.rate * t)
 
 
@@ -158,6 +163,9 @@ TIME_LAWS: dict[str, type[TimeLaw]] = {
 
 def make_time_law(spec: str) -> TimeLaw:
     """Build a law from ``"name"`` or ``"name:number,number"``; missing numbers take their defaults.
+
+    Raises:
+        UserError: an unknown name, words that are no numbers, too many numbers, a number out of its range.
 
     >>> make_time_law("logit_normal:0,1")
     LogitNormal(mu=0.0, s=1.0)
