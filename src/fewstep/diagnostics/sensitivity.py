@@ -39,15 +39,14 @@ from fewstep.flow.derivatives import Derivative, pullback
 from fewstep.flow.field import Field
 from fewstep.solvers.solve import solve
 
-EULER_STEPS = (1, 2, 4, 6, 8, 12, 16)
+EULER_STEPS = (1, 2, 4, 6, 8, 12, 16)  # Euler is always run with these; chosen, not tuned
 MOST_STEPS = 128  # Euler is run with more steps, up to these, until its error follows first order
 AGREED = 1.25  # the error follows first order when both agree within this factor
 DROPPED = 0.05  # share of samples that a trimmed mean leaves out
 AGREEMENT, ROUNDING = 0.1, 1e-3  # allowed gap of gradient and Jacobian-vector product: relative, and per velocity
 JUMP = 3.0  # a sample has jumped when its error is so many times first order's; 4 and 8 miss more jumps (ten mixtures)
-JUMP_STEPS = (
-    8  # fewest steps that follow the law: N jump_squares is .09, .01 and 0 at 4, 8 and 16 on 8 modes of width .05
-)
+# Fewest steps at which jumps follow 1/N: N jump_squares is .09, .01 and 0 at 4, 8 and 16 steps on 8 modes of width .05.
+JUMP_STEPS = 8
 JUMP_SAMPLES = 500  # with 100 samples, which often hold no jump, predictions were up to 25 times too small
 
 
@@ -70,9 +69,9 @@ def unit_error(derivative: Derivative, path: Path, cond: Mapping[str, Any]) -> T
 
     def slope(k: int, e: Tensor) -> Tensor:
         x, t = path.states[k][:few], float(path.times[k])
-        _, carried = derivative(x, at(t, x), e, **cond)
-        refuse_infinite(carried, "derivative along an error", t)
-        return carried.to(x.dtype).add(path.accelerations[k], alpha=0.5)
+        _, along = derivative(x, at(t, x), e, **cond)
+        refuse_infinite(along, "derivative along an error", t)
+        return along.to(x.dtype).add(path.accelerations[k], alpha=0.5)
 
     e = torch.zeros_like(path.accelerations[0])
     for k in range(0, len(path.times) - 1, 2):

@@ -5,17 +5,17 @@ r"""Directional derivatives of a velocity field, of any network.
 
 Along a trajectory, ``dx = v``, ``dt = 1`` gives the acceleration ``x'' = ∂_t v + (∂_x v) v``.
 
-Three ways lead to ``dv``. *Forward-mode* differentiation (``torch.func.jvp``) keeps no graph and costs about two
-network calls where the tensors are large (several where they are small); not every operation has it: fused attention
-kernels never do (the plain "math" kernel is taken instead), and GroupNorm or reshapes in some networks fail. *Double
-reverse* differentiation runs wherever training runs: the reverse derivative ``u -> u^T J`` is linear in ``u``, and
-differentiating it again gives ``J dx``. *Finite differences* run always: a second-order difference of three values,
-one-sided next to t = 0 and t = 1 so that no time outside [0, 1] is asked for.
+There are three ways to compute ``dv``. *Forward-mode* differentiation (``torch.func.jvp``) keeps no graph and costs
+about two network calls where the tensors are large (several where they are small). Not every operation has it: fused
+attention kernels do not (the plain "math" kernel is used instead), and GroupNorm or reshapes in some networks fail.
+*Double reverse* differentiation runs wherever training runs: the reverse derivative ``u -> u^T J`` is linear in ``u``,
+and differentiating it again gives ``J dx``. *Finite differences* always run: a second-order difference of three
+values, one-sided next to t = 0 and t = 1 so that the network is called at no time outside [0, 1].
 
-``auto`` takes the first that works, and says which in :attr:`Derivative.used`. A network that detaches its input, or
-part of it, raises nothing and is differentiated wrongly by both (``no_grad`` inside it stops only the reverse way), so
-at the first call the derivative of a few rows is held against finite differences with two steps, ``h`` and
-``k = h/16``. It is refused when
+``auto`` takes the first way that works and records it in :attr:`Derivative.used`. Both ways of automatic
+differentiation give a wrong result, without an error, for a network that detaches its input or a part of it (and the
+reverse way for ``no_grad`` inside it). So at the first call the derivative ``d`` of a few rows is compared with the
+finite differences ``d_h`` and ``d_k`` of two steps, ``h`` and ``k = h/16``, and refused when
 
     min(|d - d_h|, |d - d_k|) > 1/4 max(|d|, |d_h|) + 4 (|d_h - d_k| + eps |v| / k).
 
@@ -188,14 +188,27 @@ def _no_finite_derivative(v: Tensor, t: Tensor) -> UserError:
         )
     times = ", ".join(f"{time:g}" for time in sorted(set(t.tolist())))
     return UserError(
-        f"the velocity is finite and its derivative is NaN or infinite at t = {times} in every mode (forward, "
-        "double_vjp, finite_difference): it has an infinite slope there, as a square root has at 0. Take times "
-        "inside (0, 1), or write the network without the square root."
+        f"no mode (forward, double_vjp, finite_difference) gives a finite derivative at t = {times}, although the "
+        "velocity is finite: its slope is infinite there, as that of a square root at 0. Take times inside (0, 1), or "
+        "write the network without the square root."
     )
 
 
 def pullback(velocity: Velocity, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
-    """``v`` and ``w^T ∂v/∂x``, each (B, ...), by reverse differentiation, without an autograd graph."""
+    """``v`` and ``w^T ∂v/∂x`` by reverse differentiation.
+
+    Args:
+        velocity: ``v(x, t, **cond)``.
+        x, w: state and the vector that multiplies the Jacobian from the left, (B, ...).
+        t: times in [0, 1], (B,).
+        cond: handed to the network.
+
+    Returns:
+        Both (B, ...), without an autograd graph.
+
+    Raises:
+        UserError: autograd sees no dependence on ``x``.
+    """
     with torch.enable_grad():
         point = x.detach().requires_grad_()
         v = velocity(point, t, **cond)
@@ -279,7 +292,7 @@ _RUN = {"forward": _forward, "double_vjp": _double_vjp, "finite_difference": _fi
 
 @contextlib.contextmanager
 def plain_attention() -> Iterator[None]:
-    """Attention by plain matrix products, which have forward and second derivatives."""
+    """A context in which attention is computed by plain matrix products, which have forward and second derivatives."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     with sdpa_kernel(SDPBackend.MATH):
@@ -287,7 +300,13 @@ def plain_attention() -> Iterator[None]:
 
 
 def rows_of(cond: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[str, Any]:
-    """Those rows of the conditions that have one row per sample; others belong to all samples."""
+    """The conditions of some samples.
+
+    Args:
+        cond: conditions; a tensor whose first dimension is ``batch`` has one row per sample, others belong to all.
+        batch: number of samples.
+        rows: which samples.
+    """
     return {
         name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
         for name, value in cond.items()
