@@ -75,7 +75,7 @@ class Exact(nn.Module):
 class Listed(TimeLaw):
     """Uniform on the test's list of times."""
 
-    def sample(self, u: Tensor) -> Tensor:
+    def quantile(self, u: Tensor) -> Tensor:
         return TIMES[(u * len(TIMES)).long().clamp(max=len(TIMES) - 1)]
 
     def density(self, t: Tensor) -> Tensor:
