@@ -69,6 +69,11 @@ class Diagnosis:
         dimensions: of one sample.
         nfe: network evaluations per sample spent, a derivative counted as the calls it makes.
         solver: how the trajectories were solved.
+
+    >>> import torch
+    >>> from fewstep.diagnostics.diagnose import diagnose
+    >>> diagnose(lambda x, t: 0 * x + 2, torch.zeros(4, 1), nodes=8).grid(steps=2)
+    (0.0, 0.5, 1.0)
     """
 
     straightness: float

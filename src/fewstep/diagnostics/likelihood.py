@@ -71,6 +71,10 @@ class Likelihood:
             times the error of ``log_prob``.
         converged: whether ``discretisation`` is at most 0.005; None without checks.
         notes: warnings for whoever quotes the value.
+
+    >>> found = log_likelihood(lambda x, t: 0 * x, torch.zeros(1, 2), steps=4)
+    >>> round(float(found.bits_per_dim(2 / 256)), 4)  # log2(2 pi) / 2 + 7
+    8.3257
     """
 
     log_prob: Tensor
@@ -161,6 +165,9 @@ def log_likelihood(
         UserError: a start or a grid that :func:`fewstep.solve` refuses, conditions of another length, an unknown base
             or divergence, a stochastic solver, a velocity that is not finite, ``grad`` with a network that lets no
             gradient through.
+
+    >>> round(log_likelihood(lambda x, t: 0 * x, torch.zeros(1, 2), steps=4).mean, 4)  # log N(0; 0, I)
+    -1.8379
     """
     check_start(x1)
     given = _check(x1, dict(cond or {}), solver, divergence, probes, base)

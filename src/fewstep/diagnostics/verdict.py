@@ -32,6 +32,11 @@ def verdict(d: Diagnosis, *, deterministic: bool | None = None) -> list[str]:
 
     Returns:
         Up to six sentences; one, where trajectories have no displacement.
+
+    >>> import torch
+    >>> from fewstep.diagnostics.diagnose import diagnose
+    >>> verdict(diagnose(lambda x, t: 0 * x + 2, torch.zeros(4, 1), nodes=8))[0][:21]
+    'The flow is straight:'
     """
     if d.displacement < NO_DISPLACEMENT * d.dimensions:
         return ["Trajectories end where they began: without a displacement there is no scale to judge by."]

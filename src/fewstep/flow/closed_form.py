@@ -14,6 +14,9 @@ with q(t) = sigma^2 + alpha^2 s^2, and the flow only rescales it:
 velocity and score are the gamma-weighted means of the components' own.
 
 Correlated Gaussian pairs have a file of their own, :mod:`fewstep.flow.coupled_gaussian`.
+
+>>> round(gaussian(mean=0.0, std=0.5).straightness(), 4)  # (2 - pi/2) s
+0.2146
 """
 
 from __future__ import annotations

@@ -67,6 +67,11 @@ class Guided(Field):
 
     Raises:
         UserError: ``scale`` is not finite.
+
+    >>> import torch
+    >>> v = Guided(lambda x, t, label: x if label is None else 2 * x, scale=3.0)
+    >>> v(torch.ones(1), torch.zeros(1), label=torch.zeros(1)), v.calls  # 1 + 3 (2 - 1)
+    (tensor([4.]), 2)
     """
 
     def __init__(self, velocity: Velocity, scale: float, null: Mapping[str, Any] | None = None) -> None:
