@@ -22,7 +22,7 @@ from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from fewstep.flow.couplings import Independent
-from fewstep.flow.noise import mix
+from fewstep.flow.noise import isolated_rng, mix
 from fewstep.methods.contract.objective import Batches, Learning, Objective
 from fewstep.methods.contract.options import PairOptions
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage, pair_needs
@@ -170,7 +170,7 @@ def make_adversary(
     options: InstaflowOptions, stage: Stage, samples: int, features: FeatureDistance | None
 ) -> Adversary:
     """The discriminator, its weights a function of the stage's seed, and how the two play."""
-    with torch.random.fork_rng(devices=[]):
+    with isolated_rng():
         torch.default_generator.manual_seed(mix(stage.seed, stage.name, "discriminator"))
         seen = features.layers if features is not None and options.sees == "features" else None
         discriminator = Discriminator(stage.data.shape, stage.data.classes if stage.conditional else 0, seen)

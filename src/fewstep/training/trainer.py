@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
-from fewstep.flow.noise import Draws, mix
+from fewstep.flow.noise import Draws, isolated_rng, mix
 from fewstep.methods.contract.objective import Batches, Collapse, Learning, Networks, Objective
 from fewstep.methods.contract.options import Options
 from fewstep.training.checkpoint import KEEP, Checkpoints
@@ -132,7 +132,7 @@ class Trainer:
         every = max(1, min(100, -(-samples // size) // LOGS_PER_PHASE))
         self._saved = time.monotonic()
         progress = self.world.progress(samples, position.phase_samples, label)
-        with _isolated_rng(self.world.device), self._turns_ended(), progress as bar:
+        with isolated_rng(self.world.device), self._turns_ended(), progress as bar:
             while position.phase_samples < samples:
                 self._step(objective, batches, samples)
                 bar.update(size)
@@ -367,11 +367,3 @@ def _seed_modules(device: torch.device, seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
-
-
-@contextlib.contextmanager
-def _isolated_rng(device: torch.device) -> Iterator[None]:
-    """Leave the global random state as it was found."""
-    devices: Sequence[int] = [torch.cuda.current_device()] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

@@ -157,14 +157,9 @@ class Needs:
     teacher_calls: int = 0
 
 
-def pair_needs(options: PairOptions, pairs: Callable[[int], int] | None = None, teacher_calls: int = 0) -> Needs:
+def pair_needs(options: PairOptions, pairs: Callable[[int], int] | None = None) -> Needs:
     """What a stage that learns from pairs needs: ``options.pairs`` of them, or what ``pairs`` says."""
-    return Needs(
-        guidance=options.guidance,
-        pairs=pairs or (lambda rows: options.pairs),
-        pair_calls=options.nfe,
-        teacher_calls=teacher_calls,
-    )
+    return Needs(guidance=options.guidance, pairs=pairs or (lambda rows: options.pairs), pair_calls=options.nfe)
 
 
 def velocity_network(

@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from fewstep.errors import unknown
 from fewstep.flow.derivatives import Mode, plain_attention, rows_of
 from fewstep.flow.field import Velocity
+from fewstep.flow.noise import isolated_rng
 from fewstep.flow.paths import expand_time
 from fewstep.methods.families.flow_map import Times
 
@@ -55,7 +56,7 @@ class EndDerivative:
         """Whether it and the gradient through it can be had; tried on a few rows, all random numbers put back."""
         few = slice(TRIED_ROWS)
         try:
-            with torch.random.fork_rng(devices=_devices(x)), torch.enable_grad():
+            with isolated_rng(x.device), torch.enable_grad():
                 point = x[few].detach().requires_grad_()
                 part = Times(*(values[few] for values in times))
                 _, speed = self._forward(point, part, rows_of(cond, len(x), few))
@@ -78,7 +79,3 @@ class EndDerivative:
         width = expand_time(ends[1] - ends[0], x)
         share = expand_time(times.r - ends[0], x) / width
         return low + share * (high - low), (high - low) / width
-
-
-def _devices(x: Tensor) -> list[torch.device]:
-    return [x.device] if x.device.type == "cuda" else []

@@ -6,14 +6,13 @@ target, training on digits diverged within 60 steps; a short average of the weig
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import final
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.flow.noise import isolated_rng
 from fewstep.flow.precision import full_precision
 
 
@@ -49,14 +48,6 @@ class TargetAverage:
                 kept.copy_(value)
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        with full_precision(x), same_dropout(x.device):
+        with full_precision(x), isolated_rng(x.device):  # so that the network called next draws the same dropout mask
             out: Tensor = self.module(x, t, **cond).to(x)
         return out
-
-
-@contextlib.contextmanager
-def same_dropout(device: torch.device) -> Iterator[None]:
-    """Put the random state back afterwards, so that the network called next draws the same dropout mask."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield
