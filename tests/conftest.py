@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from fewstep.cli.main import main
+from fewstep.pipeline import compare
 
 TINY = """
 data: {name: moons, samples: 500}
@@ -47,12 +49,28 @@ def quietly(*arguments: object) -> str:
     return said.getvalue()
 
 
+def cheapen_comparisons(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Comparisons diagnose on a coarse grid and time once: for tests of what else a comparison does."""
+    coarse = functools.partial(compare.diagnose, nodes=4, adaptive=False, sensitivity=False, stiffness=False)
+    monkeypatch.setattr(compare, "diagnose", coarse)
+    monkeypatch.setattr(compare, "TIMED_REPEATS", 1)
+    monkeypatch.setattr(compare, "TIMED_SECONDS", 0.0)
+
+
+@pytest.fixture
+def quick_comparison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's comparisons are cheap."""
+    cheapen_comparisons(monkeypatch)
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run on 500 moons: a teacher, a straightened flow and a one-step student. Do not write to it."""
     folder = tmp_path_factory.mktemp("tiny")
     (folder / "tiny.yaml").write_text(TINY, encoding="utf-8")
-    said = quietly("run", folder / "tiny.yaml", "--out", folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        cheapen_comparisons(patch)
+        said = quietly("run", folder / "tiny.yaml", "--out", folder / "out")
     (folder / "said.txt").write_text(said, encoding="utf-8")
     return folder / "out"
 
@@ -71,5 +89,7 @@ def labelled_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     np.save(folder / "labels.npy", np.array([2, 5, 9])[kind])
     recipe = LABELLED.replace("rows.npy", str(folder / "rows.npy")).replace("labels.npy", str(folder / "labels.npy"))
     (folder / "labelled.yaml").write_text(recipe, encoding="utf-8")
-    quietly("run", folder / "labelled.yaml", "--out", folder / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        cheapen_comparisons(patch)
+        quietly("run", folder / "labelled.yaml", "--out", folder / "out")
     return folder / "out"

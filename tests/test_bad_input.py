@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -613,7 +612,7 @@ def command(*arguments: object) -> subprocess.Popen[str]:
 
 def test_a_mistake_ends_the_process_with_2_and_without_a_traceback(here: Path) -> None:
     process = command("run", "r.yaml", "--out", "out", "--set", "stages.teacher.samples=-1")
-    said, error = process.communicate(timeout=60)
+    said, error = process.communicate()
     assert (process.returncode, said) == (2, "")
     assert error.startswith("fewstep: stage 'teacher': samples must be greater than 0")
     assert not Path("out").exists()
@@ -622,13 +621,11 @@ def test_a_mistake_ends_the_process_with_2_and_without_a_traceback(here: Path) -
 def test_ctrl_c_ends_with_130_and_the_same_command_continues(here: Path) -> None:
     arguments = ("run", "r.yaml", "--out", "out", "--set", "stages.onestep.samples=500_000")
     process = command(*arguments)
-    deadline = time.monotonic() + 60
-    while not Path("out/onestep/stage.json").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    assert process.stdout is not None
+    # the line is printed when the stage begins; iteration ends early only if the process does
+    assert any(line.startswith("onestep: distill") for line in process.stdout), process.communicate()
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate()
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert "fewstep: interrupted; the same command continues" in error

@@ -194,3 +194,42 @@ def test_a_table_of_data_without_enough_held_out_rows_has_no_nan(tiny_run: Path)
     result = compare([load(tiny_run / "onestep")], from_array(rows), say=hush)
     assert "nan" not in table(result)
     assert "held-out 0" not in table(result)
+
+
+def test_a_further_row_costs_no_distances_within_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Distances are counted: one more row compares its n samples with N data rows, and never those with each other."""
+    from fewstep.metrics import rows as tiling
+
+    data = from_array(np.random.default_rng(0).normal(size=(2200, 2)))
+    size, samples, counted = len(data.train), 40, [0]
+    real = tiling.squared_distances
+
+    def counting(x: Tensor, y: Tensor) -> Tensor:
+        counted[0] += len(x) * len(y)
+        return real(x, y)
+
+    monkeypatch.setattr(tiling, "squared_distances", counting)
+    costs = []
+    for steps in ((1,), (1, 2)):
+        counted[0] = 0
+        compare([linear(2)], data, steps=steps, samples=samples, say=hush)
+        costs.append(counted[0])
+    assert costs[0] > size**2 / 2  # the reference's own distances, once
+    assert samples * size <= costs[1] - costs[0] < 5 * samples * size < size**2 / 8
+
+
+def test_the_training_control_of_a_sorted_file_is_drawn_from_all_of_it() -> None:
+    """Rows in the order of their first coordinate: the first hundred alone would be a tenth of its range."""
+    random = np.random.default_rng(0)
+    rows = np.stack([np.linspace(-3, 3, 1100), random.normal(size=1100)], axis=1)
+    control, floor = {}, {}
+    for name, order in (("sorted", np.arange(1100)), ("mixed", random.permutation(1100))):
+        data = from_array(rows[order])
+        scores = compare([linear(2)], data, steps=[1], samples=100, say=hush)["rows"][-1]["scores"]
+        control[name] = (scores["FD-pixels_percent"], scores["sliced_w2"])
+        floor[name] = (scores["energy_floor"], scores["sliced_w2_floor"])
+        # what independent rows of the same law score, from an independent draw
+        fresh = data.scaling.normalise(rows[random.permutation(1100)[:100]])
+        assert control[name][0] < 3.0 + 3 * evaluate(fresh, data.train_rows()).fd_percent
+    assert control["sorted"] == pytest.approx(control["mixed"], rel=1.0, abs=0.5)
+    assert floor["sorted"] == pytest.approx(floor["mixed"], rel=0.25)

@@ -523,7 +523,7 @@ def test_a_generator_starts_from_a_one_step_map_which_others_may_not(trained: Pa
     stages = {"segments": {"method": "consistency_fm", "teacher": str(trained / "teacher"), "samples": 2560}}
     recipe = make_recipe({"data": data, "network": NETWORK, "stages": stages}, "x")
     run_recipe(recipe, tmp_path / "other", LocalWorld(quiet=True))
-    with pytest.raises(UserError, match="must know how to take one"):
+    with pytest.raises(UserError, match="init must be a one-step map"):
         run(method="dmd", init=str(tmp_path / "other/segments"))
 
 

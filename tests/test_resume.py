@@ -16,7 +16,8 @@ import torch
 from fewstep.errors import UserError
 from fewstep.generator import load
 from fewstep.pipeline.recipe import make_recipe
-from fewstep.pipeline.run import Statistics, run_recipe
+from fewstep.pipeline.run import run_recipe
+from fewstep.pipeline.statistics import Statistics
 from fewstep.store import pairs as storing
 from fewstep.training import trainer as training
 from fewstep.training.trainer import Trainer

@@ -17,8 +17,9 @@ from fewstep.errors import UserError
 from fewstep.generator import load, read_config
 from fewstep.networks import build, parameter_count, resolve
 from fewstep.networks.sizes import read_size, shrink
+from fewstep.pipeline.opening import open_run
 from fewstep.pipeline.recipe import make_recipe
-from fewstep.pipeline.run import open_run, run_recipe
+from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
 
 LARGE = [("mlp", preset, shape) for preset in ("compact", "small", "medium") for shape in ((2,), (64,), (1, 8, 8))]
@@ -71,11 +72,10 @@ def test_a_size_that_is_no_share_is_refused(size: Any) -> None:
 
 def networks(stages: dict[str, Any], tmp_path: Path, **header: Any) -> dict[str, dict[str, Any]]:
     """The networks of a recipe's stages."""
-    from fewstep.pipeline.opening import network_of
 
     fields = {"data": {"name": "moons", "samples": 500}, "stages": stages, **header}
     run = open_run(make_recipe(fields, "test"), tmp_path / "run", LocalWorld(quiet=True))
-    return {name: network_of(run, options) for name, options in run.recipe.stages.items()}
+    return {name: run.network(name) for name in run.recipe.stages}
 
 
 def test_a_stage_shares_the_network_of_its_own_teacher(tmp_path: Path, tiny_run: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ from fewstep.training.world import LocalWorld, default_device, set_threads
 
 if TYPE_CHECKING:
     from fewstep.generator import Generator
+    from fewstep.pipeline.run import Outcome
 
 
 def check_writable(folder: Path) -> None:
@@ -38,12 +39,12 @@ def demo(options: arguments.Demo) -> int:
 
 
 def run(options: arguments.Run) -> int:
-    """Run the stages of a recipe, compare their models and write the report."""
+    """Run the stages of a recipe, compare their models and write the report; 1 when a stage has collapsed."""
     from fewstep.pipeline.dry import show_plan
-    from fewstep.pipeline.feature_checks import models_among
     from fewstep.pipeline.finish import finish_run
+    from fewstep.pipeline.opening import open_run
     from fewstep.pipeline.recipe import load_recipe
-    from fewstep.pipeline.run import run_recipe
+    from fewstep.pipeline.run import run_stages
 
     set_threads()
     recipe = load_recipe(options.recipe, options.set)
@@ -54,18 +55,34 @@ def run(options: arguments.Run) -> int:
         print("next:   the same command without --dry")
         return 0
     world = LocalWorld()
-    folders = run_recipe(recipe, out, world)
+    opened = open_run(recipe, out, world)
+    outcome = run_stages(opened)
     if world.rank == 0:
-        report = finish_run(recipe, out, folders)
-        models, names = models_among(folders), ", ".join(folder.name for folder in folders)
-        if report is None:
-            print(f"\nwrote   {out}: {names} (features)")
-            print(f"next    fewstep compare MODEL --data DATA --features {folders[-1]}")
-        else:
-            print(f"\nwrote   {out}: {names} (a model each), compare.json\nreport  {report}")
-            print(f"next    fewstep sample {models[-1]} --num 64 --out samples.png")
+        report = finish_run(opened, outcome)
+        print("\n" + "\n".join(closing_lines(out, outcome, report)))
     world.barrier()
-    return 0
+    return 1 if outcome.failures else 0
+
+
+def closing_lines(out: Path, outcome: Outcome, report: Path | None) -> Sequence[str]:
+    """What a run says at its end: what it wrote, which stages failed, and what to do next."""
+    from fewstep.pipeline.feature_checks import models_among
+
+    names, models = ", ".join(folder.name for folder in outcome.finished), models_among(outcome.finished)
+    models += [failure.best for failure in outcome.failures.values() if failure.best is not None]
+    lines = []
+    if report is not None:
+        lines += [f"wrote   {out}: {names or 'no finished stage'} (a model each), compare.json", f"report  {report}"]
+    elif names:
+        lines.append(f"wrote   {out}: {names} (features)")
+    lines += [f"failed  {name}: {failure.reason}" for name, failure in outcome.failures.items()]
+    if outcome.failures:
+        lines.append("        Delete a failed stage's folder to train it again, with other options if you like.")
+    if models:
+        lines.append(f"next    fewstep sample {models[-1]} --num 64 --out samples.png")
+    elif names:
+        lines.append(f"next    fewstep compare MODEL --data DATA --features {outcome.finished[-1]}")
+    return lines
 
 
 def sample(options: arguments.Sample) -> int:
@@ -323,29 +340,14 @@ def doctor(options: arguments.Doctor) -> int:
     """Print versions, device, threads and whether bf16 is fast."""
     import platform
 
+    from fewstep.pipeline.precision import bf16_is_slow
+
     threads = set_threads()
     device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     print(f"python      {platform.python_version()}")
     print(f"torch       {torch.__version__}")
     print(f"device      {device}")
     print(f"cores       {os.cpu_count()}, {threads} thread(s) used; set FEWSTEP_THREADS to change")
-    print(f"bf16        {'yes' if bf16_is_fast() else 'slower than fp32 here'}")
+    print(f"bf16        {'slower than fp32 here' if bf16_is_slow(torch.device(default_device())) else 'yes'}")
     print("\nnext        fewstep demo")
     return 0
-
-
-def bf16_is_fast() -> bool:
-    """Whether a product of 512 x 512 matrices takes less time in bf16 than in float32."""
-    import time
-
-    def seconds(dtype: torch.dtype) -> float:
-        device: Any = "cuda" if torch.cuda.is_available() else "cpu"
-        a = torch.ones(512, 512, dtype=dtype, device=device)
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            (a @ a).sum().item()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    return seconds(torch.bfloat16) < seconds(torch.float32)

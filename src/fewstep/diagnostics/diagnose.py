@@ -28,10 +28,11 @@ from fewstep.diagnostics.diagnosis import Diagnosis, require_finite
 from fewstep.diagnostics.profiles import (
     Path,
     RowCount,
-    at,
+    at_once,
     follow,
     pieces,
     refuse_infinite,
+    repeated,
     resolved_times,
     root_mean,
     rows,
@@ -178,16 +179,20 @@ class _Measurement:
         few = min(self.stiff, part.stop) - part.start
         own = rows(self.cond, slice(part.start, part.start + few))
         start = self.directions[part.start : part.start + few]
-        values = []
-        for k in stiffness_nodes(times):
-            x, t = path.states[k][:few], float(times[k])
+        nodes, values = stiffness_nodes(times), []
+        for some in pieces(len(nodes), at_once(start.numel())):
+            chosen = nodes[some]
+            x = torch.cat([path.states[k][:few] for k in chosen])
+            t = torch.as_tensor(times[chosen], dtype=x.dtype, device=x.device).repeat_interleave(few)
+            conditions = repeated(own, len(chosen))
 
-            def product(q: Tensor, x: Tensor = x, t: float = t) -> Tensor:
-                along = self.derivative(x, at(t, x), q, **own)[1].to(x.dtype)
-                refuse_infinite(along, "derivative in a random direction", t)
+            def product(q: Tensor, x: Tensor = x, t: Tensor = t, given: dict[str, Any] = conditions) -> Tensor:
+                along = self.derivative(x, t, q, **given)[1].to(x.dtype)
+                for values, k in zip(along.split(few), t[::few].tolist(), strict=True):
+                    refuse_infinite(values, "derivative in a random direction", k)
                 return along
 
-            values.append(eigenvalues(product, start))
+            values.extend(eigenvalues(product, torch.cat([start] * len(chosen))).split(few))
         ritz = torch.stack(values, 1)
         return {
             "modulus": ritz.abs().amax(-1).numpy(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fewstep.metrics.controls import data_rows, moment_matched_gaussian
-from fewstep.metrics.evaluate import Scores, evaluate, sample_count
+from fewstep.metrics.evaluate import Reference, Scores, evaluate, sample_count
 from fewstep.metrics.frechet import Frechet, frechet_distance
 from fewstep.metrics.memorisation import Memorisation, nearest_neighbour_check
 from fewstep.metrics.neighbours import PRDC, expected_coverage, prdc
@@ -14,6 +14,7 @@ __all__ = [
     "Estimate",
     "Frechet",
     "Memorisation",
+    "Reference",
     "Scores",
     "data_rows",
     "energy",

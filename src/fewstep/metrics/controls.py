@@ -3,7 +3,8 @@
 Every quality table carries two of them. A Gaussian with the mean and covariance of the data is the *negative*
 control: it may match a good model in energy and sliced Wasserstein distance while almost none of its samples
 look like data, so whatever it scores is the price of a distance read alone. Rows of the training data are the
-*positive* control: nothing scores better, and the memorisation check must flag them.
+*positive* control: nothing scores better, and the memorisation check must flag them. They are drawn at random
+(seeded) from all of the split: the first rows of a sorted file would be another distribution.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from fewstep.metrics.rows import Samples, as_rows, as_tensor, pick
 def moment_matched_gaussian(y: Samples, n: int, seed: int = 0) -> Tensor:
     """Draw ``n`` samples of the Gaussian with the mean and covariance of ``y``.
 
-    ``mean + z R`` with ``z`` standard normal and ``R^T R`` the covariance of ``y`` (normalised by N - 1),
-    which may be
+    ``mean + z R`` with ``z`` standard normal and ``R^T R`` the covariance of ``y`` (normalised by N - 1), which may be
     rank deficient: directions in which the data do not vary are kept constant.
 
     Args:
@@ -43,7 +43,7 @@ def moment_matched_gaussian(y: Samples, n: int, seed: int = 0) -> Tensor:
 
 
 def data_rows(y: Samples, n: int, seed: int = 0) -> Tensor:
-    """Draw ``n`` different rows of the data ``(N, ...)`` in their order (all of them when ``n >= N``)."""
+    """Draw ``n`` different rows of the data ``(N, ...)`` at random, in the data's order; all when ``n >= N``."""
     _check_count(n)
     data = as_tensor(y, "y")
     return data[torch.as_tensor(pick(data.shape[0], n, seed), device=data.device)]

@@ -11,25 +11,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Literal
+from functools import cached_property
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, unknown
-from fewstep.metrics.frechet import frechet_distance
-from fewstep.metrics.memorisation import Memorisation, nearest_neighbour_check
-from fewstep.metrics.neighbours import expected_coverage, prdc
+from fewstep.metrics.frechet import Moments, frechet_from_moments, moments
+from fewstep.metrics.memorisation import check_from_held_out
+from fewstep.metrics.neighbours import expected_coverage, nearest, neighbour_radius, prdc_from_radius
 from fewstep.metrics.rows import Samples, as_pair, as_rows, as_tensor, pick
 from fewstep.metrics.sample_distances import (
-    Estimate,
+    directions,
     distance,
     energy_from_moments,
     floor_from_moments,
-    sliced_w2,
     sliced_w2_floor,
+    sliced_w2_from_projections,
+    sorted_projections,
 )
 from fewstep.metrics.two_sample import Within, between, within
 
@@ -38,7 +41,19 @@ Features = Callable[[Tensor], Tensor]
 
 MOST_GENERATED = 4000
 MOST_REFERENCE = 10_000
+PROJECTIONS = 256  # directions of the sliced distance
 PIXELS = "pixels"
+HELD_OUT_SCORES = (
+    "energy_held_out",
+    "energy_held_out_se",
+    "energy_held_out_floor",
+    "memorised",
+    "replicas",
+    "replicas_base",
+    "copied",
+    "copied_se",
+    "memorised_flag",
+)
 
 
 @dataclass(frozen=True)
@@ -134,74 +149,167 @@ def evaluate(
     Raises:
         UserError: features without a name, shapes that differ, too few samples, values that are not finite.
     """
-    _check_features(features, features_name, neighbours_in)
-    count = sample_count(len(train))
-    y, x_all = as_pair(fake[:count], train, ("fake", "train"), least=k + 1)
-    chosen = torch.as_tensor(pick(x_all.shape[0], MOST_REFERENCE))  # on the CPU: indexes any device
-    x = x_all[chosen]
-    n, m = y.shape[0], x.shape[0]
-    features_y, features_x = y, x
-    if features is not None:
-        features_y = extract(features, as_tensor(fake[:count], "fake"))
-        features_x = extract(features, as_tensor(train, "train")[chosen])
-    frechet = frechet_distance(features_y, features_x)
-    neighbours = prdc(features_x, features_y, k) if neighbours_in == "features" else prdc(x, y, k)
-    inside, outside = within(y, distance), within(x, distance)
-    total = energy_from_moments(inside, outside, between(y, x, distance))
-    floor = floor_from_moments(outside, n, m)
-    held = None if held_out is None else _against_held_out(y, x_all, held_out, inside, outside)
-    return Scores(
-        energy=total.value,
-        energy_se=total.standard_error,
-        energy_floor=floor.value,
-        energy_floor_sd=floor.standard_error,
-        energy_held_out=held.energy.value if held else None,
-        energy_held_out_se=held.energy.standard_error if held else None,
-        energy_held_out_floor=held.floor.value if held else None,
-        sliced_w2=sliced_w2(y, x, seed=seed),
-        sliced_w2_floor=sliced_w2_floor(x, n, m, seed=seed),
-        fd=frechet.value,
-        fd_percent=frechet.percent,
-        precision=neighbours.precision,
-        recall=neighbours.recall,
-        density=neighbours.density,
-        coverage=neighbours.coverage,
-        coverage_floor=expected_coverage(m, n, k),
-        memorised=held.check.share if held else None,
-        replicas=held.check.replicas if held else None,
-        replicas_base=held.check.replicas_base if held else None,
-        copied=held.check.copied.value if held else None,
-        copied_se=held.check.copied.standard_error if held else None,
-        memorised_flag=held.check.flagged if held else None,
-        features=features_name or PIXELS,
-        neighbours_in=(features_name or PIXELS) if neighbours_in == "features" else PIXELS,
-        k=k,
-        seed=seed,
-        n_generated=n,
-        n_reference=m,
-        n_held_out=held.size if held else 0,
+    train = as_tensor(train, "train").to(as_tensor(fake, "fake").device)
+    reference = Reference(
+        train, held_out, features, seed, features_name=features_name, neighbours_in=neighbours_in, k=k
     )
+    return reference.score(fake)
 
 
+@final
+class Reference:
+    """The data that generated samples are scored against; what depends on the data alone is computed once.
+
+    Args: as of :func:`evaluate`, without ``fake``.
+
+    Attributes:
+        count: how many generated samples are scored.
+        train: every training row ``(T, D)``.
+        rows: the rows that distances are measured to ``(M, D)``, at most 10 000.
+    """
+
+    def __init__(
+        self,
+        train: Samples,
+        held_out: Samples | None = None,
+        features: Features | None = None,
+        seed: int = 0,
+        *,
+        features_name: str | None = None,
+        neighbours_in: Literal["pixels", "features"] = "pixels",
+        k: int = 5,
+    ) -> None:
+        _check_features(features, features_name, neighbours_in)
+        self.seed, self.k = seed, k
+        self.count = sample_count(len(train))
+        self.train = as_rows(train, "train", least=k + 1)
+        self._chosen = torch.as_tensor(pick(self.train.shape[0], MOST_REFERENCE))  # on the CPU: indexes any device
+        self.rows = self.train[self._chosen]
+        self._extractor, self._in_features = features, neighbours_in == "features"
+        self._name = features_name or PIXELS
+        self._samples = as_tensor(train, "train")
+        self._held_out = held_out
+
+    @cached_property
+    def features(self) -> Tensor:
+        """Features of :attr:`rows`, ``(M, F)``; the rows themselves without an extractor."""
+        return self.rows if self._extractor is None else extract(self._extractor, self._samples[self._chosen])
+
+    @cached_property
+    def feature_moments(self) -> Moments:
+        """Mean and covariance root of :attr:`features`."""
+        return moments(self.features)
+
+    @cached_property
+    def energy_moments(self) -> Within:
+        """Moments of the distances within :attr:`rows`."""
+        return within(self.rows, distance)
+
+    @cached_property
+    def radius(self) -> Tensor:
+        """Squared distance of every reference point to its k-th neighbour, in the space of precision and recall."""
+        return neighbour_radius(self.features if self._in_features else self.rows, self.k)
+
+    @cached_property
+    def directions(self) -> Tensor:
+        """The directions of the sliced distance, ``(D, 256)``."""
+        return directions(self.rows.shape[1], PROJECTIONS, self.seed, self.rows.device)
+
+    @cached_property
+    def projections(self) -> Tensor:
+        """:attr:`rows` on :attr:`directions`, each column in ascending order."""
+        return sorted_projections(self.rows, self.directions)
+
+    @cached_property
+    def sliced_floor(self) -> float:
+        """The sliced distance's floor at the sizes of a row."""
+        return sliced_w2_floor(self.rows, self.count, self.rows.shape[0], PROJECTIONS, self.seed)
+
+    @cached_property
+    def held_out(self) -> _HeldOut | None:
+        """What is known of the held-out split before anything is generated, None without one."""
+        if self._held_out is None:
+            return None
+        z = as_pair(self.train, self._held_out, ("fake", "held_out"))[1]
+        return _HeldOut(z, within(z, distance), nearest(z, self.train, 2)[0])
+
+    def score(self, fake: Samples) -> Scores:
+        """All scores of generated samples ``(N, ...)``, of which the first ``count`` are used.
+
+        Raises:
+            UserError: as :func:`evaluate`.
+        """
+        fake = as_tensor(fake, "fake")[: self.count]
+        y, x = as_pair(fake, self.rows, ("fake", "train"), least=self.k + 1)
+        n, m = y.shape[0], x.shape[0]
+        features = y if self._extractor is None else extract(self._extractor, fake)
+        frechet = frechet_from_moments(moments(_same_width(features, self.features)), self.feature_moments)
+        space = (self.features, features) if self._in_features else (x, y)
+        near = prdc_from_radius(space[0], self.radius, space[1], self.k)
+        inside = within(y, distance)
+        total = energy_from_moments(inside, self.energy_moments, between(y, x, distance))
+        floor = floor_from_moments(self.energy_moments, n, m)
+        scale = math.sqrt((1 / n + 1 / m) / (1 / self.count + 1 / m))  # fewer samples than the protocol's
+        values = {
+            "energy": total.value,
+            "energy_se": total.standard_error,
+            "energy_floor": floor.value,
+            "energy_floor_sd": floor.standard_error,
+            "sliced_w2": sliced_w2_from_projections(y, self.directions, self.projections),
+            "sliced_w2_floor": self.sliced_floor * scale,
+            "fd": frechet.value,
+            "fd_percent": frechet.percent,
+            **asdict(near),
+            "coverage_floor": expected_coverage(m, n, self.k),
+        }
+        return Scores(
+            **values,
+            **self._against_held_out(y, inside),
+            features=self._name,
+            neighbours_in=self._name if self._in_features else PIXELS,
+            k=self.k,
+            seed=self.seed,
+            n_generated=n,
+            n_reference=m,
+        )
+
+    def _against_held_out(self, y: Tensor, inside: Within) -> dict[str, Any]:
+        """The scores that need held-out data: energy with its floor, and the memorisation check.
+
+        The floor's law is the reference's, which is larger.
+        """
+        if self.held_out is None:
+            return {**dict.fromkeys(HELD_OUT_SCORES), "n_held_out": 0}
+        z = self.held_out.rows
+        energy = energy_from_moments(inside, self.held_out.energy_moments, between(y, z, distance))
+        check = check_from_held_out(y, self.train, z, self.held_out.nearest)
+        return {
+            "energy_held_out": energy.value,
+            "energy_held_out_se": energy.standard_error,
+            "energy_held_out_floor": floor_from_moments(self.energy_moments, y.shape[0], z.shape[0]).value,
+            "memorised": check.share,
+            "replicas": check.replicas,
+            "replicas_base": check.replicas_base,
+            "copied": check.copied.value,
+            "copied_se": check.copied.standard_error,
+            "memorised_flag": check.flagged,
+            "n_held_out": z.shape[0],
+        }
+
+
+@final
 @dataclass(frozen=True)
 class _HeldOut:
-    """What the held-out split tells: energy and its floor, and the memorisation check."""
+    """The held-out rows, the moments of their distances, and how far their two nearest training rows are (squared)."""
 
-    energy: Estimate
-    floor: Estimate
-    check: Memorisation
-    size: int
+    rows: Tensor
+    energy_moments: Within
+    nearest: Tensor
 
 
-def _against_held_out(y: Tensor, train: Tensor, held_out: Samples, inside: Within, reference: Within) -> _HeldOut:
-    """Compare generated rows with held-out data; the floor's law is the reference's, which is larger."""
-    z = as_pair(y, held_out, ("fake", "held_out"))[1]
-    return _HeldOut(
-        energy=energy_from_moments(inside, within(z, distance), between(y, z, distance)),
-        floor=floor_from_moments(reference, y.shape[0], z.shape[0]),
-        check=nearest_neighbour_check(y, train, z),
-        size=z.shape[0],
-    )
+def _same_width(fake: Tensor, real: Tensor) -> Tensor:
+    """Features of generated samples, which must be as many per sample as those of the data."""
+    return as_pair(fake, real, ("fake features", "real features"))[0]
 
 
 def extract(features: Features, samples: Tensor, batch: int = 500) -> Tensor:

@@ -25,6 +25,9 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.metrics.rows import Samples, as_pair
 
+Moments = tuple[Tensor, Tensor]
+"""Mean and covariance root of a sample, as :func:`moments` gives them."""
+
 
 @dataclass(frozen=True)
 class Frechet:
@@ -64,7 +67,12 @@ def frechet_distance(fake: Samples, real: Samples) -> Frechet:
     3.0
     """
     a, b = as_pair(fake, real, ("fake", "real"))
-    (mean_a, root_a), (mean_b, root_b) = moments(a), moments(b)
+    return frechet_from_moments(moments(a), moments(b))
+
+
+def frechet_from_moments(fake: Moments, real: Moments) -> Frechet:
+    """:func:`frechet_distance` from :func:`moments` that are already there."""
+    (mean_a, root_a), (mean_b, root_b) = fake, real
     trace_a, trace_b = float(root_a.square().sum()), float(root_b.square().sum())
     if trace_b == 0.0:
         raise UserError(
@@ -78,7 +86,7 @@ def frechet_distance(fake: Samples, real: Samples) -> Frechet:
     return Frechet(value, 100.0 * value / trace_b, mean_term, covariance_term)
 
 
-def moments(rows: Tensor) -> tuple[Tensor, Tensor]:
+def moments(rows: Tensor) -> Moments:
     """Mean and a root of the covariance of rows ``(N, D)``.
 
     Returns:

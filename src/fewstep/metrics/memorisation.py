@@ -98,8 +98,15 @@ def nearest_neighbour_check(fake: Samples, train: Samples, held_out: Samples) ->
     """
     y, x = as_pair(fake, train, ("fake", "train"))
     z = as_pair(fake, held_out, ("fake", "held_out"))[1]
+    return check_from_held_out(y, x, z, nearest(z, x, 2)[0])
+
+
+def check_from_held_out(y: Tensor, x: Tensor, z: Tensor, squared_held: Tensor) -> Memorisation:
+    """:func:`nearest_neighbour_check` of generated ``y (N, D)``, training ``x`` and held-out rows ``z (H, D)``.
+
+    ``squared_held (H, 2)`` are the squared distances of ``z`` to their two nearest rows of ``x``.
+    """
     squared, index = nearest(y, x, 2)
-    squared_held = nearest(z, x, 2)[0]
     to_held, at_held = nearest(y, z)
     distances, reference = squared[:, 0].sqrt(), squared_held[:, 0].sqrt()
     threshold = float(torch.quantile(reference, NEAR_QUANTILE))

@@ -63,7 +63,12 @@ def prdc(real: Samples, fake: Samples, k: int = 5) -> PRDC:
     if k < 1:
         raise UserError(f"k = {k}: the radius is the distance to the k-th nearest neighbour, so k must be at least 1.")
     x, y = as_pair(real, fake, ("real", "fake"), least=k + 1)
-    real_radius, fake_radius = neighbour_radius(x, k), neighbour_radius(y, k)
+    return prdc_from_radius(x, neighbour_radius(x, k), y, k)
+
+
+def prdc_from_radius(x: Tensor, real_radius: Tensor, y: Tensor, k: int) -> PRDC:
+    """:func:`prdc` of real rows ``x (N, D)``, whose :func:`neighbour_radius` is known, and generated ``y (M, D)``."""
+    fake_radius = neighbour_radius(y, k)
     precise = torch.zeros(y.shape[0], dtype=torch.bool, device=x.device)
     recalled = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     covered = torch.zeros_like(recalled)

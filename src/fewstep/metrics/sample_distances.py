@@ -165,6 +165,21 @@ def sliced_w2(x: Samples, y: Samples, projections: int = 256, seed: int = 0) -> 
     return math.sqrt(total / projections)
 
 
+def sorted_projections(y: Tensor, theta: Tensor) -> Tensor:
+    """Projections of rows ``(M, D)`` on directions ``(D, P)``, every column in ascending order: ``(M, P)`` float64."""
+    parts = [_project(y, theta[:, part]).sort(dim=0).values for part in spans(theta.shape[1], _width(y.shape[0]))]
+    return torch.cat(parts, dim=1)
+
+
+def sliced_w2_from_projections(x: Tensor, theta: Tensor, projected: Tensor) -> float:
+    """:func:`sliced_w2` of rows ``x (N, D)`` and a sample of which :func:`sorted_projections` are there."""
+    count, total = theta.shape[1], 0.0
+    for part in spans(count, _width(x.shape[0] + projected.shape[0])):
+        own = _project(x, theta[:, part]).sort(dim=0).values
+        total += float(squared_w2_of_sorted(own, projected[:, part]).sum())
+    return math.sqrt(total / count)
+
+
 def sliced_w2_floor(
     y: Samples, n: int, m: int | None = None, projections: int = 256, seed: int = 0, splits: int = 4
 ) -> float:
@@ -218,13 +233,17 @@ def directions(dim: int, projections: int, seed: int, device: torch.device) -> T
 
 def squared_w2(x: Tensor, y: Tensor) -> Tensor:
     """Exact squared W2 ``(P,)`` of one-dimensional samples, the columns of ``(N, P)`` and ``(M, P)``."""
-    a, b = x.sort(dim=0).values, y.sort(dim=0).values
+    return squared_w2_of_sorted(x.sort(dim=0).values, y.sort(dim=0).values)
+
+
+def squared_w2_of_sorted(a: Tensor, b: Tensor) -> Tensor:
+    """:func:`squared_w2` of columns that are in ascending order."""
     n, m = a.shape[0], b.shape[0]
     if n == m:
         return (a - b).square().mean(dim=0)
     # Both quantile functions are constant between neighbouring multiples of 1/n and 1/m; multiplied by n m, these
     # are integers.
-    first, second = torch.arange(n + 1, device=x.device) * m, torch.arange(m + 1, device=x.device) * n
+    first, second = torch.arange(n + 1, device=a.device) * m, torch.arange(m + 1, device=a.device) * n
     knots = torch.cat([first, second]).unique()
     start, width = knots[:-1], knots.diff().double() / (n * m)
     return width @ (a[start // m] - b[start // n]).square()

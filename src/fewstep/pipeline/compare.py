@@ -17,20 +17,20 @@ from fewstep.diagnostics.diagnose import diagnose
 from fewstep.errors import UserError
 from fewstep.flow.grids import GridSpec, explicit_times
 from fewstep.generator import Draw, Generator
-from fewstep.metrics import Scores, data_rows, evaluate, moment_matched_gaussian, sample_count
+from fewstep.metrics import Reference, data_rows, moment_matched_gaussian, sample_count
 from fewstep.metrics.feature_distance import FeatureDistance
 from fewstep.networks import parameter_count
-from fewstep.pipeline.feature_checks import cached_features, check_judge
+from fewstep.pipeline.feature_checks import check_judge
 
 GAUSSIAN, TRAINING = "moment-matched Gaussian", "training data"
-LEAST_ROWS = 6  # k-nearest-neighbour metrics (k = 5) need more rows than neighbours
-TIMED_ROWS = 64
-TIMED_REPEATS = 5
-TIMED_SECONDS = 0.05
-DIAGNOSED = 256  # noises for straightness
+MIN_ROWS = 6  # k-nearest-neighbour metrics (k = 5) need more rows than neighbours
+TIMED_ROWS = 64  # samples in a timed draw
+TIMED_REPEATS = 5  # timings of a row, of which the median counts
+TIMED_SECONDS = 0.02  # of repeated draws in one timing; chosen, not tuned
+DIAGNOSIS_SAMPLES = 256  # noises from which straightness is measured; chosen, not tuned
 
 Say = Callable[[str], None]
-Way = tuple[str | None, GridSpec | None]
+SolverAndGrid = tuple[str | None, GridSpec | None]
 
 
 def compare(
@@ -50,13 +50,13 @@ def compare(
     Args:
         models: generators of the data's shape; their names must differ.
         data: the reference: its training split, with the held-out split beside it.
-        steps: step counts for velocity models and maps of many; another map is sampled with its own. Explicit times
-            in ``grid`` fix them.
-        solver, grid: how velocity models are sampled, their own way when absent; with ``auto`` and ``fitted`` steps
-            are network evaluations.
+        steps: step counts of velocity models and of maps made for several; a map of one step count is sampled with
+            that one. Explicit times in ``grid`` fix the step count.
+        solver, grid: how velocity models are sampled, their own when absent; with ``auto`` and ``fitted`` steps are
+            network evaluations.
         samples: generated samples, at most the default ``min(4000, training rows)``.
         seed: of the samples; the same noise for every model and step count.
-        features: what the Fréchet distance looks at; the network's units when absent.
+        features: the features of the Fréchet distance; the samples in network units when absent.
         say: called with a line of progress.
 
     Returns:
@@ -64,29 +64,29 @@ def compare(
 
     Raises:
         UserError: no models, two of one name, another shape than the data's, too few samples or data rows, a model
-            whose loss looked through ``features``.
+            that was trained with ``features`` in its loss.
     """
     check_models(models, data)
     train, held_out = data.train_rows(), data.held_out_rows()
     check_reference(data)
     count = check_count(samples, len(train), say)
-    beside = held_out if len(held_out) >= LEAST_ROWS else None
-    score = scorer(models, train, beside, features)
+    beside = held_out if len(held_out) >= MIN_ROWS else None
+    reference = make_reference(models, train, beside, features)
     rows: list[dict[str, Any]] = []
     fixed = None if grid is None else explicit_times(grid)
     for model in models:
-        way = way_of(model, solver, grid)
+        chosen = solver_of(model, solver, grid)
         for number in steps_of(model, steps if fixed is None else (len(fixed) - 1,)):
-            draw = model.draw(count_for(model, count), steps=number, seed=seed, solver=way[0], grid=way[1])
-            scores = score(in_reference_units(draw.x, model, data)).as_dict()
-            rows.append(row(model, number, draw, scores, way))
+            draw = model.draw(count_for(model, count), steps=number, seed=seed, solver=chosen[0], grid=chosen[1])
+            scores = reference.score(in_reference_units(draw.x, model, data)).as_dict()
+            rows.append(row(model, number, draw, scores, chosen))
             say(f"  {model.name} at {number} step(s): energy {scores['energy']:.4f}")
     add_times(rows, models, seed, solver, grid)
     for name, x in (
         (GAUSSIAN, moment_matched_gaussian(train, count, seed)),
         (TRAINING, data_rows(train, count)),
     ):
-        rows.append({"model": name, "control": True, "scores": score(x).as_dict()})
+        rows.append({"model": name, "control": True, "scores": reference.score(x).as_dict()})
     return {
         "protocol": {
             "seed": seed,
@@ -106,15 +106,14 @@ def compare(
     }
 
 
-def scorer(
-    models: Sequence[Generator], train: Tensor, beside: Tensor | None, features: FeatureDistance | None
-) -> Callable[[Tensor], Scores]:
-    """What scores a set of samples, with the Fréchet distance on ``features``."""
+def make_reference(
+    models: Sequence[Generator], train: Tensor, held_out: Tensor | None, features: FeatureDistance | None
+) -> Reference:
+    """The data that every row is scored against, with the Fréchet distance on ``features``."""
     if features is None:
-        return lambda x: evaluate(x, train, beside)
+        return Reference(train, held_out)
     check_judge(models, features)
-    pooled, name = cached_features(features), features.name
-    return lambda x: evaluate(x, train, beside, pooled, features_name=name)
+    return Reference(train, held_out, features.pooled, features_name=features.name)
 
 
 def check_models(models: Sequence[Generator], data: DataSet) -> None:
@@ -134,14 +133,14 @@ def check_models(models: Sequence[Generator], data: DataSet) -> None:
 
 
 def check_reference(data: DataSet) -> None:
-    """Refuse data that no distance can be measured to."""
-    if len(data.train) < LEAST_ROWS:
+    """Refuse data with too few rows for the metrics, or whose rows are all equal."""
+    if len(data.train) < MIN_ROWS:
         raise UserError(
             f"the data {data.name!r} has {len(data.train)} training rows (a tenth is held out), and a comparison "
-            f"needs at least {LEAST_ROWS}: give more rows."
+            f"needs at least {MIN_ROWS}: give more rows."
         )
     first = data.rows[data.train[0]]
-    # rows are read piece by piece, and seldom more than one: large data stay on disk
+    # rows are read in pieces, and reading ends at the first row that differs: large data stay on disk
     pieces = (data.train[i : i + 1024] for i in range(0, len(data.train), 1024))
     if all(bool((data.rows[piece] == first).all()) for piece in pieces):
         raise UserError(
@@ -154,8 +153,8 @@ def check_count(samples: int | None, reference: int, say: Say) -> int:
     most = sample_count(reference)
     if samples is None:
         return most
-    if samples < LEAST_ROWS:
-        raise UserError(f"a comparison needs at least {LEAST_ROWS} samples, got {samples}: leave samples out.")
+    if samples < MIN_ROWS:
+        raise UserError(f"a comparison needs at least {MIN_ROWS} samples, got {samples}: leave samples out.")
     if samples > most:
         say(f"  samples: {most} of the {samples} asked for; the protocol takes min(4000, training rows)")
     return min(samples, most)
@@ -168,9 +167,9 @@ def count_for(model: Generator, count: int) -> int:
         UserError: fewer different starts than the nearest-neighbour scores need.
     """
     starts = model.distinct_starts
-    if starts is not None and starts < LEAST_ROWS:
+    if starts is not None and starts < MIN_ROWS:
         raise UserError(
-            f"{model.name!r} has {starts} different starts, and a comparison needs at least {LEAST_ROWS} samples: "
+            f"{model.name!r} has {starts} different starts, and a comparison needs at least {MIN_ROWS} samples: "
             "train it again with more held-out rows."
         )
     return count if starts is None else min(count, starts)
@@ -210,8 +209,8 @@ def name_apart(models: Sequence[Generator], folders: Sequence[Path]) -> None:
         models[k].name = "/".join(paths[k].parts[-depth:])
 
 
-def way_of(model: Generator, solver: str | None, grid: GridSpec | None) -> Way:
-    """How a model is sampled: as asked for, or a map by its own sampler."""
+def solver_of(model: Generator, solver: str | None, grid: GridSpec | None) -> SolverAndGrid:
+    """The solver and grid a model is sampled with: those asked for; none for a map, which has its own sampler."""
     return (solver, grid) if model.config.rule.kind == "velocity" else (None, None)
 
 
@@ -226,16 +225,16 @@ def steps_of(model: Generator, steps: Sequence[int]) -> list[int]:
     return wanted
 
 
-def row(model: Generator, steps: int, draw: Draw, scores: dict[str, Any], way: Way) -> dict[str, Any]:
+def row(model: Generator, steps: int, draw: Draw, scores: dict[str, Any], chosen: SolverAndGrid) -> dict[str, Any]:
     """One line of the table."""
-    velocity, grid = model.config.rule.kind == "velocity", way[1] or model.config.grid
+    velocity, grid = model.config.rule.kind == "velocity", chosen[1] or model.config.grid
     return {
         "model": model.name,
         "method": model.config.method,
         "steps": steps,
         "nfe": draw.nfe,
         "samples": len(draw.x),
-        "solver": way[0] or model.config.solver if velocity else "own",
+        "solver": chosen[0] or model.config.solver if velocity else "own",
         "grid": (grid if isinstance(grid, str) else list(grid)) if velocity else None,
         "parameters": parameter_count(model.module),
         "scores": scores,
@@ -247,21 +246,21 @@ def add_times(
 ) -> None:
     """Median wall time of a batch for every row, in shuffled order, as a ratio to the slowest row.
 
-    Absolute times on a shared machine mean little; ratios from one interleaved run do.
+    Absolute times on a shared machine vary with its load; ratios measured in turn vary much less.
     """
     by_name = {model.name: model for model in models}
     timed = min(count_for(model, TIMED_ROWS) for model in models)
 
-    def work(line: dict[str, Any]) -> Callable[[], object]:
+    def draw_of(line: dict[str, Any]) -> Callable[[], object]:
         model = by_name[line["model"]]
-        chosen, times = way_of(model, solver, grid)
+        chosen, times = solver_of(model, solver, grid)
         return lambda: model.draw(timed, steps=line["steps"], seed=seed, solver=chosen, grid=times)
 
-    works = [work(line) for line in rows]
+    works = [draw_of(line) for line in rows]
     repeats = [_draws_per_timing(draw) for draw in works]
     times: list[list[float]] = [[] for _ in rows]
     shuffled = random.Random(seed)
-    # full rounds, each in its own order: a busy spell falls on all rows alike
+    # every round times every row once, in an order of its own: load from other processes falls on all rows alike
     for k in [k for _ in range(TIMED_REPEATS) for k in shuffled.sample(range(len(rows)), len(rows))]:
         start = time.perf_counter()
         for _ in range(repeats[k]):
@@ -273,15 +272,15 @@ def add_times(
 
 
 def _draws_per_timing(draw: Callable[[], object]) -> int:
-    """How often a quick draw is repeated within one timing, so that the clock and other processes weigh little."""
+    """How often a draw is repeated within one timing, so that quick draws are timed over TIMED_SECONDS."""
     start = time.perf_counter()
     draw()
     return max(1, min(50, int(TIMED_SECONDS / (time.perf_counter() - start))))
 
 
 def diagnose_model(model: Generator, seed: int) -> Any:
-    """Straightness and its kin of a velocity model, on the seed's noises."""
-    draw = model.draw(count_for(model, DIAGNOSED), steps=1, seed=seed)
+    """Straightness, curvature and errors along t of a velocity model, from noises of this seed."""
+    draw = model.draw(count_for(model, DIAGNOSIS_SAMPLES), steps=1, seed=seed)
     cond = draw.conditions(model.device)
     return diagnose(model.module, draw.x0.to(model.device), cond=cond)
 
@@ -326,7 +325,10 @@ def table(result: dict[str, Any]) -> str:
         f"{result['protocol']['seed']}; data-data floor {first['energy_floor']:.4f}{beside}. Never read "
         "energy or sliced W2 without precision and recall. time: relative to the slowest row."
     )
-    return "\n".join([show(head), rule, *map(show, lines), "", " ".join([notes, *fewer_samples(result)])])
+    failed = [f"{failure['stage']}: {failure['reason']}" for failure in result.get("failures", [])]
+    if any(failure["compared"] for failure in result.get("failures", [])):
+        notes += " (best): a stage that collapsed, with the weights of its best check."
+    return "\n".join([show(head), rule, *map(show, lines), "", " ".join([notes, *fewer_samples(result)]), *failed])
 
 
 def fewer_samples(result: dict[str, Any]) -> list[str]:

@@ -1,33 +1,31 @@
-"""What a run would do: its stages, their network calls, and the minutes they take, from a few timed steps."""
+"""What a run would do: its stages, their network calls, and their minutes, estimated from a few timed batches."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+import json
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from fewstep.flow.field import calls_at
 from fewstep.methods.contract.options import Options
-from fewstep.methods.registry import find_method
 from fewstep.methods.training_pairs.generate import LADDER
 from fewstep.networks import parameter_count
-from fewstep.pipeline.opening import Run, network_of, open_run
+from fewstep.pipeline.checks import check_begun, check_run, slow_in_bf16, stage_done
+from fewstep.pipeline.opening import Run, open_run
+from fewstep.pipeline.precision import bf16_is_slow, bf16_note
 from fewstep.pipeline.recipe import Recipe
-from fewstep.pipeline.run import check_begun, check_models, check_networks, stage_done
-from fewstep.pipeline.stage_networks import build_network
+from fewstep.pipeline.timing import TimedNetwork, Timing, blank_network, time_networks
 from fewstep.training.world import LocalWorld
 
-TIMED_STEPS = 4
+TIMING_SECONDS = 2.5  # of timing in all; with loading the data, --dry is to answer within five
+OVERHEAD = 1.2  # a training step over its forward and backward: optimiser, average and batch; chosen, not tuned
 
 
 def show_plan(recipe: Recipe, out: Path) -> str:
-    """The plan in words. Nothing is written; every network is built once and timed for a few steps."""
+    """The plan as text. Nothing is written; networks are timed for :data:`TIMING_SECONDS` in all."""
     run = open_run(recipe, out, LocalWorld(quiet=True))
-    check_networks(run)
-    check_models(run)
+    check_run(run)
     check_begun(run)
     data = run.data
     kind = f"{data.classes} classes" if recipe.conditional else "unconditional"
@@ -38,25 +36,43 @@ def show_plan(recipe: Recipe, out: Path) -> str:
         "",
         f"{'stage':12} {'method':14} {'parameters':>11} {'samples':>10} {'teacher calls':>13} {'minutes':>8}",
     ]
-    total = 0.0
+    minutes = stage_minutes(run)
     for name, options in recipe.stages.items():
-        network = network_of(run, options)
-        module = build_network(network)
-        minutes = estimate(run, options, module, network.get("context", 0))
-        done = stage_done(out / name)
-        total += 0.0 if done else minutes
+        done = f"{minutes[name]:.1f}" if name in minutes else "done"
         lines.append(
-            f"{name:12} {options.method:14} {parameter_count(module):11,} {options.samples:10,} "
-            f"{teacher_calls(run, options):>13} {'done' if done else f'{minutes:.1f}':>8}"
+            f"{name:12} {options.method:14} {parameter_count(blank_network(run.network(name))):11,} "
+            f"{options.samples:10,} {teacher_calls(run, name, options):>13} {done:>8}"
         )
-    threads = torch.get_num_threads()
-    lines += ["", f"about {total:.1f} minutes on this machine with {threads} thread(s), then the comparison"]
+    device, threads = run.world.device, torch.get_num_threads()
+    where = f"with {threads} thread(s)" if device.type == "cpu" else f"on its {device.type} device"
+    total = sum(minutes.values())
+    lines += [
+        "",
+        f"about {total:.1f} minutes on this machine {where}, then the comparison (estimated from small batches)",
+    ]
+    if slow := slow_in_bf16(run):
+        lines += [bf16_note(device, slow), "      These stages' minutes are those of fp32."]
     return "\n".join(lines)
 
 
-def teacher_calls(run: Run, options: Options) -> str:
+def stage_minutes(run: Run) -> dict[str, float]:
+    """Minutes of every stage that is not finished; equal networks are timed once."""
+    left = {name: options for name, options in run.recipe.stages.items() if not stage_done(run.out / name)}
+    works: dict[str, TimedNetwork] = {}
+    keys: dict[str, str] = {}
+    for name, options in left.items():
+        bf16 = options.precision == "bf16" and not bf16_is_slow(run.world.device)
+        keys[name] = key = json.dumps([run.network(name), bf16], sort_keys=True)
+        batch = max(options.batch_size, works[key].batch if key in works else 1)
+        timed = run.method(name).makes != "features"
+        works[key] = TimedNetwork(run.network(name), run.data.shape, batch, timed, run.world.device, bf16)
+    timings = time_networks(works, TIMING_SECONDS)
+    return {name: estimate(run, name, options, timings[keys[name]]) for name, options in left.items()}
+
+
+def teacher_calls(run: Run, name: str, options: Options) -> str:
     """Network calls that the pairs, or training itself, cost; a range when the error gate of pairs chooses."""
-    needs = find_method(options.method).needs(options)
+    needs = run.method(name).needs(options)
     pairs = needs.pairs(len(run.data.train)) * calls_at(needs.guidance)
     if not pairs:
         return f"{options.samples * needs.teacher_calls:,}" if needs.teacher_calls else "–"
@@ -65,31 +81,10 @@ def teacher_calls(run: Run, options: Options) -> str:
     return f"{pairs * LADDER[0] / 1e6:.1f}–{pairs * LADDER[-1] / 1e6:.1f} M"
 
 
-def estimate(run: Run, options: Options, module: nn.Module, context: int) -> float:
+def estimate(run: Run, name: str, options: Options, timing: Timing) -> float:
     """Minutes of a stage: training steps and teacher calls, at the speed of a few timed ones."""
-    x = run.data.network_rows(run.data.train[: options.batch_size])
-    t = () if find_method(options.method).makes == "features" else (torch.linspace(0, 1, len(x)),)
-    cond = {"context": torch.zeros(len(x), context, *run.data.shape[1:])} if context else {}
-    bf16 = options.precision == "bf16"
-
-    def forward() -> torch.Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-            out: torch.Tensor = module(x, *t, **cond).square().mean()
-        return out
-
-    trained = _seconds(lambda: forward().backward()) / len(x)
-    with torch.no_grad():
-        called = _seconds(lambda: module(x, *t, **cond)) / len(x)
-    needs = find_method(options.method).needs(options)
+    needs = run.method(name).needs(options)
     pairs = needs.pairs(len(run.data.train)) * calls_at(needs.guidance)
     calls = options.samples * needs.teacher_calls + pairs * (needs.pair_calls or 2 * LADDER[0])
-    return (options.samples * trained * 1.2 + calls * called) / 60
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    times = []
-    for _ in range(TIMED_STEPS):
-        start = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - start)
-    return min(times)
+    trained = options.samples * timing.trained(options.batch_size)
+    return (trained * OVERHEAD + calls * timing.called) / 60

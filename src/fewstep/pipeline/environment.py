@@ -1,4 +1,4 @@
-"""What a run was made with."""
+"""The software, command and machine of a run, as ``run.json`` records them."""
 
 from __future__ import annotations
 

@@ -1,14 +1,11 @@
-"""Features in a run: what a feature stage's folder says, which words may name features, and who may judge whom."""
+"""Features in a run: a feature stage's ``config.json``, the words that may name features, and which may judge."""
 
 from __future__ import annotations
 
-import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from torch import Tensor
 
 from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError, suggestion, unknown
@@ -25,7 +22,7 @@ NO_VELOCITY = {
 
 
 def features_config(data: DataSet, name: str, options: Options, network: dict[str, Any]) -> Config:
-    """What ``config.json`` of a stage of features says."""
+    """The ``config.json`` of a stage that trains features."""
     return Config(
         shape=data.shape,
         rule=SampleRule(kind="features"),
@@ -38,15 +35,16 @@ def features_config(data: DataSet, name: str, options: Options, network: dict[st
 
 
 def named_features(options: Options) -> str | None:
-    """The features that a stage's loss looks through, in the recipe's word."""
+    """The features in a stage's loss, as the recipe names them; None without."""
     return find_method(options.method).needs(options).features
 
 
 def check_features(stages: Mapping[str, Options], judge: str | None) -> None:
-    """Check the words that name features, and that those of the comparison are in no stage's loss.
+    """Check the names of features, and that the comparison's features are in no stage's loss.
 
     Raises:
-        UserError: a stage that comes later or makes no features, a path that is not there, a judge that is used.
+        UserError: a stage that comes later or makes no features, a path that is not there, a comparison by features
+            that a loss uses.
     """
     earlier: dict[str, Options] = {}
     for name, options in stages.items():
@@ -57,9 +55,9 @@ def check_features(stages: Mapping[str, Options], judge: str | None) -> None:
             _check_word(where, word, earlier)
             if word == judge:
                 raise UserError(
-                    f"compare.features: {word!r} are in the loss of stage {name!r}, and would praise what learned to "
-                    "please them. Judge by other features, such as a second stage 'method: features' with another "
-                    "'learn', or leave compare.features out."
+                    f"compare.features: {word!r} are in the loss of stage {name!r}. The model was optimised against "
+                    "these features: the score would be biased. Judge by other features, such as a second stage "
+                    "'method: features' with another 'learn', or leave compare.features out."
                 )
         earlier[name] = options
     if judge is not None:
@@ -67,7 +65,7 @@ def check_features(stages: Mapping[str, Options], judge: str | None) -> None:
 
 
 def _check_word(where: str, word: str, stages: Mapping[str, Options]) -> None:
-    """A word for features: a stage that makes them, LPIPS, or something that is there."""
+    """Refuse a name of features that is no stage of features, no LPIPS network and no path."""
     if word in stages:
         if find_method(stages[word].method).makes != "features":
             raise UserError(
@@ -82,40 +80,19 @@ def _check_word(where: str, word: str, stages: Mapping[str, Options]) -> None:
         raise UserError(f"{where}: there are no features {word!r}: {suggestion(word, known)}Give {FEATURE_SOURCES}.")
 
 
-def find_outside(stages: Mapping[str, Options], judge: str | None, data: DataSet) -> None:
-    """Find every feature network from outside the recipe once, before the first stage trains."""
-    words = [*map(named_features, stages.values()), judge]
-    for word in dict.fromkeys(words):
-        if word is not None and word not in stages:
-            find_features(word, data.shape, scaling=data.scaling.as_dict())
-
-
 def find_judge(word: str | None, data: DataSet, device: str) -> FeatureDistance | None:
-    """The features of a comparison, None where the values themselves are looked at."""
+    """The features of a comparison's Fréchet distance; None for the samples themselves."""
     return None if word is None else find_features(word, data.shape, device, data.scaling.as_dict())
 
 
 def check_judge(models: Sequence[Generator], judge: FeatureDistance) -> None:
-    """Refuse to judge a model by the features its loss looked through."""
+    """Refuse to score a model by features that were in its loss."""
     for model in models:
         if model.config.features == judge.digest:
             raise UserError(
-                f"the features {judge.name} were in the loss of {model.name!r}, and would praise what learned to "
-                "please them. Judge by other features, or leave features out."
+                f"the features {judge.name} were in the loss of {model.name!r}. The model was optimised against these "
+                "features: the score would be biased. Judge by other features, or leave features out."
             )
-
-
-def cached_features(judge: FeatureDistance) -> Callable[[Tensor], Tensor]:
-    """The judge's pooled features; a batch that was seen before, as the reference is, is not computed again."""
-    seen: dict[bytes, Tensor] = {}
-
-    def features(x: Tensor) -> Tensor:
-        key = hashlib.sha256(x.cpu().contiguous().numpy().tobytes()).digest()
-        if key not in seen:
-            seen[key] = judge.pooled(x)
-        return seen[key]
-
-    return features
 
 
 def models_among(folders: Sequence[Path]) -> list[Path]:

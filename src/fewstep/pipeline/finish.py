@@ -8,40 +8,68 @@ from pathlib import Path
 from typing import Any
 
 from fewstep.data.dataset import DataSet
-from fewstep.data.load import load_data
-from fewstep.generator import Generator, load
+from fewstep.generator import Generator
+from fewstep.metrics.feature_distance import FeatureDistance
 from fewstep.pipeline.compare import compare, table
 from fewstep.pipeline.environment import environment
-from fewstep.pipeline.feature_checks import find_judge, models_among
+from fewstep.pipeline.opening import Run
 from fewstep.pipeline.recipe import Recipe
+from fewstep.pipeline.run import Outcome
 from fewstep.store.files import write_json, write_text
-from fewstep.training.world import default_device
+
+BEST = " (best)"  # marks the name of a collapsed stage's best model
 
 
-def finish_run(recipe: Recipe, out: Path, folders: Sequence[Path]) -> Path | None:
-    """Compare a run's stages and write ``compare.json``, ``compare.md`` and ``report.html``; None without a model."""
-    header = recipe.header
-    folders = models_among(folders)
-    if not folders:
+def finish_run(run: Run, outcome: Outcome) -> Path | None:
+    """Compare a run's models and write ``compare.json``, ``compare.md`` and ``report.html``; None without a model.
+
+    Of a stage that collapsed, the model at its best is compared, where there is one.
+    """
+    options = run.recipe.header.compare
+    models = models_of(run, outcome)
+    if not models:
         return None
-    data = load_data(header.data, seed=header.seed)
-    models = [load(folder, device=default_device()) for folder in folders]
-    judge = header.compare.features
-    judge = str(out / judge) if judge in recipe.stages else judge
     print("compare")
     result = compare(
         models,
-        data,
-        steps=header.compare.steps,
-        solver=header.compare.solver,
-        grid=header.compare.grid,
-        samples=header.compare.samples,
-        seed=header.compare.seed,
-        features=find_judge(judge, data, default_device()),
+        run.data,
+        steps=options.steps,
+        solver=options.solver,
+        grid=options.grid,
+        samples=options.samples,
+        seed=options.seed,
+        features=judge_of(run, outcome),
     )
+    result["failures"] = [
+        {"stage": failure.stage, "reason": failure.reason, "compared": failure.best is not None}
+        for failure in outcome.failures.values()
+    ]
     print("\n" + table(result))
-    pairs = {model.name: found for model, folder in zip(models, folders, strict=True) if (found := last_pairs(folder))}
-    return write_comparison(out, result, models, data, recipe, pairs)
+    folders = {model.name: model.folder for model in models if model.folder is not None}
+    pairs = {name: found for name, folder in folders.items() if (found := last_pairs(folder))}
+    return write_comparison(run.out, result, models, run.data, run.recipe, pairs)
+
+
+def models_of(run: Run, outcome: Outcome) -> list[Generator]:
+    """The models to compare, in the recipe's order; a collapsed stage's best model is named ``STAGE (best)``."""
+    models = []
+    for name in run.recipe.stages:
+        failure = outcome.failures.get(name)
+        if failure is None and run.method(name).makes != "features":
+            models.append(run.model(run.out / name))
+        elif failure is not None and failure.best is not None:
+            models.append(run.model(failure.best))
+            models[-1].name = name + BEST
+    return models
+
+
+def judge_of(run: Run, outcome: Outcome) -> FeatureDistance | None:
+    """The features of the comparison; none where the recipe names none, or where their stage has failed."""
+    word = run.recipe.header.compare.features
+    if word in outcome.failures:
+        print(f"  the features {word!r} have no finished network: the Fréchet distance is on the values themselves")
+        return None
+    return None if word is None else run.features(word)
 
 
 def last_pairs(folder: Path) -> Path | None:

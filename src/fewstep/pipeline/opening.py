@@ -1,9 +1,9 @@
-"""A run: what its stages share."""
+"""A run: what its stages share. Data, models and features are opened once and kept for the run's life."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
@@ -13,19 +13,31 @@ from fewstep.data.dataset import DataSet
 from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
-from fewstep.methods.contract.options import Options
+from fewstep.generator import Generator, load
+from fewstep.methods.contract.stage import Spec
+from fewstep.methods.registry import find_method
+from fewstep.metrics.feature_distance import FeatureDistance, find_features
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.stage_networks import stage_network
 from fewstep.training.world import LocalWorld
 
-DEQUANTISE = 0.025  # default noise on discrete data, network units
+DEQUANTISE = 0.025  # default noise on discrete data, network units; chosen, not tuned
 
 
 @final
 @dataclass(frozen=True)
 class Run:
-    """What the stages of one run share."""
+    """What the stages of one run share.
+
+    Attributes:
+        recipe: the checked recipe.
+        out: the run folder.
+        data: the training data.
+        source: the base distribution.
+        base_rows: the rows of a base that is another data set; None for N(0, I).
+        world: the processes at work.
+    """
 
     recipe: Recipe
     out: Path
@@ -33,20 +45,52 @@ class Run:
     source: Source
     base_rows: Tensor | None
     world: LocalWorld
+    _methods: dict[str, Spec] = field(default_factory=dict)
+    _networks: dict[str, dict[str, Any]] = field(default_factory=dict)
+    _models: dict[Path, Generator] = field(default_factory=dict)
+    _features: dict[str, FeatureDistance] = field(default_factory=dict)
 
     @property
     def dequantise(self) -> float:
-        """Noise added to discrete data so that its law has a density, and inverted data the base's law."""
+        """Standard deviation of the noise added to discrete data, so that they have a density."""
         if self.recipe.header.dequantise is not None:
             return self.recipe.header.dequantise
         return 0.0 if self.data.quantum is None else DEQUANTISE
 
+    def method(self, name: str) -> Spec:
+        """The method of a stage."""
+        if name not in self._methods:
+            self._methods[name] = find_method(self.recipe.stages[name].method)
+        return self._methods[name]
+
+    def network(self, name: str) -> dict[str, Any]:
+        """The resolved network configuration of a stage."""
+        if name not in self._networks:
+            options = self.recipe.stages[name]
+            self._networks[name] = stage_network(self.recipe, self.data, options, self.method(name), self.network)
+        return self._networks[name]
+
+    def model(self, folder: Path) -> Generator:
+        """The model in a folder, on this run's device."""
+        key = folder.resolve()
+        if key not in self._models:
+            self._models[key] = load(folder, device=self.world.device)
+        return self._models[key]
+
+    def features(self, word: str) -> FeatureDistance:
+        """The features that a word of the recipe stands for: a stage, a path, or LPIPS."""
+        if word not in self._features:
+            place = str(self.out / word) if word in self.recipe.stages else word
+            scaling = self.data.scaling.as_dict()
+            self._features[word] = find_features(place, self.data.shape, self.world.device, scaling)
+        return self._features[word]
+
 
 def open_run(recipe: Recipe, out: Path, world: LocalWorld) -> Run:
-    """Load the data and prepare the run folder.
+    """Load the data and the base of a run; nothing is written.
 
     Raises:
-        UserError: unreadable data, an output path that cannot be written, labels asked for that are not there.
+        UserError: unreadable data, labels asked for that are not there, a base of another shape.
     """
     header = recipe.header
     data = load_data(header.data, seed=header.seed)
@@ -68,8 +112,3 @@ def make_source(base: str | Mapping[str, Any], data: DataSet) -> tuple[Source, T
         raise UserError(f"base {other.name!r} has rows of shape {other.shape}, the data {data.shape}: they must agree.")
     rows = other.train_rows()
     return EmpiricalSource(rows), rows
-
-
-def network_of(run: Run, options: Options) -> dict[str, Any]:
-    """The resolved network configuration of a stage."""
-    return stage_network(run.recipe, run.data, options)

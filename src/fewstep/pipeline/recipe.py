@@ -42,7 +42,7 @@ class CompareOptions(BaseModel):
     samples: int | None = Field(default=None, gt=5, description="generated samples; default min(4000, reference)")
     seed: int = Field(default=0, ge=0, lt=2**63)
     features: str | None = Field(
-        default=None, description="what the Fréchet distance looks at: a stage, a path, lpips:vgg"
+        default=None, description="features of the Fréchet distance: a stage, a path, lpips:vgg"
     )
 
     @field_validator("steps", mode="before")

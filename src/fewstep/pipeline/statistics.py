@@ -6,12 +6,18 @@ import json
 from pathlib import Path
 from typing import Any, final
 
-from fewstep.store.files import write_text
+from fewstep.store.files import json_line, write_text
 
 
 @final
 class Statistics:
-    """``stats.jsonl``: one line per log point and stage, never the same step twice."""
+    """``stats.jsonl``: one line per log point and stage, never the same step twice; NaN and infinity are ``null``.
+
+    Args:
+        path: the file.
+        stage: whose lines these are.
+        writes: whether this process writes; the first one does.
+    """
 
     def __init__(self, path: Path, stage: str, writes: bool) -> None:
         self.path, self.stage, self.writes = path, stage, writes
@@ -36,4 +42,4 @@ class Statistics:
         """Append one line."""
         if self.writes:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": self.stage, **fields}, sort_keys=True) + "\n")
+                file.write(json_line({"stage": self.stage, **fields}) + "\n")

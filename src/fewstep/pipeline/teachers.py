@@ -1,15 +1,13 @@
-"""Finished models as frozen teachers, and as what a student starts from."""
+"""Finished models as frozen teachers and as initialisations."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from fewstep.errors import UserError
-from fewstep.generator import Config, Generator, load, weights_digest
-from fewstep.methods.contract.options import Options
+from fewstep.generator import Config, Generator, weights_digest
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.methods.registry import find_method
-from fewstep.pipeline.opening import Run, network_of
+from fewstep.pipeline.opening import Run
 from fewstep.pipeline.stage_networks import same_weights
 from fewstep.store.files import json_round_trip
 
@@ -27,7 +25,7 @@ def frozen(generator: Generator, name: str) -> Teacher:
 
 
 def as_teacher(generator: Generator, name: str) -> Teacher:
-    """A generator's network, frozen: what an earlier phase of the stage left, whatever it is sampled by."""
+    """A generator's network, frozen, whether it is a velocity or a map: the student of an earlier phase, or an init."""
     state, coupling = generator.module.state_dict(), generator.config.coupling
     return Teacher(
         velocity=generator.module,
@@ -42,25 +40,28 @@ def as_teacher(generator: Generator, name: str) -> Teacher:
     )
 
 
-def load_initial(run: Run, chosen: str, options: Options) -> Teacher:
-    """What the student starts from: a teacher, or a one-step map where the method's students are called as those.
+def load_initial(run: Run, name: str, chosen: str) -> Teacher:
+    """What the student of stage ``name`` starts from: a teacher, or a one-step map where its method takes one.
 
     Raises:
         UserError: as :func:`load_teacher`; a map of another network, or of more steps than one.
     """
-    if not find_method(options.method).starts_from_maps:
+    if not run.method(name).starts_from_maps:
         return load_teacher(run, chosen)
     generator = load_model(run, chosen)
     if generator.config.rule.kind == "velocity":
         return frozen(generator, chosen)
-    network, made_for = network_of(run, options), generator.config.rule.steps
+    network, made_for = run.network(name), generator.config.rule.steps
     if not same_weights(generator.config.network or {}, network):
         raise UserError(
             f"the init {chosen!r} is a map of another network ({generator.config.network}) than the student's "
             f"({network}): give the stage that 'network', or start from another model."
         )
     if made_for and 1 not in made_for:
-        raise UserError(f"the init {chosen!r} is made for {made_for} steps, and a start must know how to take one.")
+        raise UserError(
+            f"the init {chosen!r} is made for {made_for} steps, and init must be a one-step map: name a model that "
+            "samples in one step, or a velocity."
+        )
     return as_teacher(generator, chosen)
 
 
@@ -72,7 +73,7 @@ def load_teacher(run: Run, chosen: str) -> Teacher:
 def load_model(run: Run, chosen: str) -> Generator:
     """A stage of this run, or a model's folder, which fits the data."""
     folder = run.out / chosen if chosen in run.recipe.stages else Path(chosen)
-    generator = load(folder, device=run.world.device)
+    generator = run.model(folder)
     if generator.config.shape != run.data.shape:
         raise UserError(
             f"the model {folder} has samples of shape {generator.config.shape}, and the data {run.data.shape}."
@@ -87,7 +88,7 @@ def check_foreign(run: Run, folder: Path, config: Config) -> None:
     if config.scaling is not None and config.scaling != json_round_trip(run.data.scaling.as_dict()):
         raise UserError(
             f"the model {folder} was trained on data scaled otherwise than {run.data.name!r} is here: use the same "
-            "data with the same 'scale', so that both speak of the same units."
+            "data with the same 'scale', so that both are in the same units."
         )
     classes = run.data.classes if run.recipe.conditional else 0
     if len(config.class_weights) != classes and (classes or not config.class_weights):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -280,24 +279,27 @@ def loss_curves(path: Path, colours: Mapping[str, str]) -> Picture | None:
 def _loss_panel(ax: Any, name: str, lines: Sequence[Mapping[str, Any]], colour: str) -> None:
     """Draw the logged loss of a stage, its running median, and the limits of its rounds."""
     x = np.array([line["samples"] for line in lines]) / 1000
-    y = np.array([line["terms"]["loss"] for line in lines], dtype=float)
+    y = np.array([line["terms"]["loss"] for line in lines], dtype=float)  # null, which stands for NaN, becomes NaN
+    y[~np.isfinite(y)] = np.nan
     middle = smoothed(y)
     ax.plot(x, y, color=colour, linewidth=0.9, alpha=0.35)
     ax.plot(x, middle, color=colour, linewidth=1.7)
     for k in np.flatnonzero(np.diff([line.get("phase", 0) for line in lines])):
         ax.axvline((x[k] + x[k + 1]) / 2, color=DATA, linewidth=0.9, linestyle=(0, (3, 3)))
-    if math.isfinite(y.sum()) and y.min() > 0 and middle.max() > 5 * middle.min():
-        log_height(ax, float(y.min()), float(y.max()))
+    known, trend = y[np.isfinite(y)], middle[np.isfinite(middle)]
+    if known.size and known.min() > 0 and trend.max() > 5 * trend.min():
+        log_height(ax, float(known.min()), float(known.max()))
     tidy(ax, title=name, x="thousand samples seen", y="loss")
     ax.title.set_color(colour)
     ax.set_title(escape_formulas(name), fontsize=9.5, color=colour or INK, loc="left")
 
 
 def smoothed(values: np.ndarray, share: float = 0.06) -> np.ndarray:
-    """Running median over a share of the points.
+    """Running median over a share of the points; what is not finite is left out.
 
     >>> smoothed(np.array([1.0, 9.0, 2.0, 3.0]), share=0.5)
     array([5. , 2. , 3. , 2.5])
     """
     half = max(1, int(share * len(values) / 2))
-    return np.array([np.median(values[max(0, k - half) : k + half + 1]) for k in range(len(values))])
+    windows = [values[max(0, k - half) : k + half + 1] for k in range(len(values))]
+    return np.array([np.median(w[np.isfinite(w)]) if np.isfinite(w).any() else np.nan for w in windows])

@@ -20,7 +20,7 @@ from fewstep.report.drawing import model_colours
 from fewstep.report.html_tables import comparison, facts, straightness, timing
 from fewstep.report.samples import samples
 from fewstep.report.trajectories import open_pairs, trajectories
-from fewstep.report.words import headline, model_rows, number, warnings
+from fewstep.report.words import failures, headline, model_rows, number, warnings
 from fewstep.store.files import write_text
 
 METRIC_CITATIONS = ("szekely2013energy", "bonneel2015sliced", "heusel2017gans", "kynkaanniemi2019improved",
@@ -108,9 +108,11 @@ def content(
     names = list(dict.fromkeys(row["model"] for row in model_rows(result)))
     models = {name: models[name] for name in names}
     colours = model_colours(names)
+    stage_colours = {model.config.stage or name: colours[name] for name, model in models.items()}
     heads, lines = comparison(result)
     keys = citation_keys(models)
     return {
+        "failures": failures(result),
         "headline": headline(result),
         "warnings": warnings(result),
         "heads": heads,
@@ -125,7 +127,7 @@ def content(
         "error_profiles": error_curves(result, colours),
         "straightness_rows": straightness(result),
         "timing": timing(result),
-        "losses": loss_curves(stats, colours) if stats is not None and stats.exists() else None,
+        "losses": loss_curves(stats, stage_colours) if stats is not None and stats.exists() else None,
         "models": [describe(model, result) for model in models.values()],
         "pairs": [row for name, folder in pairs.items() for row in describe_pairs(name, folder)],
         "data": describe_data(data),

@@ -154,6 +154,13 @@ def warnings(result: Mapping[str, Any]) -> list[Markup]:
     return [*(warning for warning in found if warning is not None), *_lost(rows), *_not_straighter(result)]
 
 
+def failures(result: Mapping[str, Any]) -> list[Markup]:
+    """The stages of the run that collapsed or were left out, and why."""
+    from markupsafe import Markup
+
+    return [Markup("<b>{stage}</b>: {reason}").format(**failure) for failure in result.get("failures") or ()]
+
+
 def _gaussian(result: Mapping[str, Any], rows: Sequence[Row]) -> Markup | None:
     """The Gaussian control has an energy near that of the best model."""
     from markupsafe import Markup

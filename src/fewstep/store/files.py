@@ -30,6 +30,7 @@ from fewstep.errors import UserError
 __all__ = [
     "atomic_file",
     "clean_temporaries",
+    "json_line",
     "make_folder",
     "read_json",
     "write_array",
@@ -183,6 +184,11 @@ def write_json(path: str | os.PathLike[str], obj: Any) -> None:
     """
     text = json.dumps(_json_value(obj), indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
     write_text(path, text + "\n")
+
+
+def json_line(obj: Any) -> str:
+    """``obj`` as JSON on one line, without a line end; keys are sorted, NaN and infinity become ``null``."""
+    return json.dumps(_json_value(obj), sort_keys=True, allow_nan=False)
 
 
 def write_array(path: str | os.PathLike[str], array: ArrayLike) -> None:

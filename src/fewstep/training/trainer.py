@@ -152,7 +152,9 @@ class Trainer:
             return
         for role, module in self._modules.items():
             if not all(bool(torch.isfinite(p).all()) for p in module.parameters()):
-                raise self._diverged(role, "its weights are not finite")
+                failure = self._diverged(role, "its weights are not finite")
+                # the other processes do not know it: this one must end the run, and not begin the next stage
+                raise failure if self.world.size == 1 else UserError(str(failure))
         tensors = {f"ema.{name}": value for name, value in self.ema.state.items()}
         for role, module in self._modules.items():
             tensors |= {f"{role}.{name}": value for name, value in module.state_dict().items()}
