@@ -622,8 +622,8 @@ def test_ctrl_c_ends_with_130_and_the_same_command_continues(here: Path) -> None
     arguments = ("run", "r.yaml", "--out", "out", "--set", "stages.onestep.samples=500_000")
     process = command(*arguments)
     assert process.stdout is not None
-    # the line is printed when the stage begins; iteration ends early only if the process does
-    assert any(line.startswith("onestep: distill") for line in process.stdout), process.communicate()
+    # the line is printed when the pairs are written, before training; iteration ends early only if the process does
+    assert any(line.startswith("  onestep: generated pairs") for line in process.stdout), process.communicate()
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130, error
