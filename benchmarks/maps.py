@@ -128,6 +128,7 @@ def models() -> dict[str, Model]:
         "dmd, two calls": Model({"method": "dmd", "steps": 2}, (1, 2)),
         "meanflow, from data": Model({"method": "meanflow"}, from_data=True),
         "lagrangian, from data": Model({"method": "lagrangian"}, from_data=True),
+        "imm, from data": Model({"method": "imm"}, from_data=True),
         "shortcut, from data": Model({"method": "shortcut"}, from_data=True),
         "meanflow, alpha": Model({"method": "meanflow", "target": "alpha"}),
         "meanflow, improved, from data": Model({"method": "meanflow", "target": "improved"}, from_data=True),
