@@ -167,7 +167,5 @@ def test_what_it_cannot_do_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="it learns from data: leave 'teacher' out"):
         make_recipe({"data": "moons", "stages": stages}, "x")
     recipe = make_recipe({"data": "moons", "stages": {"map": {"method": "imm", "batch_size": 100}}}, "x")
-    with pytest.raises(
-        UserError, match="batch_size 100 does not divide into groups of 32 rows: make it a"
-    ):
+    with pytest.raises(UserError, match="batch_size 100 does not divide into groups of 32 rows: make it a"):
         run_recipe(recipe, tmp_path, LocalWorld(quiet=True))

@@ -273,7 +273,9 @@ def test_a_rival_keeps_a_weak_student_off_the_empty_space_between_modes() -> Non
         run = start(student, batch_size=256, lr=2e-3, ema=0.99)
         run.trainer.train(0, 256 * 600, objective(student), pairs, "regression")
         learning = {role: Learning(1e-3, (0.5, 0.99)) for role in ("student", "discriminator")}
-        game = objective(student, adversary(share=1.0, gamma=0.02, ramp=100, learning=learning) if rival else None)
+        game = objective(
+            student, adversary(share=1.0, gamma=0.02, ramp=1 / 6, steps=600.0, learning=learning) if rival else None
+        )
         game.learning = learning
         run.trainer.train(1, 256 * 600, game, pairs, "adversarial")
         student.load_state_dict(run.trainer.ema.state)
