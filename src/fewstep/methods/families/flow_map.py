@@ -1,7 +1,7 @@
 r"""The flow-map family: regress the average velocity ``u(x, t, r) = (X(x, t, r) - x) / (r - t)`` of a two-time network.
 
-Each of three equations, together with ``u(x, t, t) = v``, has the flow map X as its only solution (t = 0 is noise, t <=
-r):
+Each of three equations, together with ``u(x, t, t) = v``, has the flow map X as its only solution. Here ``t <= r``, and
+t = 0 is noise.
 
     derivative    (r - t) u = int_t^r v(x_s, s) ds, differentiated in t along the flow:  u = v + (r - t) du/dt,
                   du/dt = ∂_t u + (∂_x u) v                          (arXiv:2505.13447, eq. 6, there in time 1 - t)
