@@ -80,10 +80,10 @@ def task(options: FeaturesOptions, data: DataSet) -> str:
     return options.learn or ("noise" if data.labels is None else "labels")
 
 
-def wanted(x: Tensor) -> Tensor:
+def denoising_target(x: Tensor) -> Tensor:
     """The denoiser's target (B, D) for clean samples (B, ...); images are averaged down to at most 16 pixels a side.
 
-    >>> wanted(torch.ones(2, 1, 32, 32)).shape
+    >>> denoising_target(torch.ones(2, 1, 32, 32)).shape
     torch.Size([2, 256])
     """
     if is_image(x.shape[1:]):
@@ -98,7 +98,7 @@ def network(options: FeaturesOptions, data: DataSet, config: Mapping[str, Any], 
     """
     outputs = data.classes
     if task(options, data) == "noise":
-        outputs = wanted(torch.zeros(1, *data.shape)).shape[1]
+        outputs = denoising_target(torch.zeros(1, *data.shape)).shape[1]
     return resolve_features(options.network or {}, data.shape, outputs)
 
 
@@ -169,7 +169,7 @@ class Classification(Objective):
 
 @final
 class Denoising(Objective):
-    """The loss ``|h(noisy x) - x|^2 / D`` with the targets x of :func:`wanted`.
+    """The loss ``|h(noisy x) - x|^2 / D`` with the targets x of :func:`denoising_target`.
 
     Args:
         student: h, from samples (B, ...) to (B, D).
@@ -182,11 +182,11 @@ class Denoising(Objective):
 
     def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         clean, noisy = self.blur(batch.x1, draws)
-        return {"loss": (nets["student"](noisy) - wanted(clean)).square().mean()}
+        return {"loss": (nets["student"](noisy) - denoising_target(clean)).square().mean()}
 
 
 @final
-class Alone(Coupling):
+class DataAlone(Coupling):
     """The coupling of a stage that uses data rows alone: x0 is a copy of x1 and is not used."""
 
     @property
@@ -208,10 +208,10 @@ def plan(options: FeaturesOptions, stage: Stage) -> Plan:
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         objective = (Classification if learns == "labels" else Denoising)(student, blur)
-        return objective, DataBatches(data, Alone(), learns == "labels", stage.dequantise, (stage.seed, stage.name))
+        return objective, DataBatches(data, DataAlone(), learns == "labels", stage.dequantise, (stage.seed, stage.name))
 
     rule = SampleRule(kind="features")
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, Alone().facts)
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, DataAlone().facts)
 
 
 @torch.no_grad()

@@ -30,11 +30,12 @@ with the target c. Then ``E[w (s - c)]`` is not zero even for the exact s, and s
 Measured on a skewed mixture in one dimension: ``|E w (s - c)| / E |w (s - c)|`` = .42, and W1 of the generator .28.
 PRIOR_VALUES further values, each equal to its expectation for Gaussian data, reduce the ratio to .06.
 
-Law of t: the amplitude a of a direction of the data (its standard deviation) is learned at times where the noise is
-about as large, near ``t = 1/(1 + a)``. The mean brightness of an image has a large amplitude. It can be read off x_t at
-all but the first times, and there u* and s agree about x_t whatever the brightness, so their difference does not
-correct it. With uniform times on Fashion-MNIST the images' mean was off by .03, at an energy distance of .15; a law
-with more early times gave .03. ``exponential:2.5`` puts a quarter of the rows below t = .1.
+Law of t: the law of a feature of size a (its standard deviation over the data) is learned at times where the noise is
+about as large, near ``t = 1/(1 + a)``. An example is the mean brightness of an image, whose a is large. At later times
+x_t shows the brightness in spite of the noise. Both u* and s keep it, so ``u* - s`` does not depend on how often a
+brightness occurs among the generator's samples. Only at the first times does it. With uniform times on Fashion-MNIST
+the images' mean was off by .03, at an energy distance of .15; a law with more early times gave .03.
+``exponential:2.5`` puts a quarter of the rows below t = .1.
 
 With ``steps: k`` the generator is ``f(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, …, and it is sampled with
 fresh noise between its calls. In training, the state of a call is computed by the generator's earlier calls

@@ -74,7 +74,7 @@ def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
     world = stage.world
     store = PairStore(stage.folder / "pairs" / request.tag / request.direction, maker.description(), request.rows)
     if world.rank == 0:
-        store.open(maker.settle)
+        store.open(maker.choose_steps)
     world.barrier()
     if store.complete:
         return store
@@ -95,7 +95,7 @@ def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
 
 @final
 class _Maker:
-    """Computes rows of a store and checks them."""
+    """Computes the rows of a store, and checks a finished store."""
 
     def __init__(self, stage: Stage, request: PairRequest) -> None:
         self.stage, self.request = stage, request
@@ -108,7 +108,7 @@ class _Maker:
         self.steps = 0
 
     def description(self) -> dict[str, Any]:
-        """What is asked for; kept in the manifest, and a store that holds something else is refused."""
+        """The request as it is stored in the manifest; a store with another request is refused."""
         options = self.request.options
         accuracy = {"tolerance": options.tolerance} if options.nfe is None else {"nfe": options.nfe}
         return {
@@ -128,13 +128,13 @@ class _Maker:
             "range": "network units",
         }
 
-    def settle(self) -> dict[str, Any]:
-        """The solver steps of a new store."""
+    def choose_steps(self) -> dict[str, Any]:
+        """The solver steps and network calls per pair of a new store."""
         steps = self._choose_steps()
         return {"steps": steps, "nfe": steps * self.stages}
 
-    def starts(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The known end of rows ``start … start + count`` and their conditions."""
+    def known_ends(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The known end of rows ``start … start + count``, (count, ...), and their conditions."""
         if self.request.direction == "generated":
             x = base_rows(self.stage, count, seed=self.seed, start=start)
             rows = integer_rows(count, len(self.train), seed=self.seed, start=start, draw=1)
@@ -145,8 +145,8 @@ class _Maker:
                 x = x + self.stage.dequantise * noise_rows(count, x.shape[1:], seed=self.seed, start=start)
         return x, {} if self.labels is None else {"label": self.labels[rows]}
 
-    def carry(self, x: Tensor, cond: Mapping[str, Tensor], steps: int) -> Tensor:
-        """Solve from the known end to the other one."""
+    def solve_rows(self, x: Tensor, cond: Mapping[str, Tensor], steps: int) -> Tensor:
+        """Solve the flow from the known end x (B, ...) to the other end, on the CPU."""
         run = solve if self.request.direction == "generated" else invert
         device = self.stage.world.device
         cond = {name: value.to(device) for name, value in cond.items()}
@@ -161,8 +161,8 @@ class _Maker:
         parts: list[Columns] = []
         for first in range(start, start + count, BLOCK):
             size = min(BLOCK, start + count - first)
-            x, cond = self.starts(first, size)
-            y = self.carry(x, cond, self.steps)
+            x, cond = self.known_ends(first, size)
+            y = self.solve_rows(x, cond, self.steps)
             if not torch.isfinite(y).all():
                 raise UserError(
                     f"stage {self.stage.name!r}: the flow of {self.request.teacher.name!r} ends in NaN or "
@@ -179,10 +179,10 @@ class _Maker:
         if options.nfe is not None:
             assert options.nfe % self.stages == 0, "the options were checked when the recipe was read"
             return options.nfe // self.stages
-        x, cond = self.starts(0, min(PILOT, self.request.rows))
-        coarse = self.carry(x, cond, LADDER[0] // self.stages)
+        x, cond = self.known_ends(0, min(PILOT, self.request.rows))
+        coarse = self.solve_rows(x, cond, LADDER[0] // self.stages)
         for nfe in LADDER:
-            fine = self.carry(x, cond, 2 * nfe // self.stages)
+            fine = self.solve_rows(x, cond, 2 * nfe // self.stages)
             if relative_error(coarse, fine) <= options.tolerance:
                 return nfe // self.stages
             coarse = fine
@@ -196,7 +196,7 @@ class _Maker:
         cond = {"label": rows["label"]} if "label" in rows else {}
         known, found = ("x0", "x1") if self.request.direction == "generated" else ("x1", "x0")
         self._check_origin(store, rows[known], rows[found], cond)
-        error = relative_error(rows[found], self.carry(rows[known], cond, 2 * self.steps))
+        error = relative_error(rows[found], self.solve_rows(rows[known], cond, 2 * self.steps))
         checks: dict[str, Any] = {"relative_error": error}
         self._check_error(error)
         if self.request.direction == "inverted" and isinstance(self.stage.source, GaussianSource):
@@ -207,9 +207,9 @@ class _Maker:
 
     def _check_origin(self, store: PairStore, known: Tensor, found: Tensor, cond: Mapping[str, Tensor]) -> None:
         """Refuse pairs that differ from the teacher's solution with the manifest's solver and steps."""
-        if relative_error(self.carry(known, cond, self.steps), found) <= MAX_RESOLVE_ERROR:
+        if relative_error(self.solve_rows(known, cond, self.steps), found) <= MAX_RESOLVE_ERROR:
             return
-        swapped = relative_error(self.carry(found, cond, self.steps), known) <= MAX_RESOLVE_ERROR
+        swapped = relative_error(self.solve_rows(found, cond, self.steps), known) <= MAX_RESOLVE_ERROR
         what = "have x0 and x1 swapped" if swapped else "are not what the teacher makes of their starting points"
         raise UserError(
             f"the pairs in {store.folder} {what}: delete that folder, and the same command makes them again."
