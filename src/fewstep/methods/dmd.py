@@ -4,11 +4,12 @@ The gradient of the reverse Kullback-Leibler divergence between the noised laws,
 
     dKL/dx1 = alpha (score_generator - score_teacher)(x_t).
 
-The scores are computed from the velocities s and u*. ``weight: kl`` uses this gradient. The default uses ``(f_S - f_T)
-/ mean |x1 - f_T|`` instead, with the data predictions f_T of the teacher and f_S of the online model. The networks are
-not differentiated, so a step takes less time than one of flow generator matching, and errors of the online model are
-not amplified by a derivative. Therefore the online model's learning rate is twice that of the family, and its weights
-are averaged. The reverse divergence is mode-seeking: a missing mode adds less to it than samples outside of the data.
+The scores are computed from the velocities s and u*. ``weight: kl`` uses this gradient. The default uses
+``(f_S - f_T) / mean |x1 - f_T|`` instead, with the data predictions f_T of the teacher and f_S of the online model. The
+networks are not differentiated, so a step takes less time than one of flow generator matching, and errors of the online
+model are not amplified by a derivative. Therefore the online model's learning rate is twice that of the family, and its
+weights are averaged. The reverse divergence is mode-seeking: a missing mode adds less to it than samples outside of the
+data.
 """
 
 from __future__ import annotations

@@ -6,9 +6,9 @@ arXiv:2505.18825).
 
 The derivative is in r alone; no derivative in x is needed. The gradient passes through it. With a teacher, v is the
 teacher's velocity. Without one, v is ``u(., r, r)``, computed with an average of the student's weights; with the
-present weights, training on digits diverged. A share ``diagonal`` of the rows has r = t. There ``∂_r X = u(x_t, t,
-t)``, and without a teacher the target is the velocity of the data pair, ``d/dt x_t``: so ``u(., r, r)`` is learned from
-the data. With a teacher these rows regress ``v(x_t, t)``, because X = x_t there.
+present weights, training on digits diverged. A share ``diagonal`` of the rows has r = t. There
+``∂_r X = u(x_t, t, t)``, and without a teacher the target is the velocity of the data pair, ``d/dt x_t``: so
+``u(., r, r)`` is learned from the data. With a teacher these rows regress ``v(x_t, t)``, because X = x_t there.
 """
 
 from __future__ import annotations

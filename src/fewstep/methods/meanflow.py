@@ -9,8 +9,8 @@ Other targets y for r > t:
 
 - ``improved`` (arXiv:2512.02012): the tangent is the network's ``u(x_t, t, t)``, which has less variance than a pair's
   velocity. With a teacher v has no such variance.
-- ``alpha`` (arXiv:2510.20771), without a derivative: the first part of the step, a share a of it, is along v, ``q = t +
-  a (r - t)``,
+- ``alpha`` (arXiv:2510.20771), without a derivative: the first part of the step, a share a of it, is along v. With
+  ``q = t + a (r - t)``,
 
       y = a v + (1 - a) u(x_t + (q - t) v, q, r),      weight 1 / a.
 
@@ -90,7 +90,9 @@ class MeanflowOptions(PairOfTimesOptions):
     guides_itself: ClassVar[bool] = True
 
     target: Target = Field("derivative", description="target for r > t: derivative, improved, alpha or split")
-    p: float = Field(0.0, ge=0, le=1, description="power of the weight (|e|^2 + c)^-p of each row; 0: no weight")
+    p: float = Field(
+        0.0, ge=0, le=1, description="power of the weight (|e|^2 + c)^-p of each row; 0: none; .5: as pseudo-Huber"
+    )
     c: float = Field(1e-3, gt=0, description="added to the squared error in that weight")
     own: float = Field(0.5, ge=0, lt=1, description="guidance without a teacher: share k of the network's own velocity")
     label_dropout: float = Field(0.1, gt=0, lt=1, description="guidance without a teacher: share of null labels")

@@ -4,11 +4,12 @@ With the data predictions ``f_T`` of the teacher and ``f_S`` of the online model
 
     L = w (f_T - f_S)((f_T - x1) - alpha (f_T - f_S)),      w = 1 / mean |x1 - f_T| without gradient,
 
-where the gradient passes through x_t into both networks. In velocities, ``f_T - f_S = kappa (u* - s)`` and ``f_T - x1 =
-kappa (u* - c)``. So ``L = kappa^2 w ((1 - alpha) L1 + L2 / 2)`` with the two terms of flow generator matching
-(:mod:`fewstep.methods.fgm`). For alpha = 1/2 it is half of that method's loss, for alpha = 1 half of its second term
-alone, and for larger alpha the first term is subtracted. The default is alpha = 1, with more early times than in the
-other methods: on digits its recall was the highest of the family (.96; ``benchmarks/2026-11-30-few-step.md``).
+where the gradient passes through x_t into both networks. In velocities, ``f_T - f_S = kappa (u* - s)`` and
+``f_T - x1 = kappa (u* - c)``. So ``L = kappa^2 w ((1 - alpha) L1 + L2 / 2)`` with the two terms of flow generator
+matching (:mod:`fewstep.methods.fgm`). For alpha = 1/2 it is half of that method's loss, for alpha = 1 half of its
+second term alone, and for larger alpha the first term is subtracted. The default is alpha = 1, with more early times
+than in the other methods: on digits its recall was the highest of the family (.96;
+``benchmarks/2026-11-30-few-step.md``).
 """
 
 from __future__ import annotations

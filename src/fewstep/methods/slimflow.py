@@ -17,8 +17,8 @@ u from fresh noise x0' give a second target:
     t ~ U(0.2, 0.8).
 
 ``annealing: false`` sets b = 0: plain ReFlow of the small network from scratch. ``flow_weight: 0`` (or false) leaves
-the second term out. Regression of the endpoints from scratch is ``method: distill`` with the same ``network: {size:
-...}``.
+the second term out. Regression of the endpoints from scratch is ``method: distill`` with the same
+``network: {size: ...}``.
 """
 
 from __future__ import annotations

@@ -23,12 +23,12 @@ Average of s: Adam divides every step by the gradient's size, so the noise that 
 but it lags behind s. A lagging average makes training diverge when the generator moves fast and its gradient passes
 through s (FGM, SiD); use it there only from a good initialisation.
 
-Weights of rows: let ``f = b x_t + kappa u*`` be the teacher's data prediction. Rows are divided by ``mean |x1 - f| =
-kappa mean |u* - c|``, a mean over the values of the sample, without gradient (arXiv:2404.04057, eq. 23). Without this
-weight the rows with t near 1 dominate, where velocities vary fastest in x. In few dimensions the weight w correlates
-with the target c. Then ``E[w (s - c)]`` is not zero even for the exact s, and samples collapse to a few points.
-Measured on a skewed mixture in one dimension: ``|E w (s - c)| / E |w (s - c)|`` = .42, and W1 of the generator .28.
-PRIOR_VALUES further values, each equal to its expectation for Gaussian data, reduce the ratio to .06.
+Weights of rows: let ``f = b x_t + kappa u*`` be the teacher's data prediction. Rows are divided by
+``mean |x1 - f| = kappa mean |u* - c|``, a mean over the values of the sample, without gradient (arXiv:2404.04057, eq.
+23). Without this weight the rows with t near 1 dominate, where velocities vary fastest in x. In few dimensions the
+weight w correlates with the target c. Then ``E[w (s - c)]`` is not zero even for the exact s, and samples collapse to a
+few points. Measured on a skewed mixture in one dimension: ``|E w (s - c)| / E |w (s - c)|`` = .42, and W1 of the
+generator .28. PRIOR_VALUES further values, each equal to its expectation for Gaussian data, reduce the ratio to .06.
 
 Law of t: the law of a feature of size a (its standard deviation over the data) is learned at times where the noise is
 about as large, near ``t = 1/(1 + a)``. An example is the mean brightness of an image, whose a is large. At later times
@@ -102,9 +102,10 @@ class Point:
     def weight(self) -> Tensor:
         """The weight ``w = kappa^2 (D + P) / (D m + P E m)`` of every row in a loss of velocities, (B,), no gradient.
 
-        Here ``m = mean |x1 - f| = kappa mean |u* - c|`` over the D values of a sample, P is PRIOR_VALUES, and ``E m =
-        sqrt(2 / pi) spread sigma / sqrt(alpha^2 spread^2 + sigma^2)`` is the expectation of m for Gaussian data. For P
-        = 0 it is ``kappa^2 / m``: an error of velocities times kappa is one of data predictions, which is divided by m.
+        Here ``m = mean |x1 - f| = kappa mean |u* - c|`` over the D values of a sample, P is PRIOR_VALUES, and
+        ``E m = sqrt(2 / pi) spread sigma / sqrt(alpha^2 spread^2 + sigma^2)`` is the expectation of m for Gaussian
+        data. For P = 0 it is ``kappa^2 / m``: an error of velocities times kappa is one of data predictions, which is
+        divided by m.
         """
         m = self.kappa * rows_mean((self.teacher - self.c).detach().abs())
         alpha, sigma = self.path.alpha(self.t), self.path.sigma(self.t)
