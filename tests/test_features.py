@@ -21,7 +21,7 @@ from fewstep.errors import MissingExtra, UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.generator import Config, Generator, load, read_tensors, weights_digest
-from fewstep.methods.features import Blur, Denoising, accuracy, shifted, wanted
+from fewstep.methods.features import Blur, Denoising, accuracy, denoising_target, shifted
 from fewstep.metrics import frechet_distance
 from fewstep.metrics.feature_distance import FeatureDistance, LpipsNet, find_features
 from fewstep.networks import build, parameter_count, resolve
@@ -251,9 +251,9 @@ def test_denoising_loss_of_the_posterior_mean_is_its_closed_form() -> None:
 def test_what_is_asked_for_of_a_large_image_is_its_mean_over_blocks() -> None:
     x = rows(2, (3, 64, 32))
     blocks = x.view(2, 3, 16, 4, 16, 2).mean((3, 5)).flatten(1)
-    torch.testing.assert_close(wanted(x), blocks)
-    assert wanted(rows(2, (1, 8, 8))).shape == (2, 64)
-    assert wanted(rows(2, (3, 2, 50))).shape == (2, 300)
+    torch.testing.assert_close(denoising_target(x), blocks)
+    assert denoising_target(rows(2, (1, 8, 8))).shape == (2, 64)
+    assert denoising_target(rows(2, (3, 2, 50))).shape == (2, 300)
 
 
 @pytest.fixture(scope="module")

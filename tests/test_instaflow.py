@@ -396,5 +396,5 @@ def test_a_discriminator_looks_through_frozen_features(tmp_path: Path) -> None:
     with torch.no_grad():
         frozen.weight.mul_(2.0)
     assert not torch.allclose(judge(x), before)
-    with pytest.raises(ValueError, match="needs the name of some"):
+    with pytest.raises(ValueError, match="no features are named"):
         InstaflowOptions(method="instaflow", teacher="t", sees="features")

@@ -36,7 +36,7 @@ from fewstep.methods.families.distances import (
     pseudo_huber_rows,
 )
 from fewstep.methods.families.straight_line import VelocityRegression
-from fewstep.methods.reflow import LEAST_NORMALISER, ReflowOptions, normaliser
+from fewstep.methods.reflow import MIN_NORMALISER, ReflowOptions, normaliser
 from fewstep.metrics.feature_distance import find_features
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
@@ -400,7 +400,7 @@ def test_the_constant_is_a_thousandth_of_the_median_error() -> None:
     v = lambda x, t: pair.x1 - pair.x0 + 0.3  # noqa: E731
     # the error is (1 - t)^2 .09, and the median of (1 - t)^2 is a quarter
     assert normaliser(v, pair, t, identity) == pytest.approx(1e-3 * 0.09 / 4, rel=0.03)
-    assert normaliser(lambda x, t: pair.x1 - pair.x0, pair, t, identity) == LEAST_NORMALISER
+    assert normaliser(lambda x, t: pair.x1 - pair.x0, pair, t, identity) == MIN_NORMALISER
 
 
 def test_the_perceptual_loss_weighs_its_terms_by_time() -> None:

@@ -1,4 +1,6 @@
-"""Methods: one file per paper, saying what is trained, the loss, and how the result is sampled.
+"""Methods: one file per paper. It says which networks are trained, by which loss, and how the result is sampled.
 
-A new method is a new file and one line in :data:`fewstep.methods.registry.METHODS`.
+``contract`` has the types that every method uses, ``families`` the losses that several papers share,
+``training_pairs`` the pairs (x0, x1) that networks learn from, and ``guards`` the checks during training. A new method
+is a new file and one line in :data:`fewstep.methods.registry.METHODS`.
 """

@@ -1,18 +1,19 @@
 """Consistency flow matching: one step per segment of time (Yang et al., arXiv:2407.02398, eq. 6 and sec. 3.3).
 
-[0, 1] is cut into K equal segments; ``e(t)`` is the end of the one that t is in (of the later one, at a knot). With
+[0, 1] is divided into K equal segments; ``e(t)`` is the end of the segment of t (of the later one, at a knot). With
 ``f(x, t) = x + (e - t) v(x, t)`` and a neighbour ``x_r`` of x_t on the same trajectory, ``r = min(t + gap, e)``,
 
     L(theta) = E | f_theta(x_t, t) - f_target(x_r, r) |^2 + alpha E[ | v_theta(x_t, t) - v_target(x_r, r) |^2 ; r < e ],
 
-where the target's weights are an average of the student's, without gradient, and ``f(x, e) = x``. The neighbour comes
-from the same data pair, or from a step of a teacher. With alpha = 0 the solution is the flow's average velocity to the
-segment's end, ``v = u(x, t, e)``, so that K Euler steps are the exact flow map, and more are worse: v points to the end
-of a trajectory and is constant along it only where that is straight, which the second term asks for. Its weight is
-therefore small.
+where the target is computed with an average of the student's weights, without gradient, and ``f(x, e) = x``. The
+neighbour lies on the line of the same data pair, or a step of a teacher leads to it. With alpha = 0 the solution is the
+flow's average velocity to the segment's end, ``v = u(x, t, e)``. Then K Euler steps are the exact flow map. More steps
+give worse samples, because v points to the end of a trajectory, and it is constant along the trajectory only if that is
+straight. The second term makes v constant along trajectories. It therefore changes the solution of a curved flow, and
+its weight is small.
 
-From data the stage begins, for a share ``regression`` of its samples, with ``r = e``: flow matching with the weight
-(e - t)^2. A student of a teacher starts from the teacher's weights instead.
+Without a teacher the stage begins with ``r = e`` for a share ``regression`` of its samples; that is flow matching with
+the weight (e - t)^2. With a teacher the student starts from the teacher's weights instead.
 """
 
 from __future__ import annotations
@@ -48,41 +49,59 @@ class ConsistencyFMOptions(MapOptions):
 
     old_names: ClassVar[Mapping[str, str]] = {"steps": "teacher_step"}
 
-    segments: int = Field(2, gt=0, description="segments of time, K: one call each")
-    gap: float = Field(0.05, gt=0, le=1, description="r - t")
-    alpha: float = Field(1e-5, ge=0, description="weight of velocity consistency")
-    target_ema: float = Field(0.9, ge=0, lt=1, description="decay of the target's weight average, per step; 0: none")
-    teacher_step: TeacherStep = Field("heun", description="the teacher's step from t to r: heun (two calls) or euler")
-    regression: float = Field(1 / 3, ge=0, lt=1, description="share of samples that begin, without a teacher")
+    segments: int = Field(2, gt=0, description="number of segments of time, K, with one call each")
+    gap: float = Field(0.05, gt=0, le=1, description="r - t; less before a segment's end")
+    alpha: float = Field(1e-5, ge=0, description="weight of the term that makes v constant along trajectories")
+    target_ema: float = Field(
+        0.9, ge=0, lt=1, description="decay, per step, of the target's weight average; 0: present weights"
+    )
+    teacher_step: TeacherStep = Field(
+        "heun", description="the teacher's step from t to r: heun (two calls) or euler (one)"
+    )
+    regression: float = Field(
+        1 / 3, ge=0, lt=1, description="without a teacher: share of the samples in a first phase of flow matching"
+    )
 
     @model_validator(mode="after")
     def _gap_inside_a_segment(self) -> ConsistencyFMOptions:
         if self.gap * self.segments >= 1.0:
             raise ValueError(
-                f"segments: {self.segments} are 1/{self.segments} long, and gap: {self.gap:g} reaches every segment's "
-                "end: no row would ever be compared with another one, which is plain flow matching. Lower gap below "
-                f"{1 / self.segments:g}, or take fewer segments"
+                f"segments: {self.segments} makes segments of length 1/{self.segments}, and gap: {self.gap:g} reaches "
+                "the end of every one: the target would be the pair's velocity everywhere, which is flow matching. "
+                f"Lower gap below {1 / self.segments:g}, or use fewer segments"
             )
         return self
 
 
 def segment_end(t: Tensor, segments: int) -> Tensor:
-    """The first knot ``k / K`` after t, (B,): a knot belongs to the segment that starts there; 1 for t = 1."""
+    """The end ``e(t)`` of the segment of t: the first knot ``k / K`` after t, and 1 for t = 1.
+
+    Args:
+        t: times (B,) in [0, 1].
+        segments: K.
+
+    Returns:
+        (B,).
+
+    >>> import torch
+    >>> segment_end(torch.tensor([0.0, 0.3, 0.5, 1.0]), 2)
+    tensor([0.5000, 0.5000, 1.0000, 1.0000])
+    """
     return ((window_start(t, segments) * segments).round() + 1) / segments
 
 
 @final
 class ConsistencyFM(Objective):
-    """The loss above.
+    """The loss of the module's docstring.
 
     Args:
         student: ``v(x, t, **cond)``.
-        source: where the steps come from.
+        source: the velocity of the step, a teacher's or the data pairs'.
         segments: K.
-        gap: r - t, where it stays within the segment; 1 is regression of the segments' ends.
-        alpha: weight of velocity consistency.
-        target_ema: decay of the target's average.
-        teacher_step: by which a teacher goes from t to r.
+        gap: r - t, or less if the segment ends before; with 1/K or more, r = e in every row.
+        alpha: weight of the second term.
+        target_ema: decay, per step, of the weight average that computes the target.
+        teacher_step: the solver step by which a teacher goes from t to r.
     """
 
     def __init__(
@@ -108,7 +127,7 @@ class ConsistencyFM(Objective):
         r = (t + self.gap).minimum(end)
         x_t = self.source.path.interpolate(batch.x0, batch.x1, t)
         w = step_velocity(self.source, batch, x_t, t, r, self.teacher_step)
-        v_r = w  # of no weight where every r is an end
+        v_r = w  # has the weight 0 where r = e, so it is not computed if that holds in every row
         if self.gap < 1 / self.segments:
             v_r = self.target_average(neighbour(x_t, w, t, r), r, **batch.cond)
         v = in_full(nets["student"], x_t, t, **batch.cond)
@@ -155,7 +174,7 @@ def plan(options: ConsistencyFMOptions, stage: Stage) -> Plan:
 SPEC = Spec(
     options=ConsistencyFMOptions,
     plan=plan,
-    summary="K calls, one per segment of time: neighbours on a trajectory agree on its end",
+    summary="K calls, one per segment of time: neighbours on a trajectory predict the same end of the segment",
     learns_from="data; teacher optional",
     makes="map",
     cite=("yang2024consistency",),

@@ -2,21 +2,22 @@
 
     L(theta) = E_{x0} d( x0 + v_theta(x0, 0),  Phi_teacher(x0) )
 
-An ODE teacher has one endpoint per noise, so the exact map is the optimum of every distance. A student started from a
-reflowed network (``init``) starts near it, since there the teacher's map is almost its own Euler step.
+An ODE teacher has one endpoint per noise, so every distance d has its minimum at the exact map. Start the student from
+a reflowed network (``init``): one Euler step of it is already close to the teacher's map.
 
-``steps: k`` makes a student of exactly k Euler steps: ReFlow on the k times at which it will be called,
+``steps: k`` trains a student for exactly k Euler steps, by ReFlow at the k times at which the student is called:
 
     L(theta) = E_{(x0, x1), t} d( v_theta(x_t, t), x1 - x0 ),   t uniform on {0, 1/k, ..., (k-1)/k}.
 
-``progressive: N`` halves the number of steps from N to k, one phase each (arXiv:2202.00512, alg. 2, for velocities): a
-student step of length 2h does what two steps of length h of the phase before it do, the first phase learning from the
-teacher itself,
+``progressive: N`` halves the number of steps from N to k, in one phase per halving (arXiv:2202.00512, alg. 2, for
+velocities). One step of the student, of length 2h, regresses two steps of length h of the network u of the phase
+before; in the first phase u is the teacher:
 
     v(x, t) = (u(x, t) + u(y, t + h)) / 2,   y = x + h u(x, t).
 
-The points x lie on the trajectories that those steps make from fresh noise, because the student is called there. (The
-paper takes noised data, which has that law only where noise and data are independent.) No pairs are made.
+The points x lie on the trajectories of those steps from fresh noise, because the student is called there. (The paper
+takes noised data. Their law is that of the trajectories only if u was trained on independent noise and data.) No pairs
+are made.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class DistillOptions(PairOptions):
     """Options of ``method: distill``."""
 
     samples: int = Field(500_000, gt=0, description="samples seen in the stage, over all phases")
-    steps: int = Field(1, gt=0, description="Euler steps the student is made for")
-    progressive: int | None = Field(None, gt=1, description="halve this number of teacher steps down to 'steps'")
-    loss: Literal["l2", "l1", "huber"] = "l2"
+    steps: int = Field(1, gt=0, description="number of Euler steps that the student is trained for")
+    progressive: int | None = Field(
+        None, gt=1, description="number of teacher steps, halved phase by phase down to 'steps'; default: no halving"
+    )
+    loss: Literal["l2", "l1", "huber"] = Field("l2", description="distance of the prediction to its target")
 
     @model_validator(mode="after")
     def _halves_to_steps(self) -> DistillOptions:
@@ -61,20 +64,20 @@ class DistillOptions(PairOptions):
         if self.progressive != ratio * self.steps or ratio < 2 or ratio & (ratio - 1):
             examples = ", ".join(str(self.steps * 2**power) for power in (1, 2, 3))
             raise ValueError(
-                f"progressive: {self.progressive} does not halve to steps: {self.steps}: give steps times a power of "
-                f"two, such as {examples}"
+                f"progressive: {self.progressive} does not halve to steps: {self.steps}: set it to steps times a "
+                f"power of two, such as {examples}"
             )
         return self
 
 
 @final
 class GridRegression(Objective):
-    """The line's velocity at the times of ``steps`` Euler steps.
+    """The loss ``E d(v(x_t, t), x1 - x0)`` at the times of k Euler steps.
 
     Args:
-        student: the network.
+        student: the network ``v(x, t, **cond)``.
         steps: k; t is uniform on {0, 1/k, ..., (k-1)/k}.
-        distance: by name (:func:`~fewstep.methods.families.distances.find_distance`).
+        distance: d by name (:func:`~fewstep.methods.families.distances.find_distance`).
     """
 
     def __init__(self, student: nn.Module, steps: int, distance: str = "l2") -> None:
@@ -90,19 +93,30 @@ class GridRegression(Objective):
 
 
 def two_steps(flow: Velocity, x: Tensor, t: Tensor, h: float, cond: Mapping[str, Tensor]) -> Tensor:
-    """The mean velocity of two Euler steps of length h, (B, ...): ``(u(x, t) + u(x + h u(x, t), t + h)) / 2``."""
+    """The mean velocity of two Euler steps, ``(u(x, t) + u(x + h u(x, t), t + h)) / 2``, (B, ...).
+
+    Args:
+        flow: ``u(x, t, **cond)``.
+        x: (B, ...).
+        t: (B,).
+        h: length of one step.
+        cond: conditions of the rows.
+
+    >>> two_steps(lambda x, t: x, torch.ones(1, 1), torch.zeros(1), 0.5, {}).item()
+    1.25
+    """
     u = flow(x, t, **cond)
     return 0.5 * (u + flow(x + h * u, t + h, **cond))
 
 
 @final
 class Halving(Objective):
-    """One student step for two of a flow that is sampled with twice as many.
+    """The loss of one halving: a student's step regresses two steps of a frozen flow.
 
     Args:
-        student: the network.
-        flow: the frozen flow, sampled with ``2 steps`` Euler steps.
-        steps: the student's.
+        student: the network ``v(x, t, **cond)``.
+        flow: the frozen flow ``u(x, t, **cond)``, sampled with ``2 steps`` Euler steps.
+        steps: number of the student's Euler steps.
         distance: by name (:func:`~fewstep.methods.families.distances.find_distance`).
     """
 
@@ -120,11 +134,20 @@ class Halving(Objective):
         return {"loss": self.distance(v, target)}
 
     def pieces(self, x0: Tensor, number: Tensor, cond: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Where student step ``number`` (B,) of the flow's trajectory from x0 begins, and its mean velocity there."""
+        """The point where student step ``number`` begins on the flow's trajectory from x0, and the step's target there.
+
+        Args:
+            x0: noise (B, ...).
+            number: number of the student's step, from 0, (B,).
+            cond: conditions of the rows.
+
+        Returns:
+            x and the mean velocity of the flow's two steps from x, (B, ...) each.
+        """
         length = 1.0 / self.steps
         x, target = x0.clone(), torch.empty_like(x0)
         for step in range(self.steps):
-            rows = (number >= step).nonzero()[:, 0]  # those that have not come to their own step yet
+            rows = (number >= step).nonzero()[:, 0]  # rows that have not reached their own step yet
             t = torch.full((len(rows),), step * length, dtype=x0.dtype, device=x0.device)
             here = {name: value[rows] for name, value in cond.items()}
             v = two_steps(self.flow, x[rows], t, 0.5 * length, here).to(x0)
@@ -159,7 +182,10 @@ def halving_schedule(options: DistillOptions) -> list[int]:
 
 
 def needs(options: DistillOptions) -> Needs:
-    """Pairs, or with ``progressive`` calls of the flow that is halved: two per step up to a step drawn at random."""
+    """The needs of a stage: pairs, or with ``progressive`` the flow's calls per sample, averaged over the phases.
+
+    They are two calls for every student step up to the drawn one, so ``steps + 1`` in the mean.
+    """
     halved = halving_schedule(options)
     if not halved:
         return pair_needs(options)
@@ -167,7 +193,7 @@ def needs(options: DistillOptions) -> Needs:
 
 
 def halvings(options: DistillOptions, stage: Stage, student: nn.Module) -> list[Phase]:
-    """A phase for every number of steps of :func:`halving_schedule`, of equal length."""
+    """One phase for every number of steps of :func:`halving_schedule`, each with an equal share of the samples."""
     halved = halving_schedule(options)
     ends = [options.samples * place // len(halved) for place in range(1, len(halved) + 1)]
     return [
@@ -179,7 +205,7 @@ def halvings(options: DistillOptions, stage: Stage, student: nn.Module) -> list[
 def _halver(
     options: DistillOptions, stage: Stage, student: nn.Module, steps: int
 ) -> Callable[[Teacher | None], tuple[Objective, Batches]]:
-    """What a halving learns from: the phase before it, the teacher in the first."""
+    """Prepares a halving, which learns from the student after the previous phase, or in the first from the teacher."""
 
     def prepare(previous: Teacher | None) -> tuple[Objective, Batches]:
         assert stage.teacher is not None
@@ -189,7 +215,7 @@ def _halver(
             flow = previous.velocity
             student.load_state_dict(previous.state)  # its average, not its last weights
         key = (stage.seed, stage.name, f"steps-{steps}")
-        # of these rows the noise and the labels are used
+        # only the noise and the labels of these rows are used
         batches = DataBatches(stage.data, Independent(stage.source), stage.conditional, 0.0, key)
         return Halving(student, flow, steps, options.loss), batches
 

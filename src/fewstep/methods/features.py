@@ -1,17 +1,17 @@
-"""Features: a small network trained on the user's data, for perceptual losses and for judging.
+"""Features: a small network trained on the user's data, for perceptual losses and for comparing models.
 
-With labels it is a classifier, whatever the recipe's models see:
+If the data have labels it is a classifier, also for models without labels:
 
     L(theta) = -E log p_theta(label | x + sigma xi),     xi ~ N(0, I),  sigma ~ U(0, noise).
 
-Without, it takes noise out (denoising autoencoder: Vincent et al. 2008; arXiv:1211.4246), through a linear head on its
-pooled features,
+Otherwise it is a denoising autoencoder (Vincent et al. 2008; arXiv:1211.4246), with a linear head on pooled features:
 
-    L(theta) = E | h_theta(x + sigma xi) - x |^2 / D,
+    L(theta) = E | h_theta(x + sigma xi) - x |^2 / D.
 
-images being asked for at 16 pixels a side or less. Images are shifted by a few pixels. Noise and shifts make features
-that do not leap at what an eye would not see. Trained with labels they are the better judge where labels mean what
-matters; ``learn: noise`` gives other features of the same data, so that one kind can judge what learned from the other.
+The targets x of images are averaged down to 16 pixels a side or less. Images are shifted by a few pixels. With noise
+and shifts in training, the features change little for differences that are too small to see. A classifier's features
+are better for comparisons if the labels name the differences that matter. ``learn: noise`` gives other features of the
+same data: a model whose loss used one kind can be scored with the other.
 """
 
 from __future__ import annotations
@@ -38,32 +38,40 @@ from fewstep.methods.training_pairs.batches import DataBatches
 from fewstep.networks.extractors import is_image, resolve_features
 from fewstep.solvers.maps import SampleRule
 
-NOISE = {"labels": 0.2, "noise": 1.0}  # largest standard deviation, network units
-DENOISED_SIDE = 16  # most pixels of a side that are asked for
-SHIFT_SHARE = 14  # sides over this are the largest shift
-JUDGED = 500  # rows per call when accuracy is measured
+MAX_NOISE = {"labels": 0.2, "noise": 1.0}  # largest sigma by task, in network units; chosen, not tuned
+DENOISED_SIDE = 16  # largest side of the images that a denoiser predicts, in pixels; chosen, not tuned
+SHIFT_SHARE = 14  # the largest shift of an image is its side divided by this; chosen, not tuned
+ROWS_PER_CALL = 500  # when accuracy is measured
 
 
 class FeaturesOptions(Options):
     """Options of ``method: features``."""
 
-    samples: int = Field(300_000, gt=0, description="samples seen in the stage")
-    batch_size: int = Field(128, gt=0)
-    learn: Literal["labels", "noise"] | None = Field(None, description="default: labels where the data have any")
-    noise: float | None = Field(None, ge=0, description="largest noise on the samples; default .2 labels, 1 noise")
-    shift: int | None = Field(None, ge=0, description="largest shift of images, pixels; default a 14th of the side")
+    samples: int = Field(300_000, gt=0, description="samples seen in the stage, over all phases")
+    batch_size: int = Field(128, gt=0, description="samples per optimiser step, over all processes")
+    learn: Literal["labels", "noise"] | None = Field(
+        None, description="labels: a classifier; noise: a denoiser; default: labels if the data have them"
+    )
+    noise: float | None = Field(
+        None, ge=0, description="largest standard deviation of the noise; default: .2 for labels, 1 for noise"
+    )
+    shift: int | None = Field(None, ge=0, description="largest shift of images in pixels; default: a 14th of the side")
 
     @model_validator(mode="after")
     def _learns_from_data(self) -> FeaturesOptions:
         if self.teacher is not None or self.init is not None:
             raise ValueError("features are learned from data, from scratch: leave 'teacher' and 'init' out")
         if self.learn == "noise" and self.noise == 0:
-            raise ValueError("'learn: noise' takes noise out: leave 'noise: 0' out, or set it above 0")
+            raise ValueError("'learn: noise' takes noise out, and 'noise: 0' adds none: set it above 0 or leave it out")
         return self
 
 
 def task(options: FeaturesOptions, data: DataSet) -> str:
-    """What the network learns: ``labels`` or ``noise``."""
+    """What the network learns: ``labels`` or ``noise``.
+
+    Raises:
+        UserError: ``learn: labels`` for data without labels.
+    """
     if options.learn == "labels" and data.labels is None:
         raise UserError(
             f"'learn: labels', but the data {data.name!r} has none: name them, data: {{path: …, labels: …}}, or leave "
@@ -72,23 +80,39 @@ def task(options: FeaturesOptions, data: DataSet) -> str:
     return options.learn or ("noise" if data.labels is None else "labels")
 
 
-def wanted(x: Tensor) -> Tensor:
-    """What is asked for of clean samples: (B, D), images averaged down to at most 16 pixels a side."""
+def denoising_target(x: Tensor) -> Tensor:
+    """The denoiser's target (B, D) for clean samples (B, ...); images are averaged down to at most 16 pixels a side.
+
+    >>> denoising_target(torch.ones(2, 1, 32, 32)).shape
+    torch.Size([2, 256])
+    """
     if is_image(x.shape[1:]):
         x = F.adaptive_avg_pool2d(x, (min(DENOISED_SIDE, x.shape[2]), min(DENOISED_SIDE, x.shape[3])))
     return x.flatten(1)
 
 
 def network(options: FeaturesOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """The resolved configuration of the stage's own network; the recipe's shared one is of velocities, and not used."""
+    """The resolved configuration of the feature network, from the stage's own ``network``.
+
+    The recipe's shared network is not used, because it is a velocity network.
+    """
     outputs = data.classes
     if task(options, data) == "noise":
-        outputs = wanted(torch.zeros(1, *data.shape)).shape[1]
+        outputs = denoising_target(torch.zeros(1, *data.shape)).shape[1]
     return resolve_features(options.network or {}, data.shape, outputs)
 
 
 def shifted(x: Tensor, u: Tensor, most: int) -> Tensor:
-    """Images (B, C, H, W) moved by whole pixels, edges repeated; ``u`` (2, B) in [0, 1) chooses -most … most."""
+    """Images shifted by whole pixels, with the edges repeated.
+
+    Args:
+        x: images (B, C, H, W).
+        u: uniform numbers (2, B) in [0, 1): the shifts of rows and columns, from -most to most.
+        most: largest shift in pixels.
+
+    >>> shifted(torch.arange(3.0).view(1, 1, 1, 3), torch.tensor([[0.5], [0.99]]), 1).flatten()
+    tensor([1., 2., 2.])
+    """
     if most == 0:
         return x
     start = (u.to(x.device) * (2 * most + 1)).floor().long()
@@ -102,18 +126,23 @@ def shifted(x: Tensor, u: Tensor, most: int) -> Tensor:
 @final
 @dataclass(frozen=True)
 class Blur:
-    """Shifts and noise on a batch.
+    """Random shifts and noise for a batch.
 
     Attributes:
-        noise: largest standard deviation.
-        shift: largest shift, 0 for what is no image.
+        noise: largest standard deviation, in network units; that of a sample is uniform on [0, noise].
+        shift: largest shift in pixels; 0 for samples that are not images.
     """
 
     noise: float
     shift: int
 
     def __call__(self, x: Tensor, draws: Draws) -> tuple[Tensor, Tensor]:
-        """The shifted samples, and those with noise on them."""
+        """The shifted samples, and the same with noise added, (B, ...) each.
+
+        Args:
+            x: samples (B, ...).
+            draws: the random numbers.
+        """
         clean = shifted(x, torch.stack([draws.uniform(), draws.uniform()]), self.shift)
         sigma = (self.noise * draws.uniform()).view(-1, *(1,) * (x.ndim - 1))
         return clean, clean + (sigma * draws.normal(x.shape[1:])).to(clean)
@@ -121,7 +150,12 @@ class Blur:
 
 @final
 class Classification(Objective):
-    """Cross-entropy of the labels; logs the accuracy on the batch."""
+    """The loss ``-log p(label | noisy x)``; the accuracy on the batch is logged.
+
+    Args:
+        student: the classifier, from samples (B, ...) to logits (B, classes).
+        blur: shifts and noise.
+    """
 
     def __init__(self, student: nn.Module, blur: Blur) -> None:
         self.modules = {"student": student}
@@ -135,7 +169,12 @@ class Classification(Objective):
 
 @final
 class Denoising(Objective):
-    """Squared error of the clean samples, per value."""
+    """The loss ``|h(noisy x) - x|^2 / D`` with the targets x of :func:`denoising_target`.
+
+    Args:
+        student: h, from samples (B, ...) to (B, D).
+        blur: shifts and noise.
+    """
 
     def __init__(self, student: nn.Module, blur: Blur) -> None:
         self.modules = {"student": student}
@@ -143,18 +182,20 @@ class Denoising(Objective):
 
     def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         clean, noisy = self.blur(batch.x1, draws)
-        return {"loss": (nets["student"](noisy) - wanted(clean)).square().mean()}
+        return {"loss": (nets["student"](noisy) - denoising_target(clean)).square().mean()}
 
 
 @final
-class Alone(Coupling):
-    """Data without noise beside them: x0 is x1 itself, and nobody looks at it."""
+class DataAlone(Coupling):
+    """The coupling of a stage that uses data rows alone: x0 is a copy of x1 and is not used."""
 
     @property
     def facts(self) -> Facts:
+        """What holds for the coupling: dependent and deterministic."""
         return Facts(independent=False, deterministic=True, gaussian=False)
 
     def pair(self, x1: Tensor, cond: Mapping[str, Tensor], generator: torch.Generator) -> Pair:
+        """The pairs (x1, x1)."""
         return Pair(x1, x1, dict(cond))
 
 
@@ -163,23 +204,33 @@ def plan(options: FeaturesOptions, stage: Stage) -> Plan:
     student, data = stage.build(), stage.data
     learns = task(options, data)
     shift = options.shift if options.shift is not None else math.ceil(min(data.shape[-2:]) / SHIFT_SHARE)
-    blur = Blur(NOISE[learns] if options.noise is None else options.noise, shift if is_image(data.shape) else 0)
+    blur = Blur(MAX_NOISE[learns] if options.noise is None else options.noise, shift if is_image(data.shape) else 0)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         objective = (Classification if learns == "labels" else Denoising)(student, blur)
-        return objective, DataBatches(data, Alone(), learns == "labels", stage.dequantise, (stage.seed, stage.name))
+        return objective, DataBatches(data, DataAlone(), learns == "labels", stage.dequantise, (stage.seed, stage.name))
 
     rule = SampleRule(kind="features")
-    return Plan(student, [Phase("train", options.samples, prepare)], rule, Alone().facts)
+    return Plan(student, [Phase("train", options.samples, prepare)], rule, DataAlone().facts)
 
 
 @torch.no_grad()
 def accuracy(classifier: nn.Module, data: DataSet) -> float:
-    """Share of the held-out rows whose label a classifier finds."""
+    """Share of the held-out rows whose label has the largest logit, in [0, 1].
+
+    Args:
+        classifier: from samples (B, ...) to logits (B, classes).
+        data: the data set.
+
+    Raises:
+        UserError: the data have no labels.
+    """
     labels = data.label_rows(data.held_out)
     if labels is None:
-        raise UserError(f"the data {data.name!r} has no labels to be right about: name them with the key 'labels'.")
-    rows = data.held_out_rows().split(JUDGED)
+        raise UserError(
+            f"the data {data.name!r} has no labels, so the accuracy is undefined: name them with the key 'labels'."
+        )
+    rows = data.held_out_rows().split(ROWS_PER_CALL)
     return float((torch.cat([classifier(x).argmax(1) for x in rows]) == labels).float().mean())
 
 

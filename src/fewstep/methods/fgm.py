@@ -1,16 +1,17 @@
 """Flow generator matching (Huang et al., arXiv:2410.19310): the exact gradient of the distance between two flows.
 
-The goal is ``E |v_theta(x_t) - u*(x_t)|^2`` over the generator's own noised samples, whose velocity v_theta is not
-known. Its gradient is that of
+The distance to be minimised is ``E |v_theta(x_t) - u*(x_t)|^2`` over the generator's noised samples, whose velocity
+v_theta is not known. Its gradient in the generator's weights equals that of ``E L``,
 
     L1 = |u* - s|^2,     L2 = 2 (u* - s)(s - c),     L = L1 + L2 = (u* - s)(u* + s - 2 c) = |u* - c|^2 - |s - c|^2,
 
-at ``s = v_theta``, with s's weights held and the gradient going through x_t into both networks, and through c. (From
-``E f(x_t) v_theta(x_t) = E f(x_t) c`` for every f, differentiated.) The value of L is zero in the mean of c where
-``s = u*``, and may be negative.
+at ``s = v_theta``, where the weights of s are constant and the gradient passes through x_t into both networks and
+through c. (This follows from the derivative of ``E f(x_t) v_theta(x_t) = E f(x_t) c``, which holds for every f.) L is
+zero where ``s = u*``, and it may be negative.
 
-``weight: normalised`` divides every row as :mod:`~fewstep.methods.families.distribution` says: without it (``none``)
-the gradient is the goal's exactly, and on digits training is slow and starves classes (energy .3 instead of .012).
+``weight: normalised`` multiplies every row by the weight of :mod:`~fewstep.methods.families.distribution`. With
+``none`` the gradient is exactly that of the distance. On digits, training was then slow and produced too few samples of
+some classes (energy distance .3 instead of .012).
 """
 
 from __future__ import annotations
@@ -29,16 +30,19 @@ from fewstep.methods.families.distribution_stage import MatchingOptions, matchin
 class FGMOptions(MatchingOptions):
     """Options of ``method: fgm``."""
 
-    weight: Literal["normalised", "none"] = Field("normalised", description="of rows; none: the exact gradient")
+    weight: Literal["normalised", "none"] = Field(
+        "normalised", description="weight of each row; normalised: 1 / mean |x1 - f_T|; none: 1, the exact gradient"
+    )
 
 
 @final
 @dataclass(frozen=True)
 class FGM:
-    """``w (u* - s)(u* + s - 2 c)``.
+    """The loss ``w mean (u* - s)(u* + s - 2 c)`` per row.
 
-    Args:
-        normalised: with the weight w; without, it is 1.
+    Attributes:
+        normalised: w is :attr:`~fewstep.methods.families.distribution.Point.weight`; if False, ``w = 1``.
+        through: True: the gradient passes through both networks.
     """
 
     normalised: bool = True
@@ -51,14 +55,14 @@ class FGM:
 
 
 def plan(options: FGMOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.families.distribution_stage.plan_matching`."""
+    """The plan of :func:`~fewstep.methods.families.distribution_stage.plan_matching` with this loss."""
     return plan_matching(options, stage, FGM(options.weight == "normalised"))
 
 
 SPEC = Spec(
     options=FGMOptions,
     plan=plan,
-    summary="one call: the generator's flow becomes the teacher's, by the exact gradient of their distance",
+    summary="one call: minimises the distance between the flows of generator and teacher by its exact gradient",
     learns_from="teacher, data for labels",
     makes="map",
     cite=("huang2024flow",),

@@ -2,9 +2,9 @@
 
     L(theta) = E_{x0 ~ p0, x1 ~ data, t} |v_theta(x_t, t) - d/dt x_t|^2
 
-with x0 drawn independently of x1, coupled within the batch by optimal transport (arXiv:2302.00482), coupled with the
-whole data set by it (``semidiscrete``, arXiv:2509.25519), or made from x1 (arXiv:2310.03725: in-painting and
-super-resolution, where the network sees the known part as its context).
+with the coupling of x0 and x1 one of: independent; optimal transport within the batch (``ot``, arXiv:2302.00482);
+optimal transport from the base to the whole training split (``semidiscrete``, arXiv:2509.25519); or x0 made from x1
+(``inpainting`` and ``super_resolution``, arXiv:2310.03725), where the network gets the known part as its context.
 """
 
 from __future__ import annotations
@@ -39,27 +39,29 @@ from fewstep.methods.training_pairs.semidiscrete_batches import SemidiscreteBatc
 from fewstep.solvers.maps import SampleRule
 
 LATENT = (
-    "path 'interpolant' has a latent noise beside x0, and the two are one noise only where x0 is Gaussian and "
+    "path 'interpolant' adds a second noise to x0, and the two can be merged into one only if x0 is Gaussian and "
     "independent of the data"
 )
-EXAMPLES = 1024  # held-out rows whose damaged versions are kept with a model that starts from them
+EXAMPLES = 1024  # held-out rows kept with a model whose base is made from data, to sample from; chosen, not tuned
 
 
 class FlowMatchingOptions(Options):
     """Options of ``method: flow_matching``."""
 
-    coupling: Literal["independent", "ot", "semidiscrete", "inpainting", "super_resolution"] = "independent"
-    ot_batch_size: int | None = Field(None, gt=1, description="rows per optimal-transport problem")
-    factor: int = Field(2, gt=1, description="super-resolution: side of the averaged blocks")
-    sigma: float = Field(0.1, gt=0, description="super-resolution: noise on the blurred data")
-    path: str = "linear"
+    coupling: Literal["independent", "ot", "semidiscrete", "inpainting", "super_resolution"] = Field(
+        "independent", description="joint law of noise and data"
+    )
+    ot_batch_size: int | None = Field(None, gt=1, description="ot: rows per transport problem; default: the batch")
+    factor: int = Field(2, gt=1, description="super_resolution: side of the averaged blocks, in pixels")
+    sigma: float = Field(0.1, gt=0, description="super_resolution: standard deviation of the noise on the blurred data")
+    path: str = Field("linear", description="affine path from noise to data, by name")
     time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, ushape:a, exponential:rate")
-    loss: Literal["l2", "l1", "huber"] = "l2"
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of null labels, for guidance")
+    loss: Literal["l2", "l1", "huber"] = Field("l2", description="distance of the prediction to its target")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of null labels, which guidance needs")
 
     @property
     def noisy_targets(self) -> bool:
-        """Whether one state has many targets. Semidiscrete pairs are those of a map whose lines do not cross."""
+        """Whether one x_t has several targets: for all couplings but ``semidiscrete``, whose lines do not cross."""
         return self.coupling != "semidiscrete"
 
     @model_validator(mode="after")
@@ -68,7 +70,7 @@ class FlowMatchingOptions(Options):
             raise ValueError("it learns from data: leave 'teacher' out, or write 'init' to start from its weights")
         make_path(self.path)
         if self.path == "interpolant" and self.coupling != "independent":
-            raise ValueError(f"{LATENT}: leave 'coupling: {self.coupling}' out, or take another path ('linear')")
+            raise ValueError(f"{LATENT}: leave 'coupling: {self.coupling}' out, or use another path ('linear')")
         make_time_law(self.time)
         if self.ot_batch_size is not None and self.coupling != "ot":
             raise ValueError("ot_batch_size belongs to 'coupling: ot': set that, or leave it out")
@@ -76,34 +78,45 @@ class FlowMatchingOptions(Options):
 
 
 def make_coupling(options: FlowMatchingOptions, stage: Stage) -> Coupling:
-    """The coupling the options name."""
+    """The coupling of the options.
+
+    Raises:
+        UserError: the coupling does not fit the stage's base, labels or path.
+    """
     if options.coupling == "ot":
         return MinibatchOT(stage.source, batch_size=options.ot_batch_size)
     if options.coupling == "independent":
         if options.path == "interpolant" and not stage.source.gaussian:
-            raise UserError(f"{LATENT}: leave 'base' out, or take another path ('linear').")
+            raise UserError(f"{LATENT}: leave 'base' out, or use another path ('linear').")
         return Independent(stage.source)
     if not isinstance(stage.source, GaussianSource):
         raise UserError(f"coupling {options.coupling!r} makes its own base from the data: leave 'base' out.")
     if stage.conditional:
-        raise UserError(f"coupling {options.coupling!r} takes its context, not labels: set 'conditional: false'.")
+        raise UserError(
+            f"coupling {options.coupling!r} gives the network a context and no labels: set 'conditional: false'."
+        )
     if options.coupling == "inpainting":
         return Inpainting()
     return SuperResolution(options.factor, options.sigma)
 
 
 def context_size(options: FlowMatchingOptions, shape: tuple[int, ...]) -> int:
-    """Context values (vectors) or channels (images) that the coupling hands to the network."""
+    """Number of context values (vectors) or channels (images) that the coupling gives to the network.
+
+    Args:
+        options: of the stage.
+        shape: of one sample.
+    """
     if options.coupling == "inpainting":
         return 2 * shape[0] if len(shape) == 1 else 1 + shape[0]
     return shape[0] if options.coupling == "super_resolution" else 0
 
 
 def network(options: FlowMatchingOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """The velocity network, which takes the context of the coupling.
+    """The resolved configuration of the velocity network, with the context of the coupling.
 
     Raises:
-        UserError: a robust loss on noisy targets of few values.
+        UserError: a robust loss on noisy targets, for data with few values.
     """
     robust = options.noisy_targets and options.loss in ROBUST
     require_many_values(f"loss: {options.loss}", robust, data.shape, "leave 'loss' out")

@@ -1,14 +1,15 @@
-"""One-step distillation with several objectives: regression, then perceptual, then adversarial.
+"""One-step distillation in up to three phases: regression, perceptual, adversarial.
 
-The student ``G(z) = z + v_theta(z, 0)`` starts from a (straightened) flow and learns in stages, each of which may be
-left out: the distance to the teacher's endpoints; the same with a distance of features, which does not count
-differences that an eye does not see; both with a discriminator, which tells samples from real ones. InstaFlow as
-published (Liu et al., arXiv:2309.06380) is the first two, with LPIPS alone in the second: ``shares: [2, 1, 0]``,
-``reconstruction: 0``, ``features: lpips:vgg``.
+The student ``G(z) = z + v_theta(z, 0)`` starts from a (straightened) flow. The first phase regresses the teacher's
+endpoints. The second adds a distance of features, which is small for differences that are hard to see. The third adds a
+discriminator between samples and real data. Every phase may be left out. InstaFlow as published (Liu et al.,
+arXiv:2309.06380) has the first two phases, and only LPIPS in the second: ``shares: [2, 1, 0]``, ``reconstruction: 0``,
+``features: lpips:vgg``. The terms: :mod:`fewstep.methods.families.adversarial_distillation`.
 
-An ODE teacher has one endpoint per noise, so regression alone has the exact map as its optimum, and blurs only where
-the network is too small for it. With ``discriminator_real: data`` the adversarial term can do better than the teacher;
-it then moves samples away from the teacher's endpoints, so read ``rmse`` and ``recall`` of the statistics together.
+An ODE teacher has one endpoint per noise, so regression alone has its minimum at the exact map; samples are blurred
+only if the network is too small for that map. With ``discriminator_real: data`` samples can come closer to the data
+than the teacher's. They then move away from the teacher's endpoints, so read ``rmse`` and ``recall`` of the statistics
+together.
 """
 
 from __future__ import annotations
@@ -45,39 +46,49 @@ class InstaflowOptions(PairOptions):
 
     old_names: ClassVar[Mapping[str, str]] = {"real": "discriminator_real"}
 
-    samples: int = Field(800_000, gt=0, description="samples seen in the stage, over its phases")
+    samples: int = Field(800_000, gt=0, description="samples seen in the stage, over all phases")
     shares: tuple[float, float, float] = Field(
-        (0.5, 0.1, 0.4), description="of the samples: regression, perceptual, adversarial; 0 leaves a phase out"
+        (0.5, 0.1, 0.4),
+        description="shares of the samples in the regression, perceptual and adversarial phase; 0 leaves a phase out",
     )
-    loss: Literal["l2", "l1", "huber"] = "l2"
+    loss: Literal["l2", "l1", "huber"] = Field("l2", description="distance of the prediction to its target")
     reconstruction: float = Field(
         1.0, ge=0, description="weight of the distance to the endpoints after the first phase; 0: features alone"
     )
-    features: str | None = Field(None, description="a 'features' stage, a folder or file, or lpips:vgg; none: off")
-    perceptual: float = Field(0.1, ge=0, description="weight of the perceptual term, where features are named")
-    adversarial: float = Field(0.25, ge=0, description="pull of the adversarial term, as a share of the others'")
-    discriminator_real: Real = Field("data", description="what the discriminator takes for real")
-    gan: Literal["relativistic", "non_saturating", "hinge"] = "relativistic"
-    sees: Literal["samples", "features"] = Field(
-        "samples", description="what the discriminator looks at; 'features' beside the samples, where they are named"
+    features: str | None = Field(
+        None, description="feature network of the loss: a 'features' stage, a folder or file, or lpips:vgg"
     )
-    gamma: float = Field(0.1, ge=0, description="weight of the discriminator's gradient penalties R1 + R2, halved")
-    penalty_every: int = Field(1, gt=0, description="steps between two penalties")
-    discriminator_lr: float = Field(5e-4, gt=0)
-    discriminator_turns: int = Field(1, gt=0, description="of the discriminator per turn of the student")
-    adversarial_lr: float = Field(1e-3, gt=0, description="of the student in the adversarial phase")
-    ramp: float = Field(0.1, ge=0, le=1, description="share of the adversarial phase in which the term is raised")
+    perceptual: float = Field(0.1, ge=0, description="weight of the features' distance, if features are named")
+    adversarial: float = Field(
+        0.25, ge=0, description="gradient norm of the adversarial term, as a share of that of the other terms"
+    )
+    discriminator_real: Real = Field(
+        "data", description="the discriminator's real samples: data, teacher (its endpoints), or both"
+    )
+    gan: Literal["relativistic", "non_saturating", "hinge"] = Field("relativistic", description="adversarial loss")
+    sees: Literal["samples", "features"] = Field(
+        "samples", description="inputs of the discriminator: the samples, or the samples and their features"
+    )
+    gamma: float = Field(0.1, ge=0, description="weight of the discriminator's gradient penalties R1 + R2, times two")
+    penalty_every: int = Field(1, gt=0, description="the penalties are computed in one of so many steps")
+    discriminator_lr: float = Field(5e-4, gt=0, description="peak learning rate of the discriminator")
+    discriminator_turns: int = Field(1, gt=0, description="updates of the discriminator per update of the student")
+    adversarial_lr: float = Field(1e-3, gt=0, description="peak learning rate of the student in the adversarial phase")
+    ramp: float = Field(0.1, ge=0, le=1, description="share of the adversarial phase in which the term rises from 0")
 
     @model_validator(mode="after")
     def _features_alone(self) -> InstaflowOptions:
         if self.reconstruction == 0.0 and (self.features is None or self.perceptual == 0.0):
-            raise ValueError("'reconstruction: 0' leaves the features alone, and none are used: add 'features: STAGE'")
+            raise ValueError(
+                "'reconstruction: 0' leaves the features' distance alone, and no features are used: add 'features: "
+                "STAGE' with 'perceptual' above 0"
+            )
         return self
 
     @model_validator(mode="after")
     def _features_to_see(self) -> InstaflowOptions:
         if self.sees == "features" and self.features is None:
-            raise ValueError("'sees: features' needs the name of some: add 'features: STAGE' (method features)")
+            raise ValueError("'sees: features', and no features are named: add 'features: STAGE' (method features)")
         return self
 
     @field_validator("shares")
@@ -89,15 +100,22 @@ class InstaflowOptions(PairOptions):
 
 
 def phase_samples(options: InstaflowOptions) -> dict[str, int]:
-    """Samples of every phase that takes place; what is switched off gives its share to the others."""
+    """The number of samples of every phase with a share above 0 and terms that are in use.
+
+    The shares of the other phases are divided among these in proportion.
+
+    >>> options = InstaflowOptions(method="instaflow", teacher="teacher", samples=900, shares=(2, 1, 1))
+    >>> phase_samples(options)  # no features are named
+    {'regression': 600, 'adversarial': 300}
+    """
     on = (True, options.features is not None and options.perceptual > 0, options.adversarial > 0)
     shares = {name: share for name, share, used in zip(PHASES, options.shares, on, strict=True) if used and share > 0}
-    whole = sum(shares.values())
-    if not shares:  # only switched-off terms had a share
+    total = sum(shares.values())
+    if not shares:  # every phase with a share had only terms that are not in use
         return {"regression": options.samples}
     ends = [0]
     for k in range(1, len(shares) + 1):
-        ends.append(round(options.samples * sum(list(shares.values())[:k]) / whole))
+        ends.append(round(options.samples * sum(list(shares.values())[:k]) / total))
     return {name: end - begin for name, begin, end in zip(shares, ends[:-1], ends[1:], strict=True)}
 
 
@@ -106,7 +124,7 @@ def plan(options: InstaflowOptions, stage: Stage) -> Plan:
     student = stage.build()
     assert stage.teacher is not None
     if options.discriminator_real != "teacher" and not stage.teacher.follows_data(options.guidance):
-        stage.world.say("note: guided endpoints follow another law than the data: only they count as real.")
+        stage.world.say("note: guided endpoints follow another law than the data: only they count as real samples.")
         options = options.model_copy(update={"discriminator_real": "teacher"})
     features = None
     if options.features is not None and (options.perceptual > 0 or options.sees == "features"):
@@ -131,7 +149,7 @@ def _preparer(
     phase: str,
     samples: int,
 ) -> Callable[[Teacher | None], tuple[Objective, Batches]]:
-    """What a phase does before it trains."""
+    """Prepares a phase: its pairs, its terms, its discriminator and its guard."""
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         store = build_pairs(stage, request)
@@ -150,30 +168,41 @@ def _preparer(
             else f"Lower lr (now {options.lr:g})."
         )
         guard = CoverageGuard(student, store.held_out_rows(), stage.name, advice)
-        near: Distance | None = find_distance(options.loss)
-        alike: Distance | None = None
+        reconstruction: Distance | None = find_distance(options.loss)
+        perceptual: Distance | None = None
         if phase != "regression":
-            near = weighted(options.reconstruction, find_distance(options.loss))
-            alike = None if features is None else weighted(options.perceptual, features)
-        objective = AdversarialDistillation(student, near, alike, adversary, guard, stage.world)
+            reconstruction = scaled(options.reconstruction, find_distance(options.loss))
+            perceptual = None if features is None else scaled(options.perceptual, features)
+        objective = AdversarialDistillation(student, reconstruction, perceptual, adversary, guard, stage.world)
         return objective, batches
 
     return prepare
 
 
-def weighted(weight: float, distance: Distance) -> Distance | None:
-    """``weight * distance``; None for the weight 0."""
+def scaled(weight: float, distance: Distance) -> Distance | None:
+    """The distance ``weight d(x, y)``; None for the weight 0.
+
+    >>> scaled(2.0, lambda x, y: (x - y).abs())(torch.tensor(1.0), torch.tensor(4.0)).item()
+    6.0
+    """
     return None if weight == 0.0 else lambda x, y: weight * distance(x, y)
 
 
 def make_adversary(
     options: InstaflowOptions, stage: Stage, samples: int, features: FeatureDistance | None
 ) -> Adversary:
-    """The discriminator, its weights a function of the stage's seed, and how the two play."""
+    """The adversarial term of the options, with a discriminator whose first weights depend on the stage's seed alone.
+
+    Args:
+        options: of the stage.
+        stage: the stage.
+        samples: of the adversarial phase.
+        features: the feature network; the discriminator gets its activations with ``sees: features``.
+    """
     with isolated_rng():
         torch.default_generator.manual_seed(mix(stage.seed, stage.name, "discriminator"))
-        seen = features.layers if features is not None and options.sees == "features" else None
-        discriminator = Discriminator(stage.data.shape, stage.data.classes if stage.conditional else 0, seen)
+        inputs = features.layers if features is not None and options.sees == "features" else None
+        discriminator = Discriminator(stage.data.shape, stage.data.classes if stage.conditional else 0, inputs)
     return Adversary(
         discriminator=discriminator,
         loss=find_adversarial(options.gan),
@@ -194,7 +223,7 @@ def make_adversary(
 SPEC = Spec(
     options=InstaflowOptions,
     plan=plan,
-    summary="one-step student: regression, perceptual and adversarial objectives in stages",
+    summary="one-step student: regression of the teacher's endpoints, then with features, then with a discriminator",
     learns_from="teacher, pairs, data",
     needs=lambda options: replace(pair_needs(options), features=options.features),
     makes="map",

@@ -1,13 +1,14 @@
-"""Lagrangian flow maps: the map's end moves with the flow (arXiv:2406.07507; from data alone: arXiv:2505.18825).
+"""Lagrangian flow maps: the map's end point moves with the flow's velocity (arXiv:2406.07507; from data alone:
+arXiv:2505.18825).
 
     X(x, t, r) = x + (r - t) u_theta(x, t, r),
     L(theta) = E | ∂_r X(x_t, t, r) - sg[ v(X(x_t, t, r), r) ] |^2,      ∂_r X = u + (r - t) ∂_r u,   t <= r.
 
-The derivative is in r alone, none in x is needed, and the gradient goes through it. With a teacher, v is the
-teacher's. Without one it is ``u(., r, r)`` of a slow average of the student's weights (with the weights as they are,
-training ran away on digits), and the rows on the diagonal r = t, a share ``diagonal``, learn that from the data: there
-``∂_r X = u(x_t, t, t)``, and the target is the pair's ``d/dt x_t``. With a teacher the same rows learn the teacher's
-``v(x_t, t)``; they need no case of their own, since X = x_t there.
+The derivative is in r alone; no derivative in x is needed. The gradient passes through it. With a teacher, v is the
+teacher's velocity. Without one, v is ``u(., r, r)``, computed with an average of the student's weights; with the
+present weights, training on digits diverged. A share ``diagonal`` of the rows has r = t. There
+``∂_r X = u(x_t, t, t)``, and without a teacher the target is the velocity of the data pair, ``d/dt x_t``: so
+``u(., r, r)`` is learned from the data. With a teacher these rows regress ``v(x_t, t)``, because X = x_t there.
 """
 
 from __future__ import annotations
@@ -42,26 +43,31 @@ from fewstep.solvers.maps import SampleRule
 class LagrangianOptions(PairOfTimesOptions):
     """Options of ``method: lagrangian``."""
 
-    target_ema: float = Field(0.99, ge=0, lt=1, description="without a teacher: decay of the target's weight average")
+    target_ema: float = Field(
+        0.99,
+        ge=0,
+        lt=1,
+        description="without a teacher: decay, per step, of the target's weight average; 0: present weights",
+    )
 
     @model_validator(mode="after")
     def _its_own_target(self) -> LagrangianOptions:
         if self.teacher is not None and "target_ema" in self.model_fields_set:
-            raise ValueError("target_ema belongs to a target without a teacher: leave it out")
+            raise ValueError("target_ema is of the target without a teacher, and there is a teacher: leave it out")
         return self
 
 
 @final
 class Lagrangian(Objective):
-    """The loss above; in float32 whatever the stage's precision, for the derivative needs the digits.
+    """The loss of the module's docstring, in float32 for every ``precision``, because of the derivative.
 
     Args:
         student: ``u(x, t, r=r, **cond)``.
-        source: where the velocity comes from.
-        law: the law of both times.
+        source: the velocity v, a teacher's or on the diagonal the data pairs'.
+        law: the law of t and r.
         diagonal: share of rows with r = t.
-        target_ema: decay of the average that is the target without a teacher.
-        derivative: how the derivative is taken.
+        target_ema: decay, per step, of the weight average that computes the target without a teacher.
+        derivative: how ``∂_r X`` is computed.
     """
 
     def __init__(
@@ -84,15 +90,21 @@ class Lagrangian(Objective):
         times = draw_times(self.law, self.diagonal, draws, batch.x1)
         x_t = self.source.path.interpolate(batch.x0, batch.x1, times.t)
         with torch.autocast(x_t.device.type, enabled=False):
-            end, speed = EndDerivative(nets["student"], self.derivative)(x_t, times, batch.cond)
-        return {"loss": weighted_square(speed - self.target(batch, end.detach(), times))}
+            end, derivative = EndDerivative(nets["student"], self.derivative)(x_t, times, batch.cond)
+        return {"loss": weighted_square(derivative - self.target(batch, end.detach(), times))}
 
     def after_step(self, role: str) -> None:
         if self.target_average is not None:
             self.target_average.update()
 
     def target(self, batch: Pair, end: Tensor, times: Times) -> Tensor:
-        """The velocity at the map's end, (B, ...), without a graph."""
+        """The velocity at the map's end point, (B, ...), without a graph.
+
+        Args:
+            batch: the pairs.
+            end: ``X(x_t, t, r)``, (B, ...).
+            times: t and r.
+        """
         if self.target_average is None:
             return self.source.velocity_at(batch, end, times.r)
         own = self.target_average(end, times.r, r=times.r, **batch.cond)
@@ -126,7 +138,7 @@ def plan(options: LagrangianOptions, stage: Stage) -> Plan:
 SPEC = Spec(
     options=LagrangianOptions,
     plan=plan,
-    summary="any number of steps from one: the map's end follows the flow",
+    summary="any number of steps from one: the derivative of the map in its end time is the velocity there",
     learns_from="data; teacher optional",
     makes="map",
     cite=("boffi2025flow", "boffi2025build"),

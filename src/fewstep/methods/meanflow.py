@@ -3,30 +3,32 @@
     L(theta) = E w | u_theta(x_t, t, r) - sg[ y ] |^2,   t <= r,      y = v + (r - t) (∂_t u_theta + (∂_x u_theta) v),
 
 with v the velocity of the data pair, ``x1 - x0``, or of a teacher, and ``w = (|.|^2 + c)^-p`` without gradient. (The
-paper's time is 1 - t, hence its other sign.) A share ``diagonal`` of the rows has r = t and learns v itself. The
-derivative's tangent is the same v as in front: the equation is linear in it, so pairs give its conditional mean.
-Other targets y off the diagonal:
+paper's time is 1 - t, so its sign is the opposite.) A share ``diagonal`` of the rows has r = t; its target is v. The
+tangent of the derivative is the same v as the first term: y is linear in v, so with pairs its mean given x_t is right.
+Other targets y for r > t:
 
-- ``improved`` (arXiv:2512.02012): the derivative along the network's own ``u(x_t, t, t)``, which is not as noisy as a
-  pair's velocity. With a teacher there is no such noise.
-- ``alpha`` (arXiv:2510.20771), without a derivative: a step of the share a along v, ``q = t + a (r - t)``,
+- ``improved`` (arXiv:2512.02012): the tangent is the network's ``u(x_t, t, t)``, which has less variance than a pair's
+  velocity. With a teacher v has no such variance.
+- ``alpha`` (arXiv:2510.20771), without a derivative: the first part of the step, a share a of it, is along v. With
+  ``q = t + a (r - t)``,
 
       y = a v + (1 - a) u(x_t + (q - t) v, q, r),      weight 1 / a.
 
-  a falls from 1, where y = v, along a sigmoid; in the limit 0 the gradient is that of the derivative's target.
-- ``split`` (arXiv:2507.16884), without a derivative: the step is the network's, and q uniform between t and r,
+  In training a decreases from 1, where y = v, along a sigmoid. In the limit a = 0 the loss has the gradient of the
+  target with the derivative.
+- ``split`` (arXiv:2507.16884), without a derivative: the first part is the network's, and q is uniform between t and r,
 
       y = a u(x_t, t, q) + (1 - a) u(x_t + (q - t) u(x_t, t, q), q, r),   a = (q - t) / (r - t).
 
-Without a teacher, ``guidance: s`` is learned on the way (arXiv:2505.13447, sec. 4.2): v is replaced by
+Without a teacher, ``guidance: s`` is learned during training (arXiv:2505.13447, sec. 4.2): v is replaced by
 
-    s (1 - k) v + (1 - s) (1 - k) u(x_t, t, t | no label) + k u(x_t, t, t | label),
+    s (1 - k) v + (1 - s) (1 - k) u(x_t, t, t | no label) + k u(x_t, t, t | label).
 
-whose fixed point is the velocity guided with s, whatever the share k of the network's own. Rows that lost their label
-keep v.
+Its fixed point is the velocity with guidance weight s, for every share k of the network's own velocity. In rows whose
+label was replaced by the null label the target is v.
 
-The weight with p > 0 is a robust one: it draws u from the mean of the targets to their mode. With pairs in few
-dimensions that is another map, so there it is refused; in many dimensions it trades recall for precision.
+With p > 0 rows of large error have less weight, which moves u from the mean of the targets towards their mode. With
+pairs in few dimensions that is another map, so it is refused; in many dimensions precision rises and recall falls.
 """
 
 from __future__ import annotations
@@ -75,7 +77,8 @@ from fewstep.methods.families.velocity_source import (
 )
 from fewstep.solvers.maps import SampleRule
 
-STEEPNESS, FLOOR = 25.0, 5e-3  # of the sigmoid along which a falls, and where it stops; it is 1 above 1 - FLOOR
+STEEPNESS = 25.0  # of the sigmoid along which a decreases; not tuned here
+MIN_ALPHA = 5e-3  # least a; above 1 - MIN_ALPHA, a is set to 1; not tuned here
 DERIVATIVE_TARGETS = ("derivative", "improved")
 
 Target = Literal["derivative", "improved", "alpha", "split"]
@@ -86,9 +89,11 @@ class MeanflowOptions(PairOfTimesOptions):
 
     guides_itself: ClassVar[bool] = True
 
-    target: Target = Field("derivative", description="MeanFlow's; improved, alpha or split: those of its relatives")
-    p: float = Field(0.0, ge=0, le=1, description="power of the adaptive weight; 0: none, .5: as pseudo-Huber")
-    c: float = Field(1e-3, gt=0, description="added to the squared error in the weight")
+    target: Target = Field("derivative", description="target for r > t: derivative, improved, alpha or split")
+    p: float = Field(
+        0.0, ge=0, le=1, description="power of the weight (|e|^2 + c)^-p of each row; 0: none; .5: as pseudo-Huber"
+    )
+    c: float = Field(1e-3, gt=0, description="added to the squared error in that weight")
     own: float = Field(0.5, ge=0, lt=1, description="guidance without a teacher: share k of the network's own velocity")
     label_dropout: float = Field(0.1, gt=0, lt=1, description="guidance without a teacher: share of null labels")
 
@@ -96,7 +101,7 @@ class MeanflowOptions(PairOfTimesOptions):
     def _of_what_there_is(self) -> MeanflowOptions:
         if self.target == "improved" and self.teacher is not None:
             raise ValueError(
-                "'target: improved' spares the derivative the noise of data pairs, and a teacher's velocity has none: "
+                "'target: improved' reduces the variance of the pairs' velocity, and a teacher's velocity has none: "
                 "leave it out"
             )
         for name in ("own", "label_dropout"):
@@ -106,58 +111,66 @@ class MeanflowOptions(PairOfTimesOptions):
 
 
 def alpha_at(done: float) -> float:
-    """The share a after a share ``done`` of the training: ``1 / (1 + exp(25 (done - 1/2)))``, cut to 1 and .005."""
+    """``a = 1 / (1 + exp(25 (done - 1/2)))`` after a share ``done`` of the training; 1 above .995, and at least .005.
+
+    Source: the sigmoid schedule of arXiv:2510.20771.
+
+    >>> alpha_at(0.0), alpha_at(0.5), alpha_at(1.0)
+    (1.0, 0.5, 0.005)
+    """
     alpha = 1 / (1 + math.exp(STEEPNESS * (done - 0.5)))
-    return 1.0 if alpha > 1 - FLOOR else max(alpha, FLOOR)
+    return 1.0 if alpha > 1 - MIN_ALPHA else max(alpha, MIN_ALPHA)
 
 
 @final
 class SelfGuidance:
-    """The velocity of rows with a label, guided by the student's own velocities.
+    """The velocity of data pairs with guidance, computed with the student's own velocities.
 
     Args:
-        scale: s.
-        own: k.
-        null: the label of rows without one.
-        dropout: share of labels that are replaced by it.
+        scale: the guidance weight s.
+        own: the share k.
+        null: the null label.
+        dropout: probability with which a label is replaced by the null label.
+
+    Source: arXiv:2505.13447, sec. 4.2.
     """
 
     def __init__(self, scale: float, own: float, null: int, dropout: float) -> None:
         self.scale, self.own, self.null, self.dropout = scale, own, null, dropout
 
     def drop(self, batch: Pair, draws: Draws) -> Pair:
-        """The batch with some labels replaced."""
+        """The batch with some of its labels replaced by the null label."""
         return replace(batch, cond=drop_labels(batch.cond, self.null, self.dropout, draws))
 
     def __call__(self, u: Velocity, v: Tensor, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        """``s (1 - k) v + (1 - s) (1 - k) u_null + k u_label``, or v where the label is the null one.
+        """``s (1 - k) v + (1 - s) (1 - k) u_null + k u_label``, and v in rows with the null label; (B, ...).
 
         Args:
             u: the student, ``u(x, t, r=r, label=label)``.
             v: velocities without guidance, (B, ...).
-            x, t: where, (B, ...) and (B,).
-            cond: conditions of the rows, the label among them.
+            x, t: the points (B, ...) and times (B,) of v.
+            cond: conditions of the rows; one of them is ``label``.
         """
         with full_precision(x):
-            free = u(x, t, r=t, **{**cond, "label": None}).to(v)
-            known = u(x, t, r=t, **cond).to(v)
-        guided = free.lerp(v, self.scale).lerp(known, self.own)
+            u_null = u(x, t, r=t, **{**cond, "label": None}).to(v)
+            u_label = u(x, t, r=t, **cond).to(v)
+        guided = u_null.lerp(v, self.scale).lerp(u_label, self.own)
         return where_rows(cond["label"] == self.null, v, guided)
 
 
 @final
 class MeanFlow(Objective):
-    """The loss above.
+    """The loss of the module's docstring.
 
     Args:
         student: ``u(x, t, r=r, **cond)``.
-        source: where the velocity comes from.
-        law: the law of both times.
+        source: the velocity v, a teacher's or the data pairs'.
+        law: the law of t and r.
         diagonal: share of rows with r = t.
-        target: which of the targets.
-        p, c: of the weight.
-        guide: guidance by the student itself.
-        derivative: how the derivative is taken.
+        target: the target for r > t.
+        p, c: constants of the weight w.
+        guide: guidance without a teacher; None for none.
+        derivative: how du/dt is computed.
     """
 
     def __init__(
@@ -194,22 +207,31 @@ class MeanFlow(Objective):
         return {"loss": weighted_square(scale * (u - target), self.p, self.c), "alpha": torch.tensor(alpha)}
 
     def target(self, u: Velocity, batch: Pair, x_t: Tensor, times: Times, draws: Draws, alpha: float = 1.0) -> Tensor:
-        """What u is regressed on, (B, ...), without a graph: v on the diagonal, y elsewhere."""
+        """The target of u, (B, ...), without a graph: v on the diagonal, y elsewhere.
+
+        Args:
+            u: the student.
+            batch: the pairs.
+            x_t: (B, ...) at ``times.t``.
+            times: t and r.
+            draws: random numbers of q.
+            alpha: the share a of ``target: alpha``.
+        """
         v = self.source.velocity_at(batch, x_t, times.t)
         if self.guide is not None:
             v = self.guide(u, v, x_t, times.t, batch.cond)
         share = draws.uniform().to(x_t) if self.kind == "split" else None
 
-        def make(rows: Tensor, x: Tensor, apart: Times, cond: Mapping[str, Any]) -> Tensor:
+        def make(rows: Tensor, x: Tensor, off: Times, cond: Mapping[str, Any]) -> Tensor:
             if share is not None:
-                q = apart.t + share[rows] * (apart.r - apart.t)
-                return composition_target(u, x, apart, q, cond)
+                q = off.t + share[rows] * (off.r - off.t)
+                return composition_target(u, x, off, q, cond)
             if self.kind == "alpha":
-                q = apart.t + alpha * (apart.r - apart.t)
-                following = u(neighbour(x, v[rows], apart.t, q), q, r=apart.r, **cond).to(x)
-                return consistent(v[rows], following, apart.t, q, apart.r)
-            along = u(x, apart.t, r=apart.t, **cond).to(x) if self.kind == "improved" else None
-            return derivative_target(Derivative(u, self.derivative), x, apart, v[rows], cond, along)
+                q = off.t + alpha * (off.r - off.t)
+                following = u(neighbour(x, v[rows], off.t, q), q, r=off.r, **cond).to(x)
+                return consistent(v[rows], following, off.t, q, off.r)
+            along = u(x, off.t, r=off.t, **cond).to(x) if self.kind == "improved" else None
+            return derivative_target(Derivative(u, self.derivative), x, off, v[rows], cond, along)
 
         return off_diagonal(v, x_t, times, batch.cond, make)
 
@@ -224,12 +246,14 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
     source, student = velocity_source(options, stage), stage.build()
     alone = options.teacher is None and options.guidance != 1.0
     if alone and not stage.conditional:
-        raise UserError(f"guidance {options.guidance:g} compares with and without labels: set 'conditional: true'.")
+        raise UserError(
+            f"guidance {options.guidance:g} compares velocities with and without labels: set 'conditional: true'."
+        )
     facts = replace(source.facts, guidance=baked_in(options.guidance)) if alone else source.facts
 
     guide = SelfGuidance(options.guidance, options.own, stage.data.classes, options.label_dropout) if alone else None
     if options.p > 0 and options.teacher is None:
-        stage.world.say(f"note: p: {options.p:g} with data pairs trades recall for precision; p: 0 is exact.")
+        stage.world.say(f"note: p: {options.p:g} with data pairs lowers recall and raises precision; p: 0 is exact.")
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         needed = options.target in DERIVATIVE_TARGETS
@@ -251,15 +275,15 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
 
 
 def network(options: MeanflowOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """A two-time network.
+    """The resolved configuration of the two-time network.
 
     Raises:
-        UserError: a robust weight on the targets of pairs in few dimensions.
+        UserError: p > 0 without a teacher, for data with few values.
     """
     size = math.prod(data.shape)
     if options.p > 0 and options.teacher is None and size < FEW_VALUES:
         raise UserError(
-            f"p: {options.p:g} weighs rows by their own error, and with data pairs in {size} dimension(s) that "
+            f"p: {options.p:g} weights rows by their own error, and with data pairs in {size} dimension(s) that "
             "error is mostly noise: another map would be learned. Leave p out, or learn from a teacher."
         )
     return two_time_network(options, data, config, classes)
@@ -268,7 +292,7 @@ def network(options: MeanflowOptions, data: DataSet, config: Mapping[str, Any], 
 SPEC = Spec(
     options=MeanflowOptions,
     plan=plan,
-    summary="any number of steps from one: the average velocity, by its derivative or without one",
+    summary="any number of steps from one: learns the average velocity, with a derivative of the network or without",
     learns_from="data; teacher optional",
     makes="map",
     cite=("geng2025mean", "guo2025splitmeanflow", "geng2025improved", "zhang2026alphaflow"),

@@ -1,22 +1,23 @@
 """Piecewise rectified flow: straight within each of K windows of time (PeRFlow, Yan et al., arXiv:2405.07510).
 
-The windows are ``[tau_k, tau_k+1)`` with ``tau_k = k / K``. A window's start comes from the forward process, so only
-the window itself is solved, with the frozen teacher and anew for every batch of data:
+The windows are ``[tau_k, tau_k+1)`` with ``tau_k = k / K``. The state at a window's start is a noised data row, so only
+the window itself is solved, with the frozen teacher, for every batch of data:
 
     x_start = alpha(tau_k) x1 + sigma(tau_k) x0,     x_end = Phi_teacher(x_start; tau_k -> tau_k+1),
     L(theta) = E_{x0, x1, t} | v_theta(x_t, t) - u |^2,     u = K (x_end - x_start),     x_t = x_start + (t - tau_k) u,
 
-with k the window that t falls into. Alg. 1 draws t uniformly. The field jumps at the knots, though, where one window
-ends and another one starts, and a network that is smooth in t averages the two just where Euler steps call it. So t is
-drawn from the times that samples are made at, ``inner`` to a window; ``inner: 0`` is uniform.
+with k the window that contains t. Alg. 1 of the paper draws t uniformly. But the velocity is discontinuous in t at the
+knots, and a network that is smooth in t learns a mean of both sides there, which is where Euler steps call it. So t is
+drawn from the times of the Euler steps, ``inner`` of them per window; ``inner: 0`` draws it uniformly.
 
-Within a window the coupling is deterministic, so one Euler step crosses it, and K of them make a sample. With K = 1 it
-is one-step distillation (``inner: 0``: ReFlow), the teacher being solved for every batch.
+Within a window the coupling is deterministic, so one Euler step leads from its start to its end, and a sample takes K
+steps. With K = 1 it is one-step distillation (with ``inner: 0``: ReFlow) in which the teacher is solved for every
+batch.
 
-The loss is right only where the forward process has the teacher's own marginals: x0 independent of x1, on the teacher's
-path. A teacher that was itself trained on dependent pairs (ReFlow, optimal transport) is refused. Windows after the
-first are trained on noised data and fed with the student's own endpoints: the two laws agree only as far as the student
-is exact.
+The loss is right only if the noised data have the law of the teacher's flow, so x0 must be independent of x1, on the
+teacher's path. A teacher that was trained on dependent pairs (ReFlow, optimal transport) is refused. Windows after the
+first are trained from noised data, but in sampling they start at the student's endpoints. The two laws are equal only
+if the student is exact.
 """
 
 from __future__ import annotations
@@ -47,13 +48,13 @@ from fewstep.solvers.tables import find_solver
 class PiecewiseOptions(Options):
     """Options of ``method: piecewise``."""
 
-    samples: int = Field(500_000, gt=0, description="samples seen in the stage")
-    segments: int = Field(4, gt=0, description="windows of time, K")
-    solver: Literal["rk4", "heun", "euler"] = Field("rk4", description="carries the teacher through a window")
-    inner: int = Field(1, ge=0, description="Euler steps per window to train for; 0: any number, t uniform")
+    samples: int = Field(500_000, gt=0, description="samples seen in the stage, over all phases")
+    segments: int = Field(4, gt=0, description="number of windows of time, K")
+    solver: Literal["rk4", "heun", "euler"] = Field("rk4", description="solver of the teacher's flow within a window")
+    inner: int = Field(1, ge=0, description="Euler steps per window that the student is trained for; 0: t is uniform")
     nfe: int = Field(8, gt=0, description="teacher's network calls per window, for every sample seen")
-    tolerance: float = Field(0.02, gt=0, description="relative error of the windows' ends from which to warn")
-    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
+    tolerance: float = Field(0.02, gt=0, description="relative error of the windows' ends above which to warn")
+    guidance: float = Field(1.0, ge=0, description="weight of the teacher's guidance, learned by the student; 1: none")
 
     @model_validator(mode="after")
     def _needs_teacher(self) -> PiecewiseOptions:
@@ -73,7 +74,7 @@ class PiecewiseOptions(Options):
 
 @final
 class Windows:
-    """Carries states to the ends of their windows along a velocity.
+    """Solves a flow from the start of a window to its end.
 
     Args:
         velocity: ``v(x, t, **cond)``.
@@ -86,15 +87,15 @@ class Windows:
         self.velocity, self.segments, self.solver, self.steps = velocity, segments, solver, steps
 
     def end(self, x: Tensor, start: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-        """``Phi(x; start -> start + 1/K)``, a window of its own per row: ``dx/ds = v(x, start + s/K) / K``.
+        """``Phi(x; start -> start + 1/K)``: solves ``dx/ds = v(x, start + s/K) / K`` for s from 0 to 1, in every row.
 
         Args:
-            x: states (B, ...).
-            start: their knots, (B,).
+            x: states (B, ...) at the windows' starts.
+            start: the starts, knots ``k / K``, (B,).
             cond: conditions of the rows.
 
         Returns:
-            (B, ...), without a graph, in full precision whatever is around it.
+            (B, ...), without a graph, in full precision also within autocast.
         """
         width = 1.0 / self.segments
 
@@ -107,13 +108,13 @@ class Windows:
 
 @final
 class PiecewiseRegression(Objective):
-    """The loss above.
+    """The loss of the module's docstring.
 
     Args:
-        student: the network that learns.
-        windows: the teacher's windows.
-        path: the forward process, that of the teacher.
-        inner: Euler steps per window; 0 for any number.
+        student: the network ``v(x, t, **cond)``.
+        windows: solves the teacher's flow within a window.
+        path: the teacher's affine path, which gives the states at the windows' starts.
+        inner: Euler steps per window that t is drawn from; 0 for uniform t.
     """
 
     def __init__(self, student: nn.Module, windows: Windows, path: AffinePath, inner: int = 0) -> None:
@@ -136,7 +137,7 @@ def plan(options: PiecewiseOptions, stage: Stage) -> Plan:
     """One phase on data rows.
 
     Raises:
-        UserError: a teacher whose marginals are not those of its path with independent noise; guidance it cannot take.
+        UserError: the teacher was trained on dependent pairs, or guidance is asked of one that cannot be guided.
     """
     teacher = stage.teacher
     assert teacher is not None
@@ -166,7 +167,7 @@ def plan(options: PiecewiseOptions, stage: Stage) -> Plan:
 def check_windows(
     options: PiecewiseOptions, stage: Stage, windows: Windows, path: AffinePath, batches: Batches
 ) -> None:
-    """Solve some windows with twice the steps too, and warn when the ends differ by more than ``tolerance``."""
+    """Solve 256 windows with the stage's and with twice the steps, and warn if the ends differ above ``tolerance``."""
     pair = batches.batch(0, PILOT, generator_for(stage.seed, stage.name, "windows")).to(stage.world.device)
     start = window_start(torch.linspace(0, 1, PILOT, device=stage.world.device), options.segments)
     x, cond = path.interpolate(pair.x0, pair.x1, start), pair.cond
@@ -174,13 +175,13 @@ def check_windows(
     error = relative_error(windows.end(x, start, cond), finer.end(x, start, cond))
     if not error <= options.tolerance:
         stage.world.say(
-            f"warning: the ends of windows are off by {error:.3g} of their spread when solved with twice the steps "
-            f"(tolerance {options.tolerance:g}): raise nfe (now {options.nfe} calls of {options.solver!r} per window)."
+            f"warning: the windows' ends change by {error:.3g} of their spread with twice the steps (tolerance "
+            f"{options.tolerance:g}): raise nfe (now {options.nfe} calls of {options.solver!r} per window)."
         )
 
 
 def needs(options: PiecewiseOptions) -> Needs:
-    """The calls of one window per sample seen."""
+    """The needs of a stage: the teacher's calls of one window per sample seen."""
     return Needs(guidance=options.guidance, teacher_calls=options.nfe * calls_at(options.guidance))
 
 

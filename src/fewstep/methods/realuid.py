@@ -1,14 +1,15 @@
-"""Flow generator matching that sees real data, without a discriminator (arXiv:2509.22459).
+"""Flow generator matching with real data, without a discriminator (arXiv:2509.22459).
 
-The online model learns from the generator's samples and from real ones, with targets scaled apart,
+The online model s is trained on the generator's samples and on real ones, whose targets have different factors:
 
-    a |s(x_t) - (b/a) c|^2 + (1 - a) |s(y_t) - ((1 - b)/(1 - a)) d|^2,      y_t real data noised, d its velocity,
+    a |s(x_t) - (b/a) c|^2 + (1 - a) |s(y_t) - ((1 - b)/(1 - a)) d|^2,      y_t real data noised, d its velocity.
 
-so that it is u* where the two laws agree, whatever a and b; the generator's loss is
+If the two laws agree, the minimum is the flow's velocity for every a and b. The generator's loss is
 
     a |u* - (b/a) c|^2 - a |s - (b/a) c|^2.
 
-With ``a = b = 1`` that is flow generator matching. With b/a off 1 what is real counts where the teacher is wrong.
+With ``a = b = 1`` it is flow generator matching. With b/a other than 1 the real data enter s with another factor than
+the generator's samples, and so correct errors of the teacher.
 """
 
 from __future__ import annotations
@@ -30,24 +31,25 @@ from fewstep.methods.families.distribution_stage import MatchingOptions, matchin
 class RealUIDOptions(MatchingOptions):
     """Options of ``method: realuid``."""
 
-    alpha: float = Field(0.94, gt=0, lt=1, description="weight a of the generator's samples; real data have the rest")
-    ratio: float = Field(0.98, gt=0, description="b/a: scale of the generator's targets")
+    alpha: float = Field(0.94, gt=0, lt=1, description="weight a of the generator's samples; real data have 1 - a")
+    ratio: float = Field(0.98, gt=0, description="b/a: factor of the targets on the generator's samples")
 
     @model_validator(mode="after")
     def _unguided(self) -> RealUIDOptions:
         if self.guidance != 1.0:
-            raise ValueError("the guided law is not that of the real data: leave guidance out, or take 'fgm'")
+            raise ValueError("the guided law is not that of the real data: leave guidance out, or use 'fgm'")
         return self
 
 
 @final
 @dataclass(frozen=True)
 class RealUID:
-    """``w a (u* - s)(u* + s - 2 (b/a) c)``.
+    """The loss ``w a mean (u* - s)(u* + s - 2 (b/a) c)`` per row.
 
-    Args:
+    Attributes:
         alpha: a.
         ratio: b/a.
+        through: True: the gradient passes through both networks.
     """
 
     alpha: float
@@ -60,7 +62,14 @@ class RealUID:
         return self.alpha * point.weight * rows
 
     def online(self, s: Velocity, noised: Noised, batch: Pair, draws: Draws) -> Tensor:
-        """The online model's loss: on the generator's samples, and on the batch's real rows at the same times."""
+        """The online model's loss, a scalar, on the generator's samples and on real rows at the same times.
+
+        Args:
+            s: the online model.
+            noised: noised samples of the generator.
+            batch: the real rows ``x1``.
+            draws: the random numbers of the real rows' noise.
+        """
         x_t, c, t, path = noised
         noise = draws.normal(batch.x1.shape[1:]).to(batch.x1)
         y_t, d = path.interpolate(noise, batch.x1, t), path.target(noise, batch.x1, t)
@@ -70,7 +79,7 @@ class RealUID:
 
 
 def plan(options: RealUIDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.families.distribution_stage.plan_matching`."""
+    """The plan of :func:`~fewstep.methods.families.distribution_stage.plan_matching` with these losses."""
     matching = RealUID(options.alpha, options.ratio)
     return plan_matching(options, stage, matching, matching.online)
 
@@ -78,7 +87,7 @@ def plan(options: RealUIDOptions, stage: Stage) -> Plan:
 SPEC = Spec(
     options=RealUIDOptions,
     plan=plan,
-    summary="one call: flow generator matching with real data beside the teacher, without a discriminator",
+    summary="one call: flow generator matching that also learns from real data, without a discriminator",
     learns_from="teacher, data",
     makes="map",
     cite=("kornilov2025universal",),

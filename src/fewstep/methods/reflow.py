@@ -1,22 +1,23 @@
 """ReFlow with a mixed buffer (Liu et al., arXiv:2209.03003, alg. 1).
 
-Each round: the EMA teacher, frozen for the round, carries noise to synthetic endpoints; the student, started from the
-teacher's weights, regresses the straight-line velocity of a buffer in which a sample is such a pair with probability
-``p`` and otherwise has a *real* endpoint. ``p`` rises over the rounds (``mix``). What x0 goes with a real endpoint
-decides the outcome, because only the coupling decides straightness:
+In each round a teacher with averaged weights, frozen for the round, maps noise to its endpoints. The student starts
+from the teacher's weights and regresses the straight-line velocity of pairs from a buffer. With probability p a pair is
+synthetic (noise, teacher's endpoint); otherwise its endpoint is a data row. p rises over the rounds (``mix``). The
+choice of x0 for a data row decides how straight the result is, because straightness depends on the coupling alone:
 
-- ``inverted``: x0 is the image's own noise, the teacher's flow run backwards. Both halves of the buffer lie on one
-  deterministic coupling.
-- ``independent``: fresh noise. The optimal v(x, 0) is then (1 - p) v_ind + p v_syn, so one Euler step returns
-  (1 - p) E[x1] + p T(x0): in one Gaussian dimension its standard deviation is p s.
-- ``anneal``: independent, with p raised to 1 over the last part of the last round.
+- ``inverted``: x0 is the solution of the teacher's flow from the data row back to t = 0. Synthetic and real pairs then
+  belong to one deterministic coupling.
+- ``independent``: x0 is fresh noise. The optimal v(x, 0) is then ``(1 - p) v_ind + p v_syn``, so one Euler step returns
+  ``(1 - p) E[x1] + p T(x0)`` with T the teacher's map. In one Gaussian dimension its standard deviation is p times that
+  of the data.
+- ``anneal``: independent, and p rises to 1 between 60 % and 80 % of the last round.
 
-The improved recipes are options. 2-RF++ (Lee et al., arXiv:2405.20320): more times at both ends (``time: ushape:4``),
-a distance of features of the endpoints (``loss: perceptual``), a start from a diffusion model
-(:class:`~fewstep.flow.denoiser.DenoiserVelocity`). Simple ReFlow (Kim et al., arXiv:2410.07815): more times at the
-noise (``time: exponential``), errors relative to their own size (``weight: normalised``), fine grain weighed more
-(``loss: highpass``), less dropout than the teacher's (``dropout``). Distances whose minimum is not at the mean need
-pairs in which there is but one target, and are refused for others.
+Two published variants are options. 2-RF++ (Lee et al., arXiv:2405.20320): more times near 0 and 1 (``time: ushape:4``),
+a distance of the endpoints' features (``loss: perceptual``), a start from a diffusion model
+(:class:`~fewstep.flow.denoiser.DenoiserVelocity`). Simple ReFlow (Kim et al., arXiv:2410.07815): more times near 0
+(``time: exponential``), errors divided by their own size (``weight: normalised``), a larger weight of high frequencies
+(``loss: highpass``), less dropout than the teacher's (``dropout``). Losses whose minimum is not at the mean of several
+targets need pairs with one target per noise, and are refused for others.
 """
 
 from __future__ import annotations
@@ -67,30 +68,39 @@ from fewstep.metrics.feature_distance import FeatureDistance, find_features
 from fewstep.solvers.maps import SampleRule
 
 PERCEPTUAL = "perceptual"
-NORMALISER_ROWS = 512  # pairs on which the constant of the normalised loss is set
-NORMALISER_SHARE = 1e-3  # of the teacher's own median error on them
-LEAST_NORMALISER = 1e-8  # squared network units: what float32 leaves of an error of zero
+NORMALISER_ROWS = 512  # pairs from which the constant of the normalised loss is computed; chosen, not tuned
+NORMALISER_SHARE = 1e-3  # that constant, as a share of the teacher's median error on them; chosen, not tuned
+MIN_NORMALISER = 1e-8  # least constant, in squared network units: about the rounding error of float32
 
 
 class ReflowOptions(PairOptions):
     """Options of ``method: reflow``."""
 
     samples: int = Field(800_000, gt=0, description="samples seen in the stage, over all rounds")
-    rounds: int = Field(1, gt=0)
-    mix: tuple[float, ...] = Field((0.4, 0.9), description="probability of a synthetic pair, first to last round")
-    real: Literal["inverted", "independent", "anneal"] = Field(
-        "inverted", description="the x0 that goes with a real endpoint"
+    rounds: int = Field(1, gt=0, description="number of rounds; each makes pairs with the student of the one before")
+    mix: tuple[float, ...] = Field(
+        (0.4, 0.9), description="probability of a synthetic pair: of all rounds, of first and last, or of each"
     )
-    real_pairs: int | None = Field(None, gt=0, description="inverted pairs per round; default: the training rows")
+    real: Literal["inverted", "independent", "anneal"] = Field(
+        "inverted", description="the x0 of a real endpoint: the data row inverted, fresh noise, or fresh noise annealed"
+    )
+    real_pairs: int | None = Field(
+        None, gt=0, description="inverted pairs per round; default: one per training row, at most 'pairs'"
+    )
     time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, ushape:a, exponential:rate")
-    loss: str = Field("l2", description="l2, l1, huber:share, highpass:strength (images), perceptual:floor")
+    loss: str = Field(
+        "l2",
+        description="distance of the prediction to its target: l2, l1, huber:share, highpass:strength (images), "
+        "perceptual:floor",
+    )
     weight: Literal["none", "normalised", "divided"] = Field(
-        "none", description="normalised: by the error itself; divided: the features' distance by 1 - t"
+        "none",
+        description="weight of each row; normalised: 1 / its error; divided: 1 / (1 - t), of the features' distance",
     )
     features: str | None = Field(
-        None, description="what 'loss: perceptual' looks through: a stage, a folder, lpips:vgg"
+        None, description="feature network of 'loss: perceptual': a 'features' stage, a folder or file, or lpips:vgg"
     )
-    dropout: float | None = Field(None, ge=0, lt=1, description="the student's; default: its network's")
+    dropout: float | None = Field(None, ge=0, lt=1, description="dropout of the student; default: its network's")
 
     @field_validator("mix", mode="before")
     @classmethod
@@ -145,15 +155,19 @@ class ReflowOptions(PairOptions):
 
     @property
     def noisy_targets(self) -> bool:
-        """Whether a noise has several endpoints: real rows are paired with noise that does not determine them."""
+        """Whether a noise has several endpoints, because data rows are paired with independent noise."""
         return self.real != "inverted" and min(self.shares()) < 1.0
 
     def loss_words(self) -> tuple[str, float | None]:
-        """The loss's name and its value, None where the default is meant."""
+        """The name in ``loss`` and the value after its colon; None for the default."""
         return distance_words(self.loss, [*DISTANCES, PERCEPTUAL], [*VALUED, PERCEPTUAL])
 
     def shares(self) -> list[float]:
-        """``p`` of every round: raised linearly from the first to the last value; one round uses the last."""
+        """p of every round, linear from the first to the last value of ``mix``; one round uses the last value.
+
+        >>> ReflowOptions(method="reflow", teacher="teacher", rounds=3, mix=(0.5, 1)).shares()
+        [0.5, 0.75, 1.0]
+        """
         if len(self.mix) == self.rounds:
             return list(self.mix)
         if self.rounds == 1:
@@ -162,7 +176,17 @@ class ReflowOptions(PairOptions):
 
 
 def share_law(p: float, samples: int, anneal: bool) -> Callable[[int], float]:
-    """``p`` as a function of samples seen in the round; annealed, it rises to 1 between 60 % and 80 % of the round."""
+    """p as a function of the samples seen in the round.
+
+    Args:
+        p: the round's probability of a synthetic pair.
+        samples: of the round.
+        anneal: whether p rises linearly to 1 between 60 % and 80 % of the round, and stays there.
+
+    >>> law = share_law(0.5, 100, anneal=True)
+    >>> law(0), law(70), law(90)
+    (0.5, 0.75, 1.0)
+    """
     if not anneal:
         return lambda seen: p
     return lambda seen: p + (1.0 - p) * float(np.clip((seen / samples - 0.6) / 0.2, 0.0, 1.0))
@@ -202,12 +226,12 @@ def _preparer(
     p: float,
     law: Callable[[int], float],
 ) -> Callable[[Teacher | None], tuple[Objective, Batches]]:
-    """What the round does before it trains: make its pairs."""
+    """Prepares a round: makes its pairs."""
 
     def prepare(previous: Teacher | None) -> tuple[Objective, Batches]:
         teacher = previous or stage.teacher
         assert teacher is not None
-        # guidance is baked in by the first round; later rounds learn from a teacher that has it
+        # the first round learns the guided velocity; the teacher of a later round has the guidance already
         used = options if previous is None else options.model_copy(update={"guidance": 1.0})
         batches = make_buffer(used, stage, teacher, f"round-{number}", p, law)
         times = make_time_law(options.time)
@@ -220,7 +244,16 @@ def _preparer(
 def make_buffer(
     options: ReflowOptions, stage: Stage, teacher: Teacher, tag: str, p: float, law: Callable[[int], float]
 ) -> Batches:
-    """The round's buffer of synthetic and real pairs."""
+    """The round's buffer of synthetic and real pairs.
+
+    Args:
+        options: of the stage, with the guidance of this round.
+        stage: the stage.
+        teacher: of this round.
+        tag: name of the round, which distinguishes its noise.
+        p: probability of a synthetic pair when the round begins.
+        law: p as a function of the samples seen in the round.
+    """
     request = PairRequest("generated", options.pairs, options, teacher, tag)
     facts = pair_facts(request)
     key = (stage.seed, stage.name, tag)
@@ -228,7 +261,7 @@ def make_buffer(
     if p == 1.0:
         return synthetic
     if not teacher.follows_data(options.guidance):
-        # a guided flow does not end at the data's law, so data have no noise of their own under it
+        # the endpoints of a guided flow do not have the data's law, so a data row is no endpoint of it
         stage.world.say("note: guided endpoints follow another law than the data: real endpoints are left out.")
         return synthetic
     real: Batches
@@ -238,8 +271,8 @@ def make_buffer(
         store = build_pairs(stage, request)
         if not has_base_law(store):
             stage.world.say(
-                "warning: the data invert to noise much smaller than the base's, as memorised data do: real "
-                "endpoints are left out. More data, or a teacher trained for less, would bring them in."
+                "warning: the noise of the inverted data is much smaller than that of the base, which happens for "
+                "memorised data: real endpoints are left out. Use more data, or train the teacher for fewer samples."
             )
             return synthetic
         real = StoredBatches(store, facts, (*key, "inverted"))
@@ -250,7 +283,7 @@ def make_buffer(
 
 
 def needs(options: ReflowOptions) -> Needs:
-    """Generated pairs in every round, and inverted ones in the rounds that mix them in."""
+    """The needs of a stage: generated pairs in every round, and inverted ones in the rounds with p below 1."""
 
     def pairs(rows: int) -> int:
         real = options.real_pairs or min(rows, options.pairs)
@@ -261,25 +294,26 @@ def needs(options: ReflowOptions) -> Needs:
 
 
 def network(options: ReflowOptions, data: DataSet, config: Mapping[str, Any], classes: int) -> dict[str, Any]:
-    """The student's network, with its own dropout where the options say so.
+    """The resolved configuration of the student's network, with the option ``dropout`` if it is set.
 
     Raises:
-        UserError: ``loss: highpass`` for samples that are no images; a robust loss on noisy targets in few dimensions.
+        UserError: ``loss: highpass`` for samples that are not images, or a robust loss on noisy targets for data with
+            few values.
     """
     name, shape = options.loss_words()[0], data.shape
     if name == "highpass" and len(shape) != 3:
         raise UserError(
-            f"'loss: highpass' filters images (C, H, W), and one sample has shape {shape}: take 'l2', or give the data "
+            f"'loss: highpass' filters images (C, H, W), and one sample has shape {shape}: use 'l2', or give the data "
             "a channel axis."
         )
     if options.noisy_targets:
-        require_many_values(f"loss: {name}", name in ROBUST, shape, "take 'l2', or 'real: inverted'")
+        require_many_values(f"loss: {name}", name in ROBUST, shape, "use 'l2', or 'real: inverted'")
     changes = {} if options.dropout is None else {"dropout": options.dropout}
     return velocity_network(options, data, config, classes, **changes)
 
 
 def named_features(options: ReflowOptions, stage: Stage) -> FeatureDistance | None:
-    """The distance of features that the options name."""
+    """The distance of the features that the options name; None for none."""
     if options.features is None:
         return None
     shape, scaling = stage.data.shape, stage.data.scaling.as_dict()
@@ -294,7 +328,16 @@ def make_loss(
     times: TimeLaw,
     features: Distance | None,
 ) -> str | Loss:
-    """What the round minimises."""
+    """The loss of a round: a distance's name, or a loss of the residual.
+
+    Args:
+        options: of the stage.
+        stage: the stage.
+        teacher: of the round.
+        batches: the round's pairs, from which the constant of the normalised loss is computed.
+        times: the law of t.
+        features: the features' distance for ``loss: perceptual``.
+    """
     name, value = options.loss_words()
     if features is not None:
         return Perceptual(features, value or 0.0, options.weight == "divided")
@@ -303,7 +346,7 @@ def make_loss(
     operator: Operator = identity
     if name == "highpass":
         operator = partial(high_pass, strength=STRENGTH if value is None else value)
-    # a function of the teacher and its pairs, so that a resumed round goes on with the same constant
+    # the constant depends on the teacher and its pairs alone, so a resumed round has the same one
     generator = generator_for(stage.seed, stage.name, "normaliser")
     pair = batches.batch(0, NORMALISER_ROWS, generator).to(stage.world.device)
     t = times.sample(torch.rand(NORMALISER_ROWS, generator=generator)).to(pair.x1)
@@ -312,10 +355,17 @@ def make_loss(
 
 @torch.no_grad()
 def normaliser(v: Velocity, pair: Pair, t: Tensor, operator: Operator) -> float:
-    """The constant of the normalised loss: a thousandth of a velocity's own median error on pairs."""
+    """The constant c of the normalised loss: a thousandth of a velocity's median endpoint error, at least 1e-8.
+
+    Args:
+        v: the velocity ``v(x, t, **cond)``.
+        pair: pairs (B, ...).
+        t: times (B,).
+        operator: phi of the loss.
+    """
     x_t = Linear().interpolate(pair.x0, pair.x1, t)
     at = Residual(v(x_t, t, **pair.cond), pair.x1 - pair.x0, x_t, pair.x1, t)
-    return max(NORMALISER_SHARE * float(endpoint_errors(at, operator).median()), LEAST_NORMALISER)
+    return max(NORMALISER_SHARE * float(endpoint_errors(at, operator).median()), MIN_NORMALISER)
 
 
 SPEC = Spec(

@@ -1,4 +1,4 @@
-"""The methods by name. A new method is a new file and one line here."""
+"""The methods by name, in the order in which they are listed. A new method is a new file and one line here."""
 
 from __future__ import annotations
 
@@ -46,7 +46,14 @@ METHODS: dict[str, Spec] = {
 
 
 def find_method(name: object) -> Spec:
-    """Look a method up by name."""
+    """Look a method up by name.
+
+    Args:
+        name: a key of :data:`METHODS`, as a recipe gives it.
+
+    Raises:
+        UserError: there is no method of that name.
+    """
     if not isinstance(name, str) or name not in METHODS:
         raise unknown("method", name, METHODS)
     return METHODS[name]

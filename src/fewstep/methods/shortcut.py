@@ -1,4 +1,4 @@
-"""Shortcut models: a step of length d does what two of length d/2 do (Frans et al., arXiv:2410.12557).
+"""Shortcut models: one step of length d equals two steps of length d/2 (Frans et al., arXiv:2410.12557).
 
 Lengths are ``d = 1, 1/2, …, 2^-K`` and steps start at multiples of their length. With ``u(x, t, t + d)``:
 
@@ -6,9 +6,10 @@ Lengths are ``d = 1, 1/2, …, 2^-K`` and steps start at multiples of their leng
     the others, d = 2^-j with j uniform on 0 … K - 1:      | u(x_t, t, t + d) - sg[ (b1 + b2) / 2 ] |^2,
         b1 = u(x_t, t, t + d/2),   b2 = u(x_t + (d/2) b1, t + d/2, t + d),
 
-v the velocity of the data pair or of a teacher. There is no derivative. A step of the smallest length is an Euler step,
-so the map learned is that of ``2^K`` Euler steps, and it is sampled in ``1, 2, 4, … 2^K`` equal steps. Targets come
-from the weights as they are (the paper: their average), and the network sees ``d`` itself (the paper: its logarithm).
+with v the velocity of the data pair or of a teacher. There is no derivative. A step of the smallest length is an Euler
+step, so the learned map is that of ``2^K`` Euler steps. It is sampled in ``1, 2, 4, … 2^K`` equal steps. Two
+differences to the paper: targets are computed with the present weights (there: with their average), and the network's
+input is d (there: its logarithm).
 """
 
 from __future__ import annotations
@@ -42,12 +43,22 @@ class ShortcutOptions(MapOptions):
 
     old_names: ClassVar[Mapping[str, str]] = {"share": "composed"}
 
-    levels: int = Field(5, gt=0, le=10, description="K: the smallest step is 2^-K")
-    composed: float = Field(0.25, gt=0, lt=1, description="share of the rows that learn from two smaller steps")
+    levels: int = Field(5, gt=0, le=10, description="K: the smallest step has the length 2^-K")
+    composed: float = Field(0.25, gt=0, lt=1, description="share of rows whose target is two steps of half the length")
 
 
 def draw_steps(levels: int, composed: float, draws: Draws, like: Tensor) -> Times:
-    """Steps t to r = t + d; ``diagonal`` marks those of the smallest length, which learn the velocity."""
+    """Draw steps from t to r = t + d.
+
+    Args:
+        levels: K.
+        composed: probability of a length above the smallest.
+        draws: the random numbers of B rows.
+        like: a tensor whose dtype and device the times get.
+
+    Returns:
+        The times; ``diagonal`` marks the steps of the smallest length, whose target is the velocity.
+    """
     smallest = (draws.uniform() >= composed).to(like.device)
     level = (draws.uniform() * levels).floor().to(like)
     number = torch.where(smallest, float(2**levels), 2.0**level)  # of steps, 1 / d
@@ -57,13 +68,13 @@ def draw_steps(levels: int, composed: float, draws: Draws, like: Tensor) -> Time
 
 @final
 class Shortcut(Objective):
-    """The loss above.
+    """The loss of the module's docstring.
 
     Args:
         student: ``u(x, t, r=r, **cond)``.
-        source: where the velocity comes from.
+        source: the velocity v, a teacher's or the data pairs'.
         levels: K.
-        composed: share of the rows that learn from two smaller steps.
+        composed: share of rows whose target is two steps of half the length.
     """
 
     def __init__(self, student: nn.Module, source: VelocitySource, levels: int = 5, composed: float = 0.25) -> None:
@@ -77,10 +88,17 @@ class Shortcut(Objective):
         return {"loss": weighted_square(u - self.target(nets["student"], batch, x_t, steps))}
 
     def target(self, network: Velocity, batch: Pair, x_t: Tensor, steps: Times) -> Tensor:
-        """The velocity for the smallest steps, the mean of two half steps for the others; without a graph."""
+        """The velocity for the smallest steps, ``(b1 + b2) / 2`` for the others; (B, ...), without a graph.
 
-        def make(_: Tensor, x: Tensor, apart: Times, cond: Mapping[str, Any]) -> Tensor:
-            return composition_target(network, x, apart, (apart.t + apart.r) / 2, cond)
+        Args:
+            network: the student.
+            batch: the pairs.
+            x_t: (B, ...) at ``steps.t``.
+            steps: the steps, as :func:`draw_steps`.
+        """
+
+        def make(_: Tensor, x: Tensor, longer: Times, cond: Mapping[str, Any]) -> Tensor:
+            return composition_target(network, x, longer, (longer.t + longer.r) / 2, cond)
 
         return off_diagonal(self.source.velocity_at(batch, x_t, steps.t), x_t, steps, batch.cond, make)
 
@@ -104,7 +122,7 @@ def plan(options: ShortcutOptions, stage: Stage) -> Plan:
 SPEC = Spec(
     options=ShortcutOptions,
     plan=plan,
-    summary="1, 2, 4, ... steps: one step does what two of half its length do",
+    summary="1, 2, 4, ... steps: one step is trained to equal two steps of half its length",
     learns_from="data; teacher optional",
     makes="map",
     cite=("frans2025one",),

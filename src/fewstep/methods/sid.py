@@ -4,10 +4,12 @@ With the data predictions ``f_T`` of the teacher and ``f_S`` of the online model
 
     L = w (f_T - f_S)((f_T - x1) - alpha (f_T - f_S)),      w = 1 / mean |x1 - f_T| without gradient,
 
-the gradient going through x_t into both networks. In velocities, ``f_T - f_S = kappa (u* - s)`` and ``f_T - x1 =
-kappa (u* - c)``: L is ``kappa^2 w ((1 - alpha) L1 + L2 / 2)`` of flow generator matching's two terms. At alpha = 1/2
-it is half of that method's loss; at alpha = 1 it is the second term alone, and above, the first one is subtracted. The
-second term alone is the one that keeps variety, and with more of the early times it keeps more of it.
+where the gradient passes through x_t into both networks. In velocities, ``f_T - f_S = kappa (u* - s)`` and
+``f_T - x1 = kappa (u* - c)``. So ``L = kappa^2 w ((1 - alpha) L1 + L2 / 2)`` with the two terms of flow generator
+matching (:mod:`fewstep.methods.fgm`). For alpha = 1/2 it is half of that method's loss, for alpha = 1 half of its
+second term alone, and for larger alpha the first term is subtracted. The default is alpha = 1, with more early times
+than in the other methods: on digits its recall was the highest of the family (.96;
+``benchmarks/2026-11-30-few-step.md``).
 """
 
 from __future__ import annotations
@@ -27,36 +29,37 @@ from fewstep.methods.families.velocity_source import LawOfTime
 class SiDOptions(MatchingOptions):
     """Options of ``method: sid``."""
 
-    time: LawOfTime = Field("exponential:2", description="law of the path's times, shrunk to [0, latest]")
-    alpha: float = Field(1.0, ge=-1, le=2, description="1/2 is half of fgm; 1 to 1.2 are the paper's")
+    time: LawOfTime = Field("exponential:2", description="law of t / latest: uniform, logit_normal:m,s, …")
+    alpha: float = Field(1.0, ge=-1, le=2, description="weight of the first term is 1 - alpha; the paper has 1 to 1.2")
 
 
 @final
 @dataclass(frozen=True)
 class SiD:
-    """``w kappa^2 (u* - s)((u* - c) - alpha (u* - s))``.
+    """The loss ``w kappa^2 mean (u* - s)((u* - c) - alpha (u* - s))`` per row.
 
-    Args:
-        alpha: as above.
+    Attributes:
+        alpha: as in the module's docstring.
+        through: True: the gradient passes through both networks.
     """
 
     alpha: float = 1.0
     through: bool = True
 
     def __call__(self, point: Point) -> Tensor:
-        apart = point.teacher - point.online
-        return point.weight * rows_mean(apart * ((point.teacher - point.c) - self.alpha * apart))
+        difference = point.teacher - point.online
+        return point.weight * rows_mean(difference * ((point.teacher - point.c) - self.alpha * difference))
 
 
 def plan(options: SiDOptions, stage: Stage) -> Plan:
-    """As :func:`~fewstep.methods.families.distribution_stage.plan_matching`."""
+    """The plan of :func:`~fewstep.methods.families.distribution_stage.plan_matching` with this loss."""
     return plan_matching(options, stage, SiD(options.alpha))
 
 
 SPEC = Spec(
     options=SiDOptions,
     plan=plan,
-    summary="one call: flow generator matching with its first term weighed down or subtracted",
+    summary="one call: the loss of fgm with the first of its two terms left out or subtracted",
     learns_from="teacher, data for labels",
     makes="map",
     cite=("zhou2024score",),

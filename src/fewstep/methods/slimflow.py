@@ -1,22 +1,23 @@
 r"""SlimFlow: a one-step student smaller than its teacher (arXiv:2407.12718).
 
-A small network cannot start from a large teacher's weights. On the teacher's pairs (x0, x1) it is trained twice.
+A small network cannot start from a large teacher's weights. It is trained in two phases on the teacher's pairs (x0,
+x1).
 
-*Annealing ReFlow* (sec. 3.1) leads it from scratch to a straight flow: the noise of a pair is blended with fresh noise,
+*Annealing ReFlow* (sec. 3.1) trains a straight flow from scratch. The noise of a pair is mixed with fresh noise,
 
     x0^b = sqrt(1 - b^2) x0 + b xi,   xi ~ N(0, I),     L = E d( u(x_t, t), x1 - x0^b ),   x_t = (1 - t) x0^b + t x1,
 
-and b falls from 1 (independent noise: flow matching on the teacher's samples) to 0 (ReFlow). x0^b ~ N(0, I) for every
-b; for Gaussian data the pairs have correlation rho = sqrt(1 - b^2) (:mod:`fewstep.flow.coupled_gaussian`).
+and b decreases from 1 (independent noise: flow matching on the teacher's samples) to 0 (ReFlow). x0^b ~ N(0, I) for
+every b; for Gaussian data the pairs have correlation rho = sqrt(1 - b^2) (:mod:`fewstep.flow.coupled_gaussian`).
 
-*Flow-guided distillation* (sec. 3.2) starts from the EMA of that flow, u. A frozen copy of u carries fresh noise x0' to
-an end point in two steps, which is a second target:
+*Flow-guided distillation* (sec. 3.2) starts from that flow u with averaged weights. Two Euler steps of a frozen copy of
+u from fresh noise x0' give a second target:
 
     L = E d( x0 + v(x0, 0), x1 )  +  w E d( x0' + v(x0', 0), y + (1 - t) u(y, t) ),   y = x0' + t u(x0', 0),
     t ~ U(0.2, 0.8).
 
-``annealing: false`` keeps b = 0, which is plain ReFlow of the small network from scratch. ``flow_weight: 0`` (or false)
-leaves the second term out. Endpoint regression from scratch, the other baseline, is ``method: distill`` with the same
+``annealing: false`` sets b = 0: plain ReFlow of the small network from scratch. ``flow_weight: 0`` (or false) leaves
+the second term out. Regression of the endpoints from scratch is ``method: distill`` with the same
 ``network: {size: ...}``.
 """
 
@@ -47,8 +48,8 @@ from fewstep.methods.training_pairs.batches import StoredBatches
 from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, pair_facts
 from fewstep.solvers.maps import SampleRule
 
-STEEPNESS = 5.0  # of the exponential schedule: b falls by e within a fifth of the annealing
-FIRST_STEP = (0.2, 0.8)  # least and largest t of the guided term's first step
+STEEPNESS = 5.0  # rate of the exponential schedule per annealing; chosen, not tuned
+FIRST_STEP = (0.2, 0.8)  # least and largest t of the second term (arXiv:2407.12718, sec. 3.2)
 
 
 class SlimflowOptions(PairOptions):
@@ -56,21 +57,29 @@ class SlimflowOptions(PairOptions):
 
     old_names: ClassVar[Mapping[str, str]] = {"guided": "flow_weight"}
 
-    network: dict[str, Any] | str | None = Field({"size": 0.25}, description="default: a quarter of the teacher's")
-    samples: int = Field(1_000_000, gt=0, description="samples seen in the stage, over both phases")
+    network: dict[str, Any] | str | None = Field(
+        {"size": 0.25}, description="the student's network; default: a quarter of the teacher's parameters"
+    )
+    samples: int = Field(1_000_000, gt=0, description="samples seen in the stage, over all phases")
     share: float = Field(0.5, gt=0, lt=1, description="share of the samples in the first phase")
-    annealing: bool = Field(True, description="blend the pairs' noise with fresh noise; false: plain ReFlow")
-    anneal: float = Field(0.6, gt=0, lt=1, description="share of the first phase in which the fresh noise fades")
-    schedule: Literal["linear", "cosine", "exponential"] = "linear"
+    annealing: bool = Field(True, description="mix the pairs' noise with fresh noise; false: plain ReFlow")
+    anneal: float = Field(0.6, gt=0, lt=1, description="share of the first phase in which b decreases to 0")
+    schedule: Literal["linear", "cosine", "exponential"] = Field("linear", description="how b decreases")
     flow_weight: float = Field(1.0, ge=0, description="weight of the flow-guided term; 0 or false leaves it out")
-    loss: Literal["l2", "l1", "huber"] = "l2"
+    loss: Literal["l2", "l1", "huber"] = Field("l2", description="distance of the prediction to its target")
 
 
 def noise_law(schedule: str, samples: int) -> Callable[[int], float]:
-    """``b`` as a function of samples seen: from 1 at 0 down to 0 at ``samples`` and after.
+    """b as a function of the samples seen: from 1 at 0 down to 0 at ``samples`` and after.
 
-    With ``s = seen / samples``: linear ``1 - s``, cosine ``(1 + cos(pi s)) / 2``, exponential
-    ``(e^{-5 s} - e^{-5}) / (1 - e^{-5})``.
+    Args:
+        schedule: with ``s = seen / samples``, ``linear``: ``1 - s``; ``cosine``: ``(1 + cos(pi s)) / 2``;
+            ``exponential``: ``(e^{-5 s} - e^{-5}) / (1 - e^{-5})``.
+        samples: in which b decreases.
+
+    >>> b = noise_law("linear", 100)
+    >>> b(0), b(25), b(100)
+    (1.0, 0.75, 0.0)
     """
     shapes: dict[str, Callable[[float], float]] = {
         "linear": lambda s: 1.0 - s,
@@ -82,17 +91,30 @@ def noise_law(schedule: str, samples: int) -> Callable[[int], float]:
 
 
 def blend(x0: Tensor, xi: Tensor, b: float) -> Tensor:
-    """``sqrt(1 - b^2) x0 + b xi``: N(0, I) again where both are, with correlation ``sqrt(1 - b^2)`` to x0."""
+    """``sqrt(1 - b^2) x0 + b xi``, (B, ...).
+
+    If x0 and xi are independent and N(0, I), so is the result; its correlation with x0 is ``sqrt(1 - b^2)``.
+
+    Args:
+        x0: the pairs' noise (B, ...).
+        xi: fresh noise (B, ...).
+        b: share of fresh noise in [0, 1].
+
+    Source: arXiv:2407.12718, sec. 3.1.
+
+    >>> round(blend(torch.ones(1), torch.ones(1), 0.6).item(), 6)
+    1.4
+    """
     return math.sqrt(1.0 - b * b) * x0 + b * xi
 
 
 @final
 class AnnealedBatches:
-    """Pairs whose noise is blended with fresh noise.
+    """Pairs whose noise is mixed with fresh noise by :func:`blend`.
 
     Args:
         pairs: the pairs.
-        law: ``b`` as a function of samples seen.
+        law: b as a function of the samples seen.
     """
 
     def __init__(self, pairs: Batches, law: Callable[[int], float]) -> None:
@@ -100,15 +122,25 @@ class AnnealedBatches:
         self._pairs, self._law = pairs, law
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """The pairs of samples ``start … start + count``, all with the b of ``start``."""
         pair = self._pairs.batch(start, count, generator)
         xi = torch.randn(pair.x0.shape, generator=generator, dtype=pair.x0.dtype)
         return Pair(blend(pair.x0, xi, self._law(start)), pair.x1, pair.cond)
 
 
 def guided_target(flow: Velocity, x0: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """Two Euler steps of ``flow``, 0 to t and t to 1: ``y + (1 - t) u(y, t)`` with ``y = x0 + t u(x0, 0)``.
+    """``y + (1 - t) u(y, t)`` with ``y = x0 + t u(x0, 0)``, (B, ...): two Euler steps, from 0 to t and from t to 1.
 
-    On a straight flow it is the endpoint for every t.
+    Args:
+        flow: ``u(x, t, **cond)``.
+        x0: noise (B, ...).
+        t: times (B,). If the flow is straight, the result is its endpoint for every t.
+        cond: conditions of the rows.
+
+    Source: arXiv:2407.12718, sec. 3.2.
+
+    >>> guided_target(lambda x, t: torch.ones_like(x), torch.zeros(1, 1), torch.tensor([0.3]), {}).item()
+    1.0
     """
     time = expand_time(t, x0)
     y = x0 + time * flow(x0, torch.zeros_like(t), **cond)
@@ -117,14 +149,14 @@ def guided_target(flow: Velocity, x0: Tensor, t: Tensor, cond: Mapping[str, Tens
 
 @final
 class GuidedEndpoint(Objective):
-    """The loss of flow-guided distillation.
+    """The loss of flow-guided distillation, as in the module's docstring.
 
     Args:
-        student: the network.
-        flow: the straight flow that guides it, frozen.
-        source: the base that fresh noise is drawn from.
-        weight: of the guided term.
-        distance: by name (:func:`~fewstep.methods.families.distances.find_distance`).
+        student: the network ``v(x, t, **cond)``.
+        flow: the frozen straight flow u of the second term.
+        source: the base distribution of the fresh noise x0'.
+        weight: w of the second term; 0 leaves it out.
+        distance: d by name (:func:`~fewstep.methods.families.distances.find_distance`).
     """
 
     def __init__(
@@ -152,7 +184,7 @@ class GuidedEndpoint(Objective):
 
 
 def plan(options: SlimflowOptions, stage: Stage) -> Plan:
-    """Two phases on the same pairs: a small straight flow, then its distillation.
+    """Two phases on the same pairs: annealing ReFlow, then flow-guided distillation.
 
     Raises:
         UserError: annealing with a base that is not Gaussian.
@@ -160,7 +192,7 @@ def plan(options: SlimflowOptions, stage: Stage) -> Plan:
     assert stage.teacher is not None
     if options.annealing and not stage.source.gaussian:
         raise UserError(
-            "annealing blends the pairs' noise with Gaussian noise, and the base here is another data set: set "
+            "annealing mixes the pairs' noise with Gaussian noise, and the base here is another data set: set "
             "'annealing: false', or leave 'base' out."
         )
     student = stage.build()

@@ -1,1 +1,1 @@
-"""The training engine: it knows roles, turns and samples seen, and no paper."""
+"""The training engine. It depends on roles, turns and samples seen, and not on a method."""

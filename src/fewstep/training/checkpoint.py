@@ -1,8 +1,8 @@
-"""Training state on disk: one safetensors file per checkpoint, written atomically, newest two kept.
+"""Training state on disk: one safetensors file per checkpoint, written atomically; the newest two are kept.
 
-A checkpoint holds the weights of every role, the EMA, the optimisers' tensors and, as JSON in the file's
-metadata, the samples seen and the running sums. Training draws are functions of samples seen, so a resumed
-run goes on bit for bit.
+A checkpoint has the weights of every role, their average, the optimisers' tensors and, as JSON in the file's metadata,
+the samples seen and the running sums. The random numbers of training are functions of the samples seen, so a resumed
+run gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fewstep.errors import UserError
 from fewstep.store.files import atomic_file, make_folder
 from fewstep.store.tensors import unshared
 
-KEEP = 2
+KEEP = 2  # checkpoints of a stage: if the newest is damaged, the one before it can be used
 
 
 @final
@@ -25,18 +25,27 @@ class Checkpoints:
     """The checkpoints of a stage.
 
     Args:
-        folder: where they lie.
+        folder: their folder; it is made with the first checkpoint.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
     def files(self) -> list[Path]:
-        """Checkpoint files, oldest first."""
+        """The checkpoint files, oldest first."""
         return sorted(self.folder.glob("samples-*.safetensors"))
 
     def save(self, tensors: dict[str, Tensor], state: dict[str, Any], *, keep: int = KEEP) -> Path:
-        """Write a checkpoint and delete all but the newest ``keep``."""
+        """Write a checkpoint and delete all but the newest ``keep``.
+
+        Args:
+            tensors: by name.
+            state: values that JSON can represent; ``total_samples`` gives the file's name.
+            keep: number of checkpoints that are kept.
+
+        Returns:
+            The file.
+        """
         from safetensors.torch import save_file
 
         make_folder(self.folder)
@@ -49,7 +58,7 @@ class Checkpoints:
         return path
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """Read the newest checkpoint; None when there is none.
+        """The tensors and the state of the newest checkpoint; None if there is none.
 
         Raises:
             UserError: the file is truncated or not a checkpoint.
@@ -61,7 +70,11 @@ class Checkpoints:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of one checkpoint file."""
+    """The tensors and the state of one checkpoint file.
+
+    Raises:
+        UserError: the file is truncated or not a checkpoint.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -71,5 +84,5 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
         raise UserError(
             f"the checkpoint {path} is truncated or no checkpoint ({error}): delete that file; the same "
-            "command then goes on from the one before it, or starts the stage again."
+            "command then continues from the one before it, or starts the stage again."
         ) from error

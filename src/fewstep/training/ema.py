@@ -13,12 +13,16 @@ from torch import Tensor, nn
 class EMA:
     """``theta_ema <- d theta_ema + (1 - d) theta``, with ``d = min(decay, (1 + n) / (10 + n))`` at update n.
 
-    Weights are averaged; buffers (counts, running statistics, masks that may hold infinities) are copied.
-    The average shares no storage with the module.
+    Weights are averaged; buffers (counts, running statistics, masks, which may have infinite values) are copied. The
+    average shares no storage with the module.
 
     Args:
-        module: whose weights are averaged.
-        decay: the largest decay, per update.
+        module: the module with the weights theta.
+        decay: the largest d, per update.
+
+    Attributes:
+        state: the average by name, as the module's ``state_dict``.
+        updates: the number n of updates so far.
     """
 
     def __init__(self, module: nn.Module, decay: float) -> None:
@@ -28,10 +32,10 @@ class EMA:
         self.state: dict[str, Tensor] = {name: value.detach().clone() for name, value in live.items()}
         parameters = dict(module.named_parameters(remove_duplicate=False))
         averaged = [name for name, value in parameters.items() if value.is_floating_point()]
-        # the parameters themselves: a detached view would be left behind when their data is put elsewhere
+        # the parameters themselves: a detached view would keep the old storage when their data is replaced
         self._sources: list[Tensor] = [parameters[name] for name in averaged]
         self._averages = [self.state[name] for name in averaged]
-        # a module may put a new tensor in a buffer's place, so buffers are looked up at every update
+        # a module may replace a buffer by a new tensor, so buffers are looked up at every update
         self._copied = [_locate(module, name) for name in live if name not in set(averaged)]
 
     @torch.no_grad()
@@ -44,7 +48,12 @@ class EMA:
             self.state[name].copy_(getattr(owner, key).detach())
 
     def load(self, state: Mapping[str, Tensor], updates: int) -> None:
-        """Restore the average and its count of updates."""
+        """Restore the average and its number of updates.
+
+        Args:
+            state: the average by name.
+            updates: the number of updates.
+        """
         for name, value in self.state.items():
             value.copy_(state[name])
         self.updates = updates

@@ -1,4 +1,4 @@
-"""Which rows of the global batch a process has."""
+"""The rows of the global batch that a process gets."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from fewstep.training.world import LocalWorld
 
 
 def process_rows(world: LocalWorld, batch: int) -> slice | None:
-    """This process's rows of the global batch."""
+    """This process's rows of the global batch; None for one process, which has all.
+
+    Args:
+        world: the processes.
+        batch: rows of the global batch.
+
+    Raises:
+        UserError: the rows cannot be divided equally.
+    """
     if world.size == 1:
         return None
     if batch % world.size:
@@ -23,7 +31,12 @@ def process_rows(world: LocalWorld, batch: int) -> slice | None:
 
 
 def check_groups(world: LocalWorld, batch: int, group: int) -> None:
-    """Refuse a batch size with which a group of rows would be split between processes.
+    """Refuse a batch size with which a group of rows would be divided between processes.
+
+    Args:
+        world: the processes.
+        batch: rows of the global batch.
+        group: rows in a group.
 
     Raises:
         UserError: the rows of a process are not whole groups.
@@ -37,7 +50,14 @@ def check_groups(world: LocalWorld, batch: int, group: int) -> None:
 
 
 def local_pair(pair: Pair, rows: slice | None, batch: int, device: torch.device) -> Pair:
-    """This process's rows of the global batch, on its device; of rows beside it, an equal share."""
+    """This process's rows of the global batch, and an equal share of the tensors in ``beside``, on its device.
+
+    Args:
+        pair: the global batch.
+        rows: as :func:`process_rows`.
+        batch: rows of the global batch.
+        device: of this process.
+    """
     if rows is None:
         return pair if device.type == "cpu" else pair.to(device)
     cond = {name: value[rows] for name, value in pair.cond.items()}

@@ -1,4 +1,4 @@
-"""Modules and optimisers as named tensors of a checkpoint, and back."""
+"""Conversion of modules and optimisers to the named tensors of a checkpoint, and back."""
 
 from __future__ import annotations
 
@@ -11,15 +11,24 @@ from fewstep.errors import UserError
 
 
 def strip(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries below a prefix, without it."""
+    """The entries whose name begins with a prefix, by the rest of the name.
+
+    >>> list(strip({"ema.a": torch.zeros(1), "b": torch.zeros(1)}, "ema."))
+    ['a']
+    """
     return {name[len(prefix) :]: value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -> None:
-    """Fill a module with the entries below a prefix.
+    """Load the entries with a prefix into a module.
+
+    Args:
+        module: the module.
+        tensors: of a checkpoint.
+        prefix: of the module's entries.
 
     Raises:
-        UserError: they are another network's.
+        UserError: the entries are those of another network.
     """
     try:
         module.load_state_dict(strip(tensors, prefix))
@@ -30,7 +39,7 @@ def load_module(module: nn.Module, tensors: Mapping[str, Tensor], prefix: str) -
 
 
 def optimiser_tensors(role: str, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An optimiser's state as named tensors."""
+    """An optimiser's state as tensors named ``optimiser.<role>.<number>.<name>``."""
     return {
         f"optimiser.{role}.{number}.{name}": value
         for number, entry in optimiser.state_dict()["state"].items()
@@ -39,7 +48,7 @@ def optimiser_tensors(role: str, optimiser: torch.optim.Optimizer) -> dict[str, 
 
 
 def load_optimiser(role: str, optimiser: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
-    """Restore what :func:`optimiser_tensors` kept."""
+    """Restore an optimiser's state from the tensors of :func:`optimiser_tensors`."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in strip(tensors, f"optimiser.{role}.").items():
         number, name = key.split(".", 1)

@@ -1,8 +1,8 @@
 """The trainer: optimiser steps, EMA, checkpoints and the non-finite guard.
 
-Everything random in a step is drawn from one generator seeded with (seed, stage, samples seen), for the global batch,
-and cut to the process's rows. So one process or several, resumed or not, take the same steps. What networks draw
-themselves, as dropout does, comes from another seed.
+All random numbers of a step are drawn for the global batch from one generator, seeded with (seed, stage, samples seen),
+and each process takes its rows. So one process or several, resumed or not, take the same steps. The random numbers of
+the networks themselves (dropout) have another seed, which also depends on the process.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from fewstep.training.rows import check_groups, local_pair, process_rows
 from fewstep.training.state import load_module, load_optimiser, optimiser_tensors, strip
 from fewstep.training.world import LocalWorld
 
-CHECKPOINT_SECONDS = (2.0, 20.0)  # least and most between two checkpoints
-SAVE_SHARE = 50.0  # between two checkpoints lies at least so many times what writing one cost
-MAX_BAD_STEPS = 10  # non-finite steps of a role in a row after which training stops
-LOGS_PER_PHASE = 100
+CHECKPOINT_SECONDS = (2.0, 20.0)  # least and largest time between two checkpoints; chosen, not tuned
+SAVE_SHARE = 50.0  # least time between two checkpoints, in times that writing one takes; chosen, not tuned
+MAX_BAD_STEPS = 10  # non-finite steps of a role in a row at which training stops; chosen, not tuned
+LOGS_PER_PHASE = 100  # least number of lines of statistics in a phase of 100 steps or more
 
 Log = Callable[[dict[str, Any]], None]
 
@@ -41,14 +41,14 @@ Log = Callable[[dict[str, Any]], None]
 @final
 @dataclass
 class Position:
-    """Where a stage's training stands; everything a checkpoint keeps beside the tensors.
+    """The progress of a stage's training: what a checkpoint keeps beside the tensors.
 
     Attributes:
-        phase, phase_samples: the phase and the samples seen in it.
-        total_samples, step: of the stage.
+        phase, phase_samples: number of the phase, and samples seen in it.
+        total_samples, step: samples seen and optimiser steps in the stage.
         bad_steps: non-finite steps in a row, by role.
         skipped: non-finite steps since the last line of statistics.
-        sums: by name, the sum of a term since the last line of statistics and the number of its values.
+        sums: sum and number of a term's values since the last line of statistics, by name.
     """
 
     phase: int = 0
@@ -65,11 +65,11 @@ class Trainer:
     """Trains the phases of one stage, one after the other.
 
     Args:
-        student: the module that is kept; it has the EMA.
+        student: the module that is kept; its weights are averaged.
         options: batch size, learning rate and so on.
-        key: (seed, stage name): what all draws are functions of, beside the samples seen.
-        world: the processes at work.
-        checkpoints: where the training state is kept; None keeps none.
+        key: (seed, stage name); all random numbers are functions of it and the samples seen.
+        world: the processes that train together.
+        checkpoints: store of the training state; None writes no checkpoints.
         log: called with each line of statistics.
     """
 
@@ -101,7 +101,7 @@ class Trainer:
         self._saved, self._interval = 0.0, CHECKPOINT_SECONDS[0]
 
     def resume(self) -> bool:
-        """Load the newest checkpoint, if there is one; say whether there was.
+        """Load the newest checkpoint if there is one, and return whether there was.
 
         Raises:
             UserError: the checkpoint is truncated, of another network or of another version.
@@ -122,8 +122,16 @@ class Trainer:
     def train(self, number: int, samples: int, objective: Objective, batches: Batches, label: str) -> None:
         """Train phase ``number`` until it has seen ``samples`` samples.
 
+        Args:
+            number: of the phase, from 0.
+            samples: of the phase.
+            objective: its loss and networks.
+            batches: its training pairs.
+            label: name in the progress display.
+
         Raises:
-            UserError: too many non-finite steps in a row, or weights that are not finite.
+            UserError: too many non-finite steps in a row, weights that are not finite, or samples that became much
+            worse.
         """
         position, size = self.position, self.options.batch_size
         if position.phase != number:
@@ -143,10 +151,10 @@ class Trainer:
                     self._save_between_steps()
 
     def save(self, *, keep: int = KEEP) -> None:
-        """Write a checkpoint (the first process does).
+        """Write a checkpoint, on the first process, and keep the newest ``keep``.
 
         Raises:
-            UserError: weights are not finite; the checkpoints there are left alone.
+            UserError: weights are not finite; the existing checkpoints are not changed.
         """
         if self.checkpoints is None or self.world.rank != 0:
             return
@@ -170,7 +178,7 @@ class Trainer:
         self.checkpoints.save(tensors, state, keep=keep)
 
     def _save_between_steps(self) -> None:
-        """A checkpoint, and when the next is due; none while steps are bad, so that good ones stay."""
+        """Write a checkpoint and set the time of the next; none is written after a non-finite step."""
         if any(self.position.bad_steps.values()):
             return
         began = time.monotonic()
@@ -200,7 +208,7 @@ class Trainer:
             for role, parameters in self._parameters.items()
         }
         loaded, self._loaded = self._loaded, None
-        if loaded is not None and self.position.phase_samples > 0:  # it is of this phase
+        if loaded is not None and self.position.phase_samples > 0:  # the checkpoint is of this phase
             for role, module in self._modules.items():
                 load_module(module, loaded, f"{role}.")
                 load_optimiser(role, self.optimisers[role], loaded)
@@ -252,7 +260,7 @@ class Trainer:
         self._count("" if role == "student" else f"{role}/", values)
 
     def _update(self, objective: Objective, role: str, samples: int) -> None:
-        """The optimiser's step, and what follows an accepted update."""
+        """The optimiser's step, the average, and the objective's own update of its state."""
         own, optimiser = objective.learning.get(role, Learning()), self.optimisers[role]
         before = own.begins * self.options.batch_size
         rate = learning_rate(self.options, self.position.phase_samples - before, samples - before)
@@ -263,7 +271,7 @@ class Trainer:
         objective.after_step(role)
 
     def _networks(self, role: str) -> Networks:
-        """The networks of a turn: the role's own has gradients, and is wrapped for several processes."""
+        """The networks for an update of ``role``: its own has gradients, and is wrapped for several processes."""
         for name in self._modules:
             for parameter in self._parameters[name]:
                 parameter.requires_grad_(name == role)
@@ -271,7 +279,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _turns_ended(self) -> Iterator[None]:
-        """Whatever happens, afterwards no module is left frozen."""
+        """Give all parameters gradients again when training ends, also by an error."""
         try:
             yield
         finally:
@@ -279,7 +287,7 @@ class Trainer:
                 parameter.requires_grad_(True)
 
     def _check(self, objective: Objective, samples: int) -> None:
-        """Let the objective look at how training goes, ``checks`` times in the phase."""
+        """Call the objective's :meth:`check`, ``checks`` times in the phase, and log the result."""
         if not objective.checks:
             return
         position = self.position
@@ -290,7 +298,7 @@ class Trainer:
         self.log({"phase": position.phase, "samples": position.total_samples, "step": position.step, "check": found})
 
     def _agree(self, role: str, norm: float, values: dict[str, float]) -> tuple[float, dict[str, float]]:
-        """The mean terms over all processes, so that every process decides alike."""
+        """The means of norm and terms over all processes, so that all accept or skip the same steps."""
         mean, *means = self.world.mean([norm, *values.values()])
         assert not math.isfinite(mean) or math.isclose(mean, norm, rel_tol=1e-5), (
             f"the processes' gradients of {role!r} differ: its loss must call nets[{role!r}]"
@@ -303,7 +311,7 @@ class Trainer:
         return torch.autocast(self.world.device.type, dtype=torch.bfloat16)
 
     def _bad_step(self, role: str, loss: float) -> None:
-        """Skip a step whose loss or gradient is not finite; stop when they do not end."""
+        """Skip a step whose loss or gradient is not finite, and stop after ten in a row."""
         position = self.position
         position.skipped += 1
         position.bad_steps[role] = position.bad_steps.get(role, 0) + 1
@@ -339,7 +347,7 @@ class Trainer:
             entry[1] += 1
 
     def _flush(self) -> str:
-        """Log the mean terms since the last flush; return the loss in words."""
+        """Log the terms' means since the last line of statistics; return the loss as text."""
         position = self.position
         means = {name: total / count for name, (total, count) in position.sums.items()}
         line: dict[str, Any] = {
@@ -356,16 +364,22 @@ class Trainer:
 
 
 def learning_rate(options: Options, seen: int, samples: int) -> float:
-    """Linear warm-up over ``warmup · samples``, then a cosine to zero; ``seen`` is where the step begins."""
-    begin = options.warmup * samples
-    position = seen + options.batch_size / 2  # the middle of the step's batch
-    if position < begin:
-        return options.lr * position / begin
-    return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (position - begin) / max(1.0, samples - begin))))
+    """The learning rate of a step: ``lr s / w`` for s < w, then ``lr (1 + cos(pi (s - w) / (S - w))) / 2``.
+
+    Args:
+        options: ``lr``, and ``warmup`` with ``w = warmup S``.
+        seen: samples seen before the step; s is the middle of the step's batch.
+        samples: S.
+    """
+    w = options.warmup * samples
+    s = seen + options.batch_size / 2
+    if s < w:
+        return options.lr * s / w
+    return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (s - w) / max(1.0, samples - w))))
 
 
 def _seed_modules(device: torch.device, seed: int) -> None:
-    """Seed the generators that modules draw from."""
+    """Seed the generators that modules use, for example for dropout."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The processes at work, and how they speak: progress bars on a terminal, plain lines otherwise."""
+"""The processes that train together, and their output: progress bars on a terminal, plain lines otherwise."""
 
 from __future__ import annotations
 
@@ -16,52 +16,59 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 
-WAIT = timedelta(days=1)  # processes wait for each other's pairs, and one may have many more to make
-PLAIN_SECONDS = 10.0  # between two plain progress lines
+WAIT = timedelta(days=1)  # longest wait for another process, which may have many more pairs to make
+PLAIN_SECONDS = 10.0  # least time between two plain progress lines
 
 
 @final
 class LocalWorld:
-    """One process, or one of several started by ``torchrun`` / ``accelerate launch``.
+    """This process, alone or one of several that ``torchrun`` or ``accelerate launch`` started.
 
-    accelerate finds the device and the process group, and wraps modules; data order, random numbers,
-    schedules and checkpoints are not its business.
+    accelerate chooses the device, starts the process group and wraps modules. Data order, random numbers, schedules and
+    checkpoints are computed by fewstep.
+
+    Args:
+        quiet: print nothing.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         from accelerate import PartialState
 
-        # without a word, accelerate takes processes without an accelerator for strangers to each other
+        # without cpu=True, accelerate does not connect processes that have no accelerator
         self._state = PartialState(cpu=_on_cpu(), timeout=WAIT)
         started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else self.size
         if started != self.size:
-            raise UserError(f"{started} processes were started, and accelerate sees {self.size}: use torchrun.")
+            raise UserError(f"{started} processes were started, and accelerate found {self.size}: use torchrun.")
         if self.size > 1:
             atexit.register(_leave)
         self.quiet = quiet
 
     @property
     def rank(self) -> int:
-        """This process's number."""
+        """This process's number, from 0."""
         return int(self._state.process_index)
 
     @property
     def size(self) -> int:
-        """Number of processes."""
+        """The number of processes."""
         return int(self._state.num_processes)
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         return self._state.device
 
     def barrier(self) -> None:
-        """Wait for the other processes."""
+        """Wait until all processes have called it."""
         if self.size > 1:
             self._state.wait_for_everyone()
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module with gradients averaged over the processes; one process gets the module itself."""
+        """The module with gradients averaged over the processes; for one process the module itself.
+
+        Raises:
+            UserError: the launcher asks for another kind of data parallelism than DDP.
+        """
         if self.size == 1:
             return module
         from accelerate import Accelerator
@@ -69,7 +76,7 @@ class LocalWorld:
 
         # precision is a stage's option, not the launcher's
         accelerator = Accelerator(mixed_precision="no", cpu=self.device.type == "cpu")
-        wrapped = accelerator.prepare_model(module, device_placement=False)  # it is where it shall be
+        wrapped = accelerator.prepare_model(module, device_placement=False)  # the trainer has placed it already
         if not isinstance(wrapped, DistributedDataParallel):
             raise UserError(
                 f"the launcher asks for {self._state.distributed_type.value}, and training here keeps whole "
@@ -78,7 +85,7 @@ class LocalWorld:
         return wrapped
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """The mean of every number over the processes, the same in all of them."""
+        """The mean over the processes of every number, equal in all of them."""
         if self.size == 1:
             return list(values)
         packed = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -86,7 +93,7 @@ class LocalWorld:
         return (packed / self.size).tolist()
 
     def average(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over the processes."""
+        """The mean over the processes of a tensor of equal shape in each."""
         if self.size == 1:
             return value
         value = value.clone()
@@ -94,7 +101,7 @@ class LocalWorld:
         return value / self.size
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the order of the global batch, without a graph; equally many in each."""
+        """The rows of all processes, (size * B, ...) of (B, ...), in the order of the global batch, without a graph."""
         rows = rows.detach()
         if self.size == 1:
             return rows
@@ -103,18 +110,25 @@ class LocalWorld:
         return torch.cat(parts)
 
     def say(self, message: str) -> None:
-        """Print a line, once for all processes."""
+        """Print a line, from the first process alone."""
         if self.rank == 0 and not self.quiet:
             print(message, flush=True)
 
     def progress(self, total: int, done: int, label: str) -> Progress:
-        """A progress display over ``total`` units of which ``done`` are done."""
+        """A progress display, a context manager, over ``total`` units of which ``done`` are done."""
         return Progress(total, max(0, done), label, shown=self.rank == 0 and not self.quiet)
 
 
 @final
 class Progress:
-    """A tqdm bar on a terminal, a plain line now and then otherwise."""
+    """A tqdm bar on a terminal, and otherwise a plain line every ten seconds.
+
+    Args:
+        total: number of units.
+        done: units that are done already.
+        label: name of the work.
+        shown: whether anything is printed.
+    """
 
     def __init__(self, total: int, done: int, label: str, *, shown: bool) -> None:
         self.total, self.done, self.label = total, done, label
@@ -162,9 +176,9 @@ class Progress:
 
 
 def _leave() -> None:
-    """Leave the process group: its threads must not outlive Python.
+    """End the process group, whose threads must end before Python does.
 
-    Wrapped modules hold the group, so those in reference cycles are collected first.
+    Wrapped modules hold a reference to the group, so modules in reference cycles are collected first.
     """
     gc.collect()
     if torch.distributed.is_initialized():
@@ -172,20 +186,20 @@ def _leave() -> None:
 
 
 def _on_cpu() -> bool:
-    """Whether this machine has no accelerator, or it is not wanted (``ACCELERATE_USE_CPU``)."""
+    """Whether to use the CPU: this machine has no accelerator, or ``ACCELERATE_USE_CPU`` is set."""
     wish = os.environ.get("ACCELERATE_USE_CPU", "").lower()
     return wish in ("1", "true", "yes") or not torch.accelerator.is_available()
 
 
 def default_device() -> str:
-    """Where models are sampled: this machine's accelerator, if it has one and it is wanted."""
+    """The device on which models are sampled: the accelerator, or the CPU as :func:`_on_cpu` decides."""
     return "cpu" if _on_cpu() else torch.accelerator.current_accelerator().type  # type: ignore[union-attr]
 
 
 def set_threads() -> int:
-    """Choose the number of threads: OMP_NUM_THREADS or FEWSTEP_THREADS if set, else half the cores.
+    """Set and return the number of threads: FEWSTEP_THREADS or OMP_NUM_THREADS if set, otherwise half the cores.
 
-    Spinning OpenMP threads that fight over a shared core are slower than one thread, so half is safe.
+    Two OpenMP threads on one shared core are slower than one thread, and half the cores avoids that.
     """
     wish = os.environ.get("FEWSTEP_THREADS") or os.environ.get("OMP_NUM_THREADS")
     threads = int(wish) if wish and wish.isdigit() and int(wish) > 0 else max(1, (os.cpu_count() or 2) // 2)

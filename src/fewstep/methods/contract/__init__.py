@@ -1,1 +1,1 @@
-"""What every method is made of: options, objective, teacher, stage and plan."""
+"""The types that every method uses: options, objective, teacher, stage and plan."""

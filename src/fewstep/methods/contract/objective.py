@@ -1,7 +1,7 @@
-"""What a method trains: networks by role, whose turn it is, and a loss that is a pure function.
+"""What a method trains: networks by role, the roles that are updated in each step, and a loss that is a pure function.
 
-The trainer owns the networks, the optimisers and the progress, and passes them in. An objective holds what never
-changes (teacher, path, law of the times) and, in ``state``, the tensors that later steps depend on.
+The trainer owns the networks, the optimisers and the progress, and passes them to the loss. An objective holds what
+does not change during training (teacher, path, law of t) and, in ``state``, the tensors that later steps depend on.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ Terms = dict[str, Tensor]  # named scalars; "loss" is minimised
 @final
 @dataclass(frozen=True)
 class Learning:
-    """How one role learns, where it differs from the stage's options.
+    """How one role is optimised, where that differs from the stage's options.
 
     Attributes:
-        lr: peak learning rate; None takes the stage's. Warm-up and cosine decay are the stage's too.
+        lr: peak learning rate; None takes the stage's ``lr``. Warm-up and cosine decay are always the stage's.
         betas: of AdamW.
-        begins: optimiser steps of the phase before the role's first turn. Its warm-up begins there.
-        dropout: whether its module is in training mode. A network that is compared with a frozen one must not drop
-            what the other keeps.
+        begins: optimiser steps of the phase before the role's first update. Its warm-up begins there.
+        dropout: whether its module is in training mode. False for a network that is compared with a frozen one:
+            dropout in only one of the two would make equal networks differ.
     """
 
     lr: float | None = None
@@ -44,19 +44,20 @@ class Learning:
 
 @final
 class Collapse(UserError):
-    """Training has become so much worse that going on is a waste."""
+    """Training is stopped, because it diverged or because a guard found that the samples became much worse."""
 
 
 class Objective(ABC):
     """The loss of a phase and the networks that it trains.
 
     Attributes:
-        modules: the trained modules by role. ``student`` is the one that is kept.
-        learning: the roles that learn otherwise than the stage's options say.
+        modules: the trained modules by role. ``student`` is the one that is kept after the stage.
+        learning: optimisation of the roles for which it differs from the stage's options.
         state: tensors beside the modules that later steps depend on, by name. Checkpoints keep them. They change in
-            two ways only: in :meth:`after_step`, or by a term of the same name, which is the entry's next value.
-        checks: how often in the phase :meth:`check` is called, evenly spaced.
-        group: consecutive rows of a batch that belong together, and are never split between processes.
+            two ways only: in :meth:`after_step`, or by a term of the same name, whose value becomes the entry's.
+        checks: number of calls of :meth:`check` in the phase, evenly spaced in samples.
+        group: number of consecutive rows of a batch that the loss uses together. The rows of a group are always on the
+            same process.
     """
 
     modules: dict[str, nn.Module]
@@ -66,7 +67,10 @@ class Objective(ABC):
     group: int = 1
 
     def turns(self, step: int) -> tuple[str, ...]:
-        """The roles that learn at optimiser step ``step`` of the phase, in order."""
+        """The roles that are updated at optimiser step ``step`` of the phase (from 0), in order.
+
+        A role may occur several times; every occurrence is one update with its own random numbers.
+        """
         return ("student",)
 
     @abstractmethod
@@ -74,9 +78,10 @@ class Objective(ABC):
         """The terms of one role's loss: a pure function, which mutates nothing and stores nothing.
 
         Args:
-            role: whose turn it is. The gradient of ``"loss"`` must reach exactly the parameters of ``nets[role]``.
-            nets: the networks by role, as they are to be called. For several processes ``nets[role]`` is the wrapped
-                module, which averages gradients.
+            role: the role that is updated. The gradient of ``"loss"`` must reach exactly the parameters of
+                ``nets[role]``.
+            nets: the networks by role. The loss must call these and not ``self.modules``: with several processes
+                ``nets[role]`` is the wrapped module, which averages the gradients.
             batch: this process's rows.
             draws: random numbers for those rows, a function of (seed, stage, samples seen).
             done: share of the phase's samples that were seen before this step, in [0, 1).
@@ -87,29 +92,46 @@ class Objective(ABC):
         """
 
     def after_step(self, role: str) -> None:  # noqa: B027  (optional)
-        """Move averages and other state after an accepted update of ``role``; not called for a skipped step."""
+        """Update averages and other state after an accepted update of ``role``.
+
+        It is not called for a step that was skipped because its loss or gradient was not finite.
+        """
 
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
-        """Named numbers that tell how training goes, from the student's averaged weights.
+        """Measurements of the student with its averaged weights, by name; they are logged.
+
+        Args:
+            ema: the averaged weights by parameter name.
 
         Raises:
-            Collapse: the numbers have become so much worse that going on is a waste; says what to change.
+            Collapse: the measurements are past their limits; the message says which options to change.
         """
         return {}
 
     def best(self) -> Mapping[str, Tensor] | None:
-        """The student's averaged weights at the best of the checks; None where they are not kept."""
+        """The student's averaged weights at the best check so far; None if they are not kept."""
         return None
 
 
 class Batches(Protocol):
-    """Where a phase's training pairs come from."""
+    """The training pairs of a phase.
+
+    Attributes:
+        facts: what holds for the coupling of the pairs.
+    """
 
     facts: Facts
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
-        """The global batch of samples ``start … start + count`` of the phase; a function of its arguments alone.
+        """The global batch of samples ``start … start + count`` of the phase.
 
-        ``beside`` of the pair may hold rows of any length; every process gets an equal share of them.
+        Args:
+            start: samples seen in the phase before this batch.
+            count: rows of the batch.
+            generator: source of all random numbers of the batch.
+
+        Returns:
+            A pair of ``count`` rows, a function of the arguments alone. Its ``beside`` may hold tensors with any number
+            of rows; every process gets an equal share of them.
         """
         ...

@@ -13,27 +13,28 @@ from fewstep.solvers.tables import find_solver
 
 
 class Options(BaseModel):
-    """Options every stage has; a method's own options extend them. Unknown keys are refused.
+    """Options that every stage has; a method's own options extend them. Unknown keys are refused.
 
-    Progress is measured in samples seen: ``samples`` is the stage's total over all its phases.
+    Lengths of training are in samples seen: ``samples`` is the stage's total over all its phases. One optimiser step
+    sees ``batch_size`` samples.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    old_names: ClassVar[Mapping[str, str]] = {}  # former names of options, which one more version reads
+    old_names: ClassVar[Mapping[str, str]] = {}  # former name: present name; former names are read for one more version
 
     method: str
     teacher: str | None = Field(None, description="the stage this one learns from")
-    init: str | None = Field(None, description="the stage whose EMA weights the student starts from")
-    network: dict[str, Any] | str | None = Field(None, description="overrides the recipe's network")
+    init: str | None = Field(None, description="the stage whose averaged weights the student starts from")
+    network: dict[str, Any] | str | None = Field(None, description="the student's network, instead of the recipe's")
     samples: int = Field(1_000_000, gt=0, description="samples seen in the stage, over all phases")
-    batch_size: int = Field(256, gt=0)
-    lr: float = Field(2e-3, gt=0, description="peak learning rate of AdamW; warm-up, then cosine to zero")
+    batch_size: int = Field(256, gt=0, description="samples per optimiser step, over all processes")
+    lr: float = Field(2e-3, gt=0, description="peak learning rate of the student: warm-up, then cosine to zero")
     warmup: float = Field(0.05, ge=0, lt=1, description="share of a phase's samples in linear warm-up")
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    ema: float = Field(0.998, ge=0, lt=1, description="largest decay of the weight average, per step")
-    precision: Literal["fp32", "bf16"] = "fp32"
+    weight_decay: float = Field(0.0, ge=0, description="weight decay of AdamW")
+    clip: float = Field(1.0, gt=0, description="gradients of a larger norm are scaled down to it")
+    ema: float = Field(0.998, ge=0, lt=1, description="largest decay of the student's weight average, per step")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="arithmetic of the networks; weights are fp32")
 
     @model_validator(mode="before")
     @classmethod
@@ -42,7 +43,10 @@ class Options(BaseModel):
 
     @classmethod
     def with_present_names(cls, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields with former names of options replaced by the present ones; warns once per name.
+        """The options with former names replaced by the present ones; warns once per former name.
+
+        Args:
+            fields: options by name, as a recipe has them.
 
         Raises:
             ValueError: an option is given by both of its names.
@@ -53,39 +57,62 @@ class Options(BaseModel):
                 continue
             if new in present:
                 raise ValueError(f"{old} is the former name of {new}, and both are given: leave {old} out")
-            said = f"option {old!r} is now called {new!r}, and the old name goes with the next version: rename it"
-            warnings.warn_explicit(said, FutureWarning, filename="recipe", lineno=1, module="recipe")
+            message = f"option {old!r} is now called {new!r}; the next version refuses the old name: rename it"
+            warnings.warn_explicit(message, FutureWarning, filename="recipe", lineno=1, module="recipe")
             present[new] = present.pop(old)
         return present
 
 
 def require_teacher(options: Options) -> None:
-    """Refuse a stage that names no teacher, of a method that cannot do without."""
+    """Refuse a stage without a teacher, for a method that needs one.
+
+    Raises:
+        ValueError: ``teacher`` is None.
+    """
     if options.teacher is None:
         raise ValueError(f"method {options.method!r} learns from a teacher: add 'teacher: STAGE'")
 
 
 def require_whole_steps(solver: str, nfe: int) -> None:
-    """Refuse a number of calls that is no whole number of the solver's steps."""
+    """Refuse a number of network calls that is not a whole number of solver steps.
+
+    Args:
+        solver: its name.
+        nfe: network calls in total.
+
+    Raises:
+        ValueError: ``nfe`` is not a multiple of the solver's calls per step.
+
+    >>> require_whole_steps("heun", 8)
+    """
     calls = find_solver(solver).calls
     if nfe % calls:
-        raise ValueError(f"nfe = {nfe} is no multiple of the {calls} calls that a step of {solver!r} makes")
+        raise ValueError(
+            f"nfe = {nfe} is no multiple of the {calls} calls that one step of {solver!r} makes: "
+            f"set it to {max(1, round(nfe / calls)) * calls}"
+        )
 
 
 def baked_in(guidance: float) -> float | None:
-    """A stage's guidance as its model's facts have it: None where there is none."""
+    """A stage's guidance in the form of its model's facts: None for the weight 1, which is no guidance.
+
+    >>> baked_in(1.0), baked_in(2.0)
+    (None, 2.0)
+    """
     return None if guidance == 1.0 else guidance
 
 
 class PairOptions(Options):
-    """Options of methods that learn from pairs (noise, teacher's endpoint)."""
+    """Options of the methods that learn from stored pairs (noise, teacher's endpoint)."""
 
     pairs: int = Field(20_000, gt=0, description="generated pairs per round")
-    solver: str = Field("rk4", description="the solver that makes the pairs")
-    grid: str = Field("uniform", description="the named time grid of those solves")
-    nfe: int | None = Field(None, gt=0, description="network calls per pair; chosen by the error gate when absent")
+    solver: str = Field("rk4", description="solver that makes the pairs")
+    grid: str = Field("uniform", description="time grid of that solver, by name")
+    nfe: int | None = Field(
+        None, gt=0, description="network calls per pair; default: as many as the tolerance needs, 16 to 128"
+    )
     tolerance: float = Field(0.02, gt=0, description="largest relative endpoint error of the pairs")
-    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked into the pairs")
+    guidance: float = Field(1.0, ge=0, description="weight of the teacher's guidance, learned by the student; 1: none")
 
     @model_validator(mode="after")
     def _needs_teacher(self) -> PairOptions:
@@ -95,14 +122,26 @@ class PairOptions(Options):
     @model_validator(mode="after")
     def _known_solver(self) -> PairOptions:
         if self.solver in ("auto", "fitted"):
-            raise ValueError("pairs are made in both directions by a solver of known order: name one, such as 'rk4'")
+            raise ValueError(
+                f"solver {self.solver!r} is chosen or fitted for one direction and one number of steps, and pairs need "
+                "both directions and several numbers: name one, such as 'rk4'"
+            )
         solver = find_solver(self.solver)
         if solver.stochastic:
-            raise ValueError(f"solver {self.solver!r} adds noise, and a pair is a noise with its one endpoint")
+            raise ValueError(
+                f"solver {self.solver!r} adds noise, so a noise has no single endpoint to pair it with: name a "
+                "solver without noise, such as 'rk4'"
+            )
         if not solver.converges:
-            raise ValueError(f"solver {self.solver!r} follows straight flows only: make pairs with another, as 'rk4'")
+            raise ValueError(
+                f"solver {self.solver!r} follows straight flows only, and the teacher's flow is curved: name another "
+                "solver, such as 'rk4'"
+            )
         if explicit_times(self.grid) is not None:
-            raise ValueError(f"pairs need a named grid, for any number of steps (got {self.grid!r})")
+            raise ValueError(
+                f"grid {self.grid!r} has a fixed number of steps, and pairs are solved with several: name a grid, "
+                "such as 'uniform'"
+            )
         make_grid(self.grid, 2)
         if self.nfe is not None:
             require_whole_steps(self.solver, self.nfe)

@@ -1,4 +1,4 @@
-"""What a method is given to plan a stage, the plan, and a method's line in the registry."""
+"""What a method gets to plan a stage (:class:`Stage`), what it returns (:class:`Plan`), and its registry entry."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fewstep.solvers.maps import SampleRule
 
 
 class World(Protocol):
-    """The processes that work together."""
+    """The processes that train together; one process is the usual case."""
 
     @property
     def rank(self) -> int:
@@ -34,45 +34,45 @@ class World(Protocol):
 
     @property
     def device(self) -> torch.device:
-        """Where this process computes."""
+        """The device of this process."""
         ...
 
     def barrier(self) -> None:
-        """Wait for all processes."""
+        """Wait until all processes have called it."""
 
     def average(self, value: Tensor) -> Tensor:
-        """The mean of a tensor over the processes, without a graph."""
+        """The mean over the processes of a tensor of equal shape in each, without a graph."""
         ...
 
     def gather(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, in the order of the global batch, without a graph."""
+        """The rows of all processes, (size * B, ...) of (B, ...), in the order of the global batch, without a graph."""
         ...
 
     def say(self, message: str) -> None:
-        """Print a line, once for all processes."""
+        """Print a line, from the first process alone."""
 
     def progress(self, total: int, done: int, label: str) -> Any:
-        """A progress display over ``total`` units of which ``done`` are done."""
+        """A progress display, a context manager, over ``total`` units of which ``done`` are done."""
 
 
 @final
 @dataclass(frozen=True)
 class Stage:
-    """What a method is given to plan a stage.
+    """What a method gets to plan a stage.
 
     Attributes:
         name: the stage's name in the recipe.
-        folder: its folder, for pairs and the like.
+        folder: its folder; pairs are written below it.
         data: the training data.
         source: the base distribution ``x0 ~ p0``.
         seed: the recipe's seed.
-        conditional: whether networks see the labels.
+        conditional: whether networks are given the labels.
         network: the resolved network configuration of the student.
-        build: makes the student, started from the stage's initial weights.
-        teacher: the teacher, None for a method without one.
-        dequantise: standard deviation of the noise added to discrete data, network units.
-        world: the processes at work.
-        find: the folder of an earlier stage by its name; any other word is returned as it is.
+        build: makes the student, with the stage's initial weights.
+        teacher: the teacher; None for a stage without one.
+        dequantise: standard deviation of the noise added to discrete data, in network units.
+        world: the processes that train together.
+        find: returns the folder of the earlier stage of a given name; another word is returned unchanged.
     """
 
     name: str
@@ -92,13 +92,14 @@ class Stage:
 @final
 @dataclass(frozen=True)
 class Phase:
-    """A part of a stage with one objective and one set of batches.
+    """A part of a stage with one objective and one source of batches.
 
     Attributes:
         name: used in messages and folder names.
         samples: samples seen in the phase.
-        prepare: called when the phase begins, with the student as the previous phase left it (its EMA as a frozen
-            teacher; None in the first phase); may take minutes, and must be resumable.
+        prepare: called when the phase begins. Its argument is the student after the previous phase, with averaged
+            weights, as a frozen teacher; None in the first phase. It may take minutes, for example to make pairs, and
+            must go on where it stopped when it is called again.
     """
 
     name: str
@@ -109,17 +110,18 @@ class Phase:
 @final
 @dataclass(frozen=True)
 class Plan:
-    """A stage made concrete.
+    """How a stage trains, and what holds for the model that it makes.
 
     Attributes:
         student: the module that is trained and kept.
-        phases: what happens, in order.
+        phases: the phases, in order.
         rule: how the result is sampled.
-        facts: what is true of the coupling the result was trained on.
-        examples: for a base made from data: starts and contexts to sample from, kept with the model.
-        null_trained: whether the network has learned without labels too, which guidance needs.
-        path: the affine path it was trained on, which data- and noise-form solvers need.
-        features: digest of the features in its loss, which must not judge it.
+        facts: what holds for the coupling that the result was trained on.
+        examples: for a base made from data, start points and contexts to sample from; kept with the model.
+        null_trained: whether the network was also trained with the null label, which guidance needs.
+        path: name of the affine path that it was trained on; solvers in data or noise form need it.
+        features: digest of the features in its loss. A score by the same features would be biased, so they are refused
+            in a comparison.
     """
 
     student: nn.Module
@@ -133,21 +135,25 @@ class Plan:
 
 
 def no_pairs(rows: int) -> int:
-    """The pairs of a method that makes none."""
+    """The number of pairs of a method that makes none: 0 for any number of training rows.
+
+    >>> no_pairs(1000)
+    0
+    """
     return 0
 
 
 @final
 @dataclass(frozen=True)
 class Needs:
-    """What a stage asks for, read off its options before anything runs.
+    """What a stage needs, computed from its options before anything runs.
 
     Attributes:
-        guidance: weight that is baked into the result; 1 is none.
-        features: the feature network in its loss, in the recipe's word; None for none.
-        pairs: the number of pairs that are made for it, from the number of training rows.
-        pair_calls: network calls per pair; None where the error gate chooses them.
-        teacher_calls: network calls of frozen networks per sample seen in training.
+        guidance: weight of the teacher's guidance that the result learns; 1 is none.
+        features: the feature network in its loss, as the recipe names it; None for none.
+        pairs: the number of pairs that are made for it, as a function of the number of training rows.
+        pair_calls: network calls per pair; None if they are chosen by the pairs' error.
+        teacher_calls: calls of networks other than the student per sample seen; a backward pass counts as two.
     """
 
     guidance: float = 1.0
@@ -158,20 +164,25 @@ class Needs:
 
 
 def pair_needs(options: PairOptions, pairs: Callable[[int], int] | None = None) -> Needs:
-    """What a stage that learns from pairs needs: ``options.pairs`` of them, or what ``pairs`` says."""
+    """The needs of a stage that learns from stored pairs.
+
+    Args:
+        options: of the stage.
+        pairs: number of pairs as a function of the number of training rows; None for ``options.pairs``.
+    """
     return Needs(guidance=options.guidance, pairs=pairs or (lambda rows: options.pairs), pair_calls=options.nfe)
 
 
 def velocity_network(
     options: Options, data: DataSet, config: Mapping[str, Any], classes: int, **changes: Any
 ) -> dict[str, Any]:
-    """The resolved configuration of a velocity network, :func:`fewstep.networks.resolve`.
+    """The resolved configuration of a velocity network ``v(x, t)``, by :func:`fewstep.networks.resolve`.
 
     Args:
         options: of the stage.
         data: the training data.
-        config: what the recipe says of the network; empty takes the default for the data's shape.
-        classes: number of labels that the network sees, 0 for none.
+        config: the network as the recipe describes it; empty for the default for the data's shape.
+        classes: number of classes whose labels the network is given, 0 for none.
         changes: ``context=`` and entries of the configuration that the method sets.
     """
     context = changes.pop("context", 0)
@@ -182,19 +193,19 @@ def velocity_network(
 @final
 @dataclass(frozen=True)
 class Spec:
-    """A method's line in the registry.
+    """A method's registry entry.
 
     Attributes:
-        options: its options.
-        plan: makes the plan of a stage.
+        options: the class of its options.
+        plan: makes the plan of a stage from options and stage.
         summary: one line for ``fewstep list methods``.
         learns_from: what it learns from, in words.
         cite: keys into :mod:`fewstep.citations`.
         makes: ``velocity``, which later stages can learn from, or ``map`` or ``features``, which they cannot.
-        needs: what a stage asks for, from its options.
-        network: the resolved configuration of the student's network, called as :func:`velocity_network`. It refuses a
-            shape for which the options have no meaning, before anything is trained.
-        starts_from_maps: whether ``init`` may name a one-step map, whose network is called as the student's.
+        needs: the needs of a stage, from its options.
+        network: returns the resolved configuration of the student's network; same arguments as
+            :func:`velocity_network`. It refuses data whose shape the options do not fit, before anything is trained.
+        starts_from_maps: whether ``init`` may name a one-step map. The map's network must have the student's signature.
     """
 
     options: type[Options]

@@ -15,16 +15,19 @@ from fewstep.flow.field import Guided, Velocity
 @final
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen model that a stage learns from: EMA weights, eval mode, no gradients.
+    """A frozen model that a stage learns from: averaged weights, eval mode, no gradients.
 
     Attributes:
         velocity: ``v(x, t, **cond)``.
         digest: hash of its weights.
-        guidance: guidance already baked into its weights, or None.
-        guidable: whether it has learned without labels too.
-        path: the affine path it was trained on.
-        name: what to call it in messages.
-        independent: whether it was trained on noise independent of the data, so that the path has its marginals.
+        guidance: the guidance weight that it was trained to reproduce; None for none.
+        name: its name in messages.
+        state: its weights by parameter name.
+        network: its network's configuration.
+        guidable: whether it was also trained with the null label, which guidance needs.
+        path: name of the affine path it was trained on.
+        independent: whether it was trained on noise independent of the data. Then the law of its flow at time t is that
+            of the noised data ``x_t``.
     """
 
     velocity: Velocity
@@ -38,30 +41,51 @@ class Teacher:
     independent: bool = True
 
     def follows_data(self, scale: float) -> bool:
-        """Whether its endpoints, with guidance ``scale``, are to have the law of the data."""
+        """Whether its endpoints with guidance ``scale`` are samples of the data's law: no guidance is used anywhere.
+
+        Args:
+            scale: guidance weight of the stage; 1 is none.
+        """
         return scale == 1.0 and self.guidance in (None, 1.0)
 
     def require_noised_data(self, method: str) -> None:
-        """Refuse to be asked at noised data where its own states are others."""
+        """Refuse a teacher that was not trained at noised data.
+
+        Args:
+            method: the method that evaluates the teacher at noised data, for the message.
+
+        Raises:
+            UserError: the teacher was trained on dependent pairs.
+        """
         if not self.independent:
             raise UserError(
-                f"method {method!r} asks the teacher at noised data, and {self.name!r} does not pass through "
-                "those: it was trained on dependent pairs (reflow, optimal transport ...). Learn from a flow_matching "
-                "stage with 'coupling: independent'."
+                f"method {method!r} evaluates the teacher at noised data, and the flow of {self.name!r} does not pass "
+                "through those: it was trained on dependent pairs (reflow, optimal transport ...). Learn from a "
+                "flow_matching stage with 'coupling: independent'."
             )
 
     def guided(self, scale: float) -> Velocity:
-        """The velocity with guidance ``scale``; refuses to guide twice."""
+        """The velocity ``v_0 + w (v_c - v_0)`` with guidance weight ``w = scale``; v itself for 1.
+
+        Args:
+            scale: guidance weight.
+
+        Raises:
+            UserError: the teacher already has guidance, or was never trained with the null label.
+
+        Source: arXiv:2207.12598.
+        """
         if scale == 1.0:
             return self.velocity
         if self.guidance not in (None, 1.0):
             raise UserError(
                 f"guidance {scale} asked of {self.name!r}, which already has guidance {self.guidance} baked in: "
-                "guiding twice is wrong. Leave guidance out of this stage, or learn from the unguided teacher."
+                "guiding twice gives neither weight. Leave guidance out of this stage, or learn from the unguided "
+                "teacher."
             )
         if not self.guidable:
             raise UserError(
                 f"guidance {scale} asked of {self.name!r}, which never learned without labels: guidance compares the "
-                "two. Bake it in from the teacher that was trained with label_dropout."
+                "velocities with and without the label. Learn from a teacher that was trained with label_dropout."
             )
         return Guided(self.velocity, scale)

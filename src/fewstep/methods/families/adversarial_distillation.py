@@ -1,12 +1,12 @@
-"""Distillation with several objectives: the teacher's endpoint, its features, and a discriminator.
+"""One-step distillation with up to three terms: the teacher's endpoint, its features, and a discriminator.
 
     L(theta) = r d(G(z), x_T) + lambda_p d_features(G(z), x_T) + lambda_adv L_adv(D(G(z))),    G(z) = z + v_theta(z, 0)
 
-with ``x_T`` the teacher's endpoint of the noise ``z``. The two players take turns: the discriminator ``D`` learns
-first, on samples of the student's present weights. The penalties R1 and R2 bound its slope (arXiv:1801.04406, eq. 9;
-2501.05441, eq. 5); without them its scores grow without bound. ``lambda_adv`` follows the gradients of the terms
-(:mod:`fewstep.methods.families.gradient_balance`). It rises from zero, because an untrained discriminator
-knows nothing.
+with ``x_T`` the teacher's endpoint of the noise z. In every step the discriminator D is updated first, on samples of
+the student's present weights, and then the student. The penalties R1 and R2 bound the gradient of D
+(arXiv:1801.04406, eq. 9; 2501.05441, eq. 5); without them its scores grow without bound. ``lambda_adv`` is set from the
+gradients of the terms (:mod:`fewstep.methods.families.gradient_balance`). It rises from zero over the first part of
+the phase, because the scores of an untrained discriminator carry no information.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Adversary:
     """The adversarial term.
 
     Attributes:
-        discriminator: scores (B,) of samples.
-        loss: what the players minimise.
-        share: the term's gradient norm, as a share of the other terms'.
-        gamma: weight of R1 + R2 is ``gamma / 2``.
-        every: steps between two penalties, each then weighted so many times.
-        turns: the discriminator's turns per turn of the student.
-        real: what counts as real: the teacher's endpoints, data rows, or half of each.
-        ramp: share of the phase over which ``share`` rises from zero.
+        discriminator: scores (B,) of samples (B, ...), called ``D(x, label)``.
+        loss: the losses of discriminator and generator.
+        share: the norm of the term's gradient, as a share of that of the other terms together.
+        gamma: the penalties R1 + R2 have the weight ``gamma / 2``.
+        every: the penalties are computed in one of so many steps, and then multiplied by that number.
+        turns: updates of the discriminator per update of the student.
+        real: the real samples: the teacher's endpoints, data rows, or each row one of the two with probability 1/2.
+        ramp: share of the phase over which ``share`` rises linearly from zero.
         steps: optimiser steps of the phase.
-        learning: how the players learn.
+        learning: optimisation of student and discriminator.
     """
 
     discriminator: nn.Module
@@ -67,25 +67,25 @@ class Adversary:
     learning: dict[str, Learning]
 
     def share_at(self, done: float) -> float:
-        """The share after a part ``done`` of the phase."""
+        """The adversarial term's share after the part ``done`` of the phase, both in [0, 1] or above."""
         return self.share * (min(1.0, done / self.ramp) if self.ramp > 0 else 1.0)
 
     def penalised(self, done: float) -> bool:
-        """Whether the step at ``done`` has a penalty."""
+        """Whether the discriminator's loss has the penalty in the step that begins after the part ``done``."""
         return self.gamma > 0 and round(done * self.steps) % self.every == 0
 
 
 @final
 class AdversarialDistillation(Objective):
-    """The loss above; a term whose argument is None is left out.
+    """The loss of the module's docstring; a term whose argument is None is left out.
 
     Args:
         student: ``v(x, t, **cond)``, called at t = 0.
-        reconstruction: distance between endpoints, already weighted.
-        perceptual: distance of features per sample, ``(x, y) -> (B,)``, already weighted.
+        reconstruction: ``r d(x, y)``, a scalar distance of endpoints that contains its weight r.
+        perceptual: ``lambda_p d_features(x, y)`` per sample, (B,), which contains its weight.
         adversary: the adversarial term.
-        guard: checks whether the student still covers the teacher's endpoints.
-        world: the processes at work.
+        guard: measures how much of the teacher's endpoints the student covers.
+        world: the processes that train together.
     """
 
     def __init__(
@@ -125,8 +125,8 @@ class AdversarialDistillation(Objective):
 
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
         assert self.guard is not None, "checks are the guard's"
-        judge = None if self.adversary is None else self.adversary.discriminator
-        return self.guard.look(ema, judge)
+        discriminator = None if self.adversary is None else self.adversary.discriminator
+        return self.guard.look(ema, discriminator)
 
     def best(self) -> Mapping[str, Tensor] | None:
         return None if self.guard is None else self.guard.best()
@@ -141,7 +141,7 @@ class AdversarialDistillation(Objective):
         if adversary is None and len(terms) == 1:
             return {"loss": next(iter(terms.values()))}
         if adversary is not None:
-            terms["adversarial"] = self._deceive(adversary, nets["discriminator"], fake, batch, draws)
+            terms["adversarial"] = self._adversarial_term(adversary, nets["discriminator"], fake, batch, draws)
         found = term_gradients(fake, self.last, terms, self.world)
         if adversary is None:
             return combine_terms(fake, found, {})
@@ -150,35 +150,45 @@ class AdversarialDistillation(Objective):
         combined = combine_terms(fake, found, {"adversarial": scale})
         return {**combined, "weight/adversarial": fake.new_tensor(scale), **following}
 
-    def _deceive(self, adversary: Adversary, judge: nn.Module, fake: Tensor, batch: Pair, draws: Draws) -> Tensor:
-        """The generator's side of the adversarial term."""
+    def _adversarial_term(
+        self, adversary: Adversary, discriminator: nn.Module, fake: Tensor, batch: Pair, draws: Draws
+    ) -> Tensor:
+        """The generator's adversarial loss, a scalar."""
         real, label = real_rows(adversary.real, batch, draws)
         with torch.no_grad():
-            target = judge(real, label)
-        return adversary.loss.generator(target, judge(fake, batch.cond.get("label")))
+            on_real = discriminator(real, label)
+        return adversary.loss.generator(on_real, discriminator(fake, batch.cond.get("label")))
 
     def _discriminator_loss(
         self, adversary: Adversary, nets: Networks, batch: Pair, draws: Draws, done: float
     ) -> Terms:
+        """The discriminator's loss and, in the steps that have it, the penalty; ``gap`` is E D(real) - E D(fake)."""
         with torch.no_grad():
             fake = one_step(nets["student"], batch.x0, batch.cond).to(batch.x0.dtype)
         real, label = real_rows(adversary.real, batch, draws)
-        seen = torch.cat([real, fake]).detach().requires_grad_(adversary.gamma > 0)
+        x = torch.cat([real, fake]).detach().requires_grad_(adversary.gamma > 0)
         labels = None if label is None else torch.cat([label, batch.cond["label"]])
-        with torch.autocast(seen.device.type, enabled=False):
-            scores = nets["discriminator"](seen, labels)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = nets["discriminator"](x, labels)
             on_real, on_fake = scores.chunk(2)
             terms = {"game": adversary.loss.discriminator(on_real, on_fake)}
             total = terms["game"]
             if adversary.penalised(done):
-                terms["penalty"] = slope(scores, seen)  # of both halves: (R1 + R2) / 2
+                terms["penalty"] = slope(scores, x)  # the mean over real and fake rows is (R1 + R2) / 2
                 total = total + adversary.every * adversary.gamma * terms["penalty"]
         gap = (on_real - on_fake).mean()
         return {"loss": total, "gap": gap.detach(), **{name: term.detach() for name, term in terms.items()}}
 
 
 def real_rows(real: Real, batch: Pair, draws: Draws) -> tuple[Tensor, Tensor | None]:
-    """The rows that count as real, and their labels."""
+    """The real samples of a step (B, ...), and their labels (B,) or None.
+
+    Args:
+        real: ``teacher`` for the endpoints ``batch.x1``, ``data`` for the data rows ``batch.beside["real"]``, ``both``
+            for one of the two with probability 1/2, row by row.
+        batch: the pairs.
+        draws: the random numbers of ``both``.
+    """
     own = batch.cond.get("label")
     if real == "teacher":
         return batch.x1, own

@@ -1,17 +1,18 @@
-r"""What consistency methods share: learning where a trajectory ends from a neighbouring point of the same trajectory.
+r"""The consistency family: learn the end of a trajectory from a neighbouring point of the same trajectory.
 
-With ``e`` the time where it ends (1, or the end of a segment), a network ``v(x, t)`` stands for the end point
+Let e be the time where the trajectory ends (1, or the end of a segment). The network ``v(x, t)`` predicts the end point
 
-    f(x, t) = x + (e - t) v(x, t),       f(x, e) = x,
+    f(x, t) = x + (e - t) v(x, t),       f(x, e) = x.
 
-and consistency asks that f be the same at two points of one trajectory, ``t < r <= e``. For a step
-``x_r = x_t + (r - t) w`` of mean velocity w,
+A consistency loss makes f equal at two points of one trajectory, at times ``t < r <= e``. For the step
+``x_r = x_t + (r - t) w`` with mean velocity w,
 
-    f(x_t, t) - f(x_r, r) = (e - t) (v(x_t, t) - y),     y = a w + (1 - a) v(x_r, r),     a = (r - t) / (e - t),
+    f(x_t, t) - f(x_r, r) = (e - t) (v(x_t, t) - y),     y = a w + (1 - a) v(x_r, r),     a = (r - t) / (e - t).
 
-so v is drawn to a mean of the step's velocity and its own, and at ``r = e`` to the step's velocity alone. The exact v
-is the average velocity ``u(x, t, e)`` of the flow. The step is a teacher's, or that of the data pair, ``w = x1 - x0``,
-whose mean given x_t is the flow's velocity: f is then right up to the order of r - t.
+So the target y of v is a weighted mean of the step's velocity w and the network's velocity at x_r; at ``r = e`` it is w
+alone. The exact solution is the average velocity ``u(x, t, e)`` of the flow. The step is made with a teacher's
+velocity, or along the data pair, ``w = x1 - x0``. The pair's velocity has the flow's velocity as its mean given x_t;
+the solution then has an error of the order r - t.
 """
 
 from __future__ import annotations
@@ -33,20 +34,24 @@ from fewstep.methods.families.target_average import TargetAverage
 from fewstep.methods.families.velocity_source import MapOptions, VelocitySource, teacher_calls
 
 TeacherStep = Literal["euler", "heun"]
-SHRINKING = 0.5  # share of the training in which the gap shrinks; chosen, not tuned
+HALVING_SHARE = 0.5  # share of the training in which the gap is halved; chosen, not tuned
 
 
 def step_velocity(
     source: VelocitySource, batch: Pair, x: Tensor, t: Tensor, r: Tensor, steps: TeacherStep = "heun"
 ) -> Tensor:
-    """The mean velocity w of a step from t to r, (B, ...), without a graph: a teacher's step, or the data pair's.
+    """The mean velocity w of a step from t to r, without a graph.
 
     Args:
-        source: where the velocity comes from; data pairs are on the line, where theirs is constant.
+        source: a teacher's velocity, or that of the data pairs. A data pair has a constant velocity, so ``steps`` does
+            not matter for it.
         batch: the pairs.
         x: (B, ...) at t.
-        t, r: (B,).
-        steps: ``euler``, or ``heun``: ``(v(x, t) + v(x + (r - t) v(x, t), r)) / 2``.
+        t, r: times (B,).
+        steps: ``euler``: ``v(x, t)``, one call. ``heun``: ``(v(x, t) + v(x + (r - t) v(x, t), r)) / 2``, two calls.
+
+    Returns:
+        (B, ...).
     """
     first = source.velocity_at(batch, x, t)
     if source.velocity is None or steps == "euler":
@@ -55,17 +60,28 @@ def step_velocity(
 
 
 def neighbour(x: Tensor, w: Tensor, t: Tensor, r: Tensor) -> Tensor:
-    """``x_r = x_t + (r - t) w``."""
+    """``x_r = x_t + (r - t) w``, (B, ...).
+
+    >>> neighbour(torch.zeros(1, 2), torch.ones(1, 2), torch.tensor([0.25]), torch.tensor([0.75]))
+    tensor([[0.5000, 0.5000]])
+    """
     return x + expand_time(r - t, x) * w
 
 
 def consistent(w: Tensor, v_r: Tensor, t: Tensor, r: Tensor, end: Tensor) -> Tensor:
-    """``y = a w + (1 - a) v_r`` with ``a = (r - t) / (e - t)``, and w itself where ``t = e``.
+    """The target ``y = a w + (1 - a) v_r`` with ``a = (r - t) / (e - t)``, and w itself where ``t = e``.
 
     Args:
         w: mean velocity of the step, (B, ...).
-        v_r: the network's velocity at (x_r, r).
+        v_r: the network's velocity at (x_r, r), (B, ...).
         t, r, end: times (B,), ``t <= r <= e``.
+
+    Returns:
+        (B, ...).
+
+    >>> t, r, end = torch.tensor([0.0]), torch.tensor([0.25]), torch.tensor([1.0])
+    >>> consistent(torch.tensor([[4.0]]), torch.tensor([[8.0]]), t, r, end)
+    tensor([[7.]])
     """
     left = end - t
     share = expand_time(torch.where(left > 0, (r - t) / torch.where(left > 0, left, 1.0), 1.0), w)
@@ -73,12 +89,16 @@ def consistent(w: Tensor, v_r: Tensor, t: Tensor, r: Tensor, end: Tensor) -> Ten
 
 
 def step_calls(options: MapOptions, steps: TeacherStep) -> int:
-    """The teacher's network calls per sample seen."""
+    """The teacher's network calls per sample seen: one step of ``steps``, twice as many calls with guidance."""
     return teacher_calls(options) * (2 if steps == "heun" else 1)
 
 
 def square_rows(x: Tensor, y: Tensor) -> Tensor:
-    """Mean squared error of every row, (B,)."""
+    """Mean squared error of every row, (B,), of x and y (B, ...).
+
+    >>> square_rows(torch.tensor([[1.0, 3.0]]), torch.zeros(1, 2))
+    tensor([5.])
+    """
     return (x - y).flatten(1).square().mean(1)
 
 
@@ -88,23 +108,28 @@ ROWS: dict[str, Distance] = {"l2": square_rows, "huber": pseudo_huber_rows}
 def gap_at(done: float, halvings: int) -> float:
     """The gap ``2^-k`` after a share ``done`` of the training.
 
-    ``k = 0 … halvings - 1`` share the first half of the training equally; ``k = halvings`` has the second half.
+    In the first half of the training k takes the values ``0 … halvings - 1``, each for an equal time; in the second
+    half ``k = halvings``.
+
+    >>> [gap_at(done, 2) for done in (0.0, 0.3, 0.5)]
+    [1.0, 0.5, 0.25]
     """
-    return 2.0 ** -min(halvings, math.floor(done / SHRINKING * halvings)) if halvings else 1.0
+    return 2.0 ** -min(halvings, math.floor(done / HALVING_SHARE * halvings)) if halvings else 1.0
 
 
 @final
 class Consistency(Objective):
-    """The discrete loss.
+    """The discrete loss ``E a d(v(x_t, t) / a, y / a)`` with ``r = min(t + gap, 1)``, the end ``e = 1`` and y without
+    gradient (:mod:`fewstep.methods.consistency`).
 
     Args:
         student: ``v(x, t, **cond)``.
-        source: where the steps come from.
+        source: the velocity of the step, a teacher's or the data pair's.
         law: the law of t.
-        halvings: of the gap.
-        teacher_step: by which a teacher goes from t to r.
-        target_ema: decay of the target's average.
-        distance: ``l2`` or ``huber``, of rows.
+        halvings: the gap is 1 at first and is halved this many times (:func:`gap_at`).
+        teacher_step: the solver step by which a teacher goes from t to r.
+        target_ema: decay, per step, of the weight average that computes ``v(x_r, r)``.
+        distance: d per row, ``l2`` or ``huber``.
     """
 
     def __init__(
@@ -138,7 +163,14 @@ class Consistency(Objective):
         self.target_average.update()
 
     def target(self, batch: Pair, x_t: Tensor, t: Tensor, gap: float) -> Tensor:
-        """``a w + (1 - a) v(x_r, r)``, (B, ...), without a graph."""
+        """``y = a w + (1 - a) v(x_r, r)``, (B, ...), without a graph.
+
+        Args:
+            batch: the pairs.
+            x_t: (B, ...) at t (B,).
+            t: times.
+            gap: r - t, cut so that ``r <= 1``.
+        """
         r = (t + gap).clamp(max=1.0)
         w = step_velocity(self.source, batch, x_t, t, r, self.teacher_step)
         if gap == 1.0:

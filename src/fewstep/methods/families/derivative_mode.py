@@ -1,7 +1,8 @@
-"""By which way the derivatives of a student are taken, settled once before the training.
+"""How the derivatives of a student are computed: chosen once, before training.
 
-Forward mode is the exact and cheap way. A network may contain an operation without it; then differences of calls
-are taken, which a network with dropout does not allow: two calls drop different values.
+Forward-mode differentiation is exact and cheap. A network may contain an operation that does not support it; then
+finite differences of two calls are used. They are refused for a network with dropout, because every call would drop
+different values.
 """
 
 from __future__ import annotations
@@ -21,14 +22,21 @@ from fewstep.methods.families.end_derivative import EndDerivative
 from fewstep.methods.families.flow_map import Times
 from fewstep.methods.families.velocity_source import VelocitySource
 
-TRIED_ROWS = 4  # rows on which a way is tried: enough to see whether it works
+TRIED_ROWS = 4  # rows on which a mode is tried; whether it works does not depend on their number
 DIFFERENCES = "finite_difference"
 
-Choice = Callable[[nn.Module, Tensor, Times, Pair], Mode]  # the way that works at (x_t, times) of a few pairs
+Choice = Callable[[nn.Module, Tensor, Times, Pair], Mode]  # the mode that works at (x_t, times) of a few pairs
 
 
 def total_derivative(student: nn.Module, x: Tensor, times: Times, pair: Pair) -> Mode:
-    """The first way that works for ``du/dt`` along the flow, :class:`~fewstep.flow.derivatives.Derivative`."""
+    """The first mode that works for ``du/dt`` along the flow, as in :class:`~fewstep.flow.derivatives.Derivative`.
+
+    Args:
+        student: ``u(x, t, r=r, **cond)``.
+        x: x_t, (B, ...).
+        times: t and r, (B,).
+        pair: the pairs of x.
+    """
     derivative = Derivative(student, "auto")
     derivative(x, times.t, pair.x1 - pair.x0, torch.ones_like(times.t), r=times.r, **pair.cond)
     assert derivative.used is not None
@@ -36,39 +44,42 @@ def total_derivative(student: nn.Module, x: Tensor, times: Times, pair: Pair) ->
 
 
 def end_derivative(student: nn.Module, x: Tensor, times: Times, pair: Pair) -> Mode:
-    """The first way that works for ``∂_r X``, :class:`~fewstep.methods.families.end_derivative.EndDerivative`."""
+    """The first mode that works for ``∂_r X``, as in :class:`~fewstep.methods.families.end_derivative.EndDerivative`.
+
+    The arguments are those of :func:`total_derivative`.
+    """
     return EndDerivative(student, "auto").mode_at(x, times, pair.cond)
 
 
 def settle_derivative(
     stage: Stage, student: nn.Module, source: VelocitySource, mode: Mode, choose: Choice = total_derivative
 ) -> Mode:
-    """``mode``, or where it is ``auto`` the first way that works on a few rows; says so if it is not forward mode.
+    """``mode`` itself, or for ``auto`` the first mode that works on a few rows; a note is printed if it is not forward.
 
     Args:
-        stage: data, network and device.
+        stage: gives network configuration, device and seed.
         student: the two-time network.
-        source: makes the pairs that the ways are tried on.
-        mode: what the options say.
-        choose: tries the ways.
+        source: makes the pairs on which the modes are tried.
+        mode: the option ``derivative``.
+        choose: tries the modes, for the derivative that the method needs.
 
     Raises:
-        UserError: differences of a network that drops values.
+        UserError: finite differences are needed, and the network has dropout.
     """
     if mode == "auto":
         mode = _first_that_works(stage, student, source, choose)
         if mode != "forward":
-            stage.world.say(f"  note: this network has no forward-mode derivative: {mode} is taken instead")
+            stage.world.say(f"  note: this network has no forward-mode derivative: {mode} is taken instead.")
     if mode == DIFFERENCES and stage.network.get("dropout"):
         raise UserError(
             "derivative: finite_difference subtracts two calls of the network, and dropout makes every call another "
-            "function: set the network's dropout to 0, or take 'derivative: forward' where the network has one."
+            "function: set the network's dropout to 0, or use 'derivative: forward' if the network supports it."
         )
     return mode
 
 
 def _first_that_works(stage: Stage, student: nn.Module, source: VelocitySource, choose: Choice) -> Mode:
-    """In eval mode: whether a way works does not depend on dropout."""
+    """The first mode that works, tried in eval mode, because that does not depend on dropout."""
     device, generator = stage.world.device, generator_for(stage.seed, stage.name, "derivative")
     pair = source.batches().batch(0, TRIED_ROWS, generator).to(device)
     t = torch.linspace(0.2, 0.7, len(pair.x1), device=device).to(pair.x1)

@@ -1,44 +1,47 @@
-r"""Distribution matching: train a generator until its noised samples move as the teacher's do.
+r"""Distribution matching: train a generator until the flow of its noised samples has the teacher's velocity.
 
-There are three networks: the generator ``x1 = G(z)``, the frozen teacher ``u*(x, t)``, and an online flow model
-``s(x, t)``, which flow matching trains on the generator's own samples. The noise ``eps`` of the path is drawn afresh,
-independent of z:
+There are three networks: the generator ``x1 = G(z)``, the frozen teacher ``u*(x, t)``, and an online model ``s(x, t)``,
+which is trained by flow matching on the generator's samples. The noise ``eps`` of the path is drawn independently of z:
 
     x_t = alpha x1 + sigma eps,      c = d/dt x_t,      s approximates v_theta(x, t) = E[c | x_t = x].
 
-The aim is ``v_theta = u*``, which holds where the generator's samples have the teacher's law. (With z as the noise of
-the path, v_theta would be the velocity of another coupling, which cannot be compared with u*.) A method adds one
-function of (x_t, c, u*, s), whose gradient in the generator's weights leads there: :class:`Divergence`.
+The generator's samples have the teacher's law if ``v_theta = u*``. (With z instead of eps, v_theta would be the
+velocity of a dependent coupling, and u*, trained on independent noise, could not be compared with it.) A method is one
+function of (x1, x_t, c, u*, s), a :class:`Divergence`, which the generator minimises.
 
-Turns: every optimiser step has ``online_turns`` updates of s, each on samples of its own, then one of the generator.
-Both use AdamW with betas (0, .99), because their targets move. The online model learns from the generator's present
-weights. It starts as a copy of the teacher; the gap ``u* - s`` is then mostly noise, so the online model learns alone
-for a while (``head_start``), and the generator's warm-up begins after that.
+Updates: every optimiser step has ``online_turns`` updates of s, each on new samples, then one update of the generator.
+Both use AdamW with betas (0, .99) (arXiv:2311.18828), because the target of either network changes during training. The
+online model is trained on the generator's present weights, not on their average. It starts as a copy of the teacher,
+and until it has followed the generator's samples the difference ``u* - s`` is mostly noise of its updates. So the
+online model is trained alone in the first steps (``head_start``), and the generator's warm-up begins after them.
 
-Precision: u* and s nearly agree at the end, so their difference is taken in float32 (in bfloat16 its square was up to
-eleven times too large), and without dropout, which would make two equal networks differ.
+Precision: u* and s become nearly equal, so their difference is computed in float32; in bfloat16 its mean square was up
+to eleven times too large. Both are evaluated without dropout, which would make two equal networks differ.
 
-Average of s: Adam's normalised steps leave noise in s that does not shrink with the gap. With ``online_ema`` the
-generator compares itself with an average of s, which has less of that noise but lags behind. A lagging average makes
-training diverge when the generator moves fast and its gradient goes through s (FGM, SiD); use it there only from a good
-initialisation.
+Average of s: Adam divides every step by the gradient's size, so the noise that it leaves in s does not decrease with
+``u* - s``. With ``online_ema`` the generator's loss uses an average of the weights of s. The average has less noise,
+but it lags behind s. A lagging average makes training diverge when the generator moves fast and its gradient passes
+through s (FGM, SiD); use it there only from a good initialisation.
 
-Weights of rows: with the teacher's data prediction ``f = a x_t + kappa u*``, rows are divided by ``mean |x1 - f| =
-kappa mean |u* - c|``, without gradient (arXiv:2404.04057, eq. 23; the mean is over the values of a sample). Without it,
-the steep times near the data dominate. In few dimensions that weight correlates with the noise target c. Then
-``E[w (s - c)]`` is not zero even for the exact s, and samples collapse into clumps (one skewed mixture in one
-dimension: W1 .28; the bias was 42 % of the term's size). PRIOR_VALUES further values with the Gaussian expectation
-reduce the correlation (to 6 %).
+Weights of rows: let ``f = b x_t + kappa u*`` be the teacher's data prediction. Rows are divided by
+``mean |x1 - f| = kappa mean |u* - c|``, a mean over the values of the sample, without gradient (arXiv:2404.04057, eq.
+23). Without this weight the rows with t near 1 dominate, where velocities vary fastest in x. In few dimensions the
+weight w correlates with the target c. Then ``E[w (s - c)]`` is not zero even for the exact s, and samples collapse to a
+few points. Measured on a skewed mixture in one dimension: ``|E w (s - c)| / E |w (s - c)|`` = .42, and W1 of the
+generator .28. PRIOR_VALUES further values, each equal to its expectation for Gaussian data, reduce the ratio to .06.
 
-Law of the times: a direction in which samples differ by about a is decided where the noise is about as large, at
-``t = 1/(1 + a)``. The mean brightness of an image is visible in x_t at all but the first times, where the two
-velocities then say nothing about it. With uniform times the images' mean is off by .03 (energy distance .15 instead of
-.03 on Fashion-MNIST); ``exponential:2.5`` puts a quarter of the rows below t = .1.
+Law of t: the law of a feature of size a (its standard deviation over the data) is learned at times where the noise is
+about as large, near ``t = 1/(1 + a)``. An example is the mean brightness of an image, whose a is large. At later times
+x_t shows the brightness in spite of the noise. Both u* and s keep it, so ``u* - s`` does not depend on how often a
+brightness occurs among the generator's samples. Only at the first times does it. With uniform times on Fashion-MNIST
+the images' mean was off by .03, at an energy distance of .15; a law with more early times gave .03.
+``exponential:2.5`` puts a quarter of the rows below t = .1.
 
-With ``steps: k`` the generator is ``f(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, …, and is sampled with fresh
-noise between its calls. It is trained on the states that its own earlier calls lead to (arXiv:2405.14867, sec. 4.5).
-Every call has an online model of its own. One model for all calls would let a call make up for the error of another
-(W1 .22 instead of .06 on a mixture in one dimension).
+With ``steps: k`` the generator is ``f(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, …, and it is sampled with
+fresh noise between its calls. In training, the state of a call is computed by the generator's earlier calls
+(arXiv:2405.14867, sec. 4.5). Every call has its own online model. With one online model for all calls only the mixture
+of their samples would be matched, so that one call could compensate for the error of another (measured on a mixture in
+one dimension: W1 .22 instead of .06).
 """
 
 from __future__ import annotations
@@ -66,24 +69,24 @@ from fewstep.methods.families.flow_map import where_rows
 from fewstep.methods.families.target_average import TargetAverage
 from fewstep.methods.guards.divergence import DivergenceGuard
 
-BETAS = (0.0, 0.99)  # of AdamW, both networks (arXiv:2311.18828)
-PRIOR_VALUES = 16  # values of a sample that the weight's expectation counts as: see "Weights of rows"
-MEASURED_ROWS = 256  # on which gap and lag are measured at a check
+BETAS = (0.0, 0.99)  # of AdamW, for generator and online model (arXiv:2311.18828)
+PRIOR_VALUES = 16  # further values in the mean of the rows' weight: bias .06 instead of .42 ("Weights of rows")
+MEASURED_ROWS = 256  # rows on which gap and lag are measured at a check; chosen, not tuned
 
 
 @final
 @dataclass(frozen=True)
 class Point:
-    """Noised samples of the generator and both velocities there; (B, ...) each, times (B,).
+    """Noised samples of the generator, and the velocities of teacher and online model there.
 
     Attributes:
-        x1: the generator's samples.
-        x_t: the same, noised.
-        c: their velocity ``d/dt x_t``.
-        teacher, online: u* and s at (x_t, t).
-        t: the times.
+        x1: the generator's samples, (B, ...).
+        x_t: the noised samples ``alpha x1 + sigma eps``, (B, ...).
+        c: their velocity ``d/dt x_t``, (B, ...).
+        teacher, online: ``u*(x_t, t)`` and ``s(x_t, t)``, (B, ...) each.
+        t: the times, (B,).
         path: the affine path.
-        spread: standard deviation of the data's values.
+        spread: standard deviation of the data's values, in network units.
     """
 
     x1: Tensor
@@ -97,47 +100,61 @@ class Point:
 
     @property
     def weight(self) -> Tensor:
-        """``kappa^2 / mean |x1 - f|`` of every row, (B,), without gradient.
+        """The weight ``w = kappa^2 (D + P) / (D m + P E m)`` of every row in a loss of velocities, (B,), no gradient.
 
-        That is the weight ``1 / mean |x1 - f|`` of a loss of data predictions, for a loss of velocities. The mean
-        contains PRIOR_VALUES further values, each the expectation for Gaussian data.
+        Here ``m = mean |x1 - f| = kappa mean |u* - c|`` over the D values of a sample, P is PRIOR_VALUES, and
+        ``E m = sqrt(2 / pi) spread sigma / sqrt(alpha^2 spread^2 + sigma^2)`` is the expectation of m for Gaussian
+        data. For P = 0 it is ``kappa^2 / m``: an error of velocities times kappa is one of data predictions, which is
+        divided by m.
         """
-        miss = self.kappa * rows_mean((self.teacher - self.c).detach().abs())
+        m = self.kappa * rows_mean((self.teacher - self.c).detach().abs())
         alpha, sigma = self.path.alpha(self.t), self.path.sigma(self.t)
         expected = math.sqrt(2 / math.pi) * self.spread * sigma / (alpha * self.spread).hypot(sigma)
         values = self.c[0].numel()
-        return self.kappa**2 * (values + PRIOR_VALUES) / (values * miss + PRIOR_VALUES * expected)
+        return self.kappa**2 * (values + PRIOR_VALUES) / (values * m + PRIOR_VALUES * expected)
 
     @property
     def kappa(self) -> Tensor:
-        """Weight of the velocity in the data prediction, (B,): ``1 - t`` on the linear path."""
+        """Coefficient of the velocity in the data prediction, (B,): ``1 - t`` on the linear path."""
         return self.path.data_coefficients(self.t)[1]
 
 
 class Divergence(Protocol):
-    """A distance between the generator's flow and the teacher's, by its gradient in the generator.
-
-    Attributes:
-        through: whether the gradient goes through the teacher and the online model.
+    """The generator's loss. Its gradient in the generator's weights is that of a divergence between the two laws; its
+    value is not a divergence and may be negative.
     """
 
     @property
-    def through(self) -> bool: ...
+    def through(self) -> bool:
+        """Whether the gradient passes through the teacher and the online model to x_t."""
+        ...
 
     def __call__(self, point: Point) -> Tensor:
-        """Losses of the rows, (B,)."""
+        """The losses of the rows of a point, (B,)."""
         ...
 
 
 class Made(NamedTuple):
-    """Samples of the generator (B, ...), and the number of the call that made each (B,)."""
+    """Samples of the generator.
+
+    Attributes:
+        x1: the samples, (B, ...).
+        which: the number of the generator's call that made each, from 0, (B,).
+    """
 
     x1: Tensor
     which: Tensor
 
 
 class Noised(NamedTuple):
-    """Noised samples ``x_t`` and their velocity c, (B, ...) each, at the times t (B,) of the path."""
+    """Noised samples of the generator.
+
+    Attributes:
+        x_t: ``alpha x1 + sigma eps``, (B, ...).
+        c: ``d/dt x_t``, (B, ...).
+        t: the times, (B,).
+        path: the affine path.
+    """
 
     x_t: Tensor
     c: Tensor
@@ -149,21 +166,32 @@ OnlineLoss = Callable[[Velocity, Noised, Pair, Draws], Tensor]
 
 
 def flow_matching_loss(s: Velocity, noised: Noised, batch: Pair, draws: Draws) -> Tensor:
-    """``mean |s(x_t, t) - c|^2``."""
+    """The online model's loss ``mean |s(x_t, t) - c|^2``, a scalar.
+
+    Args:
+        s: the online model.
+        noised: noised samples of the generator.
+        batch: rows of the data; their conditions are those of the samples.
+        draws: random numbers, not used by this loss.
+    """
     return (s(noised.x_t, noised.t, **batch.cond).to(noised.c) - noised.c).square().mean()
 
 
 def rows_mean(x: Tensor) -> Tensor:
-    """Mean over the values of every row, (B,)."""
+    """Mean over the values of every row of x (B, ...), (B,).
+
+    >>> rows_mean(torch.tensor([[1.0, 3.0]]))
+    tensor([2.])
+    """
     return x.flatten(1).mean(1)
 
 
 @final
 class PerCall(nn.Module):
-    """An online model for every call of the generator: ``s(x, t, which=which, **cond)``.
+    """One online model for every call of the generator: ``s(x, t, which=which, **cond)``.
 
     Args:
-        model: copied.
+        model: the network that is copied.
         calls: number of copies.
     """
 
@@ -172,10 +200,11 @@ class PerCall(nn.Module):
         self.models = nn.ModuleList(copy.deepcopy(model) for _ in range(calls))
 
     def forward(self, x: Tensor, t: Tensor, which: Tensor, **cond: Tensor) -> Tensor:
+        """The velocity at x (B, ...) and t (B,), of copy number ``which`` (B,) in every row."""
         out = x.new_zeros(x.shape)
         for call, model in enumerate(self.models):
             rows = (which == call).nonzero()[:, 0]
-            if not len(rows):  # data-parallel training waits for a gradient of every weight
+            if not len(rows):  # data-parallel training needs a gradient of every weight: call it on one row, times zero
                 rows = rows.new_zeros(1)
                 out = out + 0.0 * model(x[rows], t[rows], **rows_of(cond, len(x), rows)).to(x)
                 continue
@@ -190,15 +219,15 @@ class Setting:
     """The constants of :class:`DistributionMatching`.
 
     Attributes:
-        law: law of t before it is shrunk to [0, latest].
-        latest: last time.
-        spread: standard deviation of the data's values.
-        steps: calls of the generator.
+        law: law of ``t / latest``.
+        latest: largest t.
+        spread: standard deviation of the data's values, in network units.
+        steps: number of the generator's calls, k.
         online_turns: updates of the online model per update of the generator.
-        head_start: optimiser steps before the generator's first turn.
-        online_lr: peak learning rate of the online model; None takes the stage's.
-        online_ema: decay of the online model's average, per update of it; 0 uses the model itself.
-        checkpointing: recompute u* and s in the backward pass.
+        head_start: optimiser steps before the generator's first update.
+        online_lr: peak learning rate of the online model; None takes the stage's ``lr``.
+        online_ema: decay, per update, of the online model's average, which the generator's loss uses; 0: no average.
+        checkpointing: recompute u* and s in the backward pass, which saves memory.
     """
 
     law: TimeLaw
@@ -214,17 +243,17 @@ class Setting:
 
 @final
 class DistributionMatching(Objective):
-    """The loss of the module's docstring.
+    """The losses of the generator (role ``student``) and of the online model (role ``online``), as described above.
 
     Args:
         student: the generator's network ``v(x, t, **cond)``.
-        online: s, on the device of the stage; :class:`PerCall` for several calls.
+        online: s, on the device of the stage; a :class:`PerCall` for several calls.
         teacher: u*, whose parameters have no gradients.
-        path: the teacher's path.
+        path: the teacher's affine path.
         divergence: the generator's loss.
         setting: the constants.
         online_loss: the online model's loss on noised samples of the generator.
-        guard: checks the generator now and then.
+        guard: measures the generator's samples at the checks; None for no checks.
     """
 
     def __init__(
@@ -274,7 +303,14 @@ class DistributionMatching(Objective):
             self.online_average.update()
 
     def generate(self, student: Velocity, z: Tensor, cond: Mapping[str, Any], draws: Draws) -> Made:
-        """``G(z)``. Of several calls, one is drawn for every row, at the state that the earlier calls lead to."""
+        """``G(z)``. With several calls, one is drawn for every row; the calls before it compute its state x.
+
+        Args:
+            student: the generator's network.
+            z: noise (B, ...).
+            cond: conditions of the rows.
+            draws: random numbers of the drawn call and of the noise between calls.
+        """
         steps = self.setting.steps
         which = torch.zeros(len(z)) if steps == 1 else (draws.uniform() * steps).floor()
         x, which = z, which.to(z)
@@ -288,17 +324,24 @@ class DistributionMatching(Objective):
         return Made(neighbour(x, student(x, t, **cond).to(x), t, torch.ones_like(t)), which)
 
     def of_call(self, model: nn.Module, which: Tensor) -> Velocity:
-        """The online model of the calls that made the rows."""
+        """The online model ``s(x, t, **cond)`` that belongs, in every row, to call number ``which`` (B,)."""
         return model if self.setting.steps == 1 else functools.partial(model, which=which)
 
     def noised(self, x1: Tensor, draws: Draws) -> Noised:
-        """The samples at fresh times, with fresh noise."""
+        """The samples x1 (B, ...) at newly drawn times, with newly drawn noise."""
         t = self.setting.latest * self.setting.law.sample(draws.uniform()).to(x1)
         eps = draws.normal(x1.shape[1:]).to(x1)
         return Noised(self.path.interpolate(eps, x1, t), self.path.target(eps, x1, t), t, self.path)
 
     def point(self, online: nn.Module, made: Made, cond: Mapping[str, Any], draws: Draws) -> Point:
-        """The samples noised, and both velocities there, in float32."""
+        """The samples with new noise, and both velocities there, computed in float32.
+
+        Args:
+            online: s; its average is used instead if there is one.
+            made: samples of the generator.
+            cond: conditions of the rows.
+            draws: random numbers of times and noise.
+        """
         x_t, c, t, path = self.noised(made.x1, draws)
         compared = online if self.online_average is None else self.online_average.module
         with torch.autocast(x_t.device.type, enabled=False):
@@ -314,15 +357,20 @@ class DistributionMatching(Objective):
 
     @torch.no_grad()
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
-        assert self.guard is not None, "it is only called with one"
+        """The guard's measurements, ``gap = E |u* - s|^2`` and ``lag = |E (u* - s)(s - c)| / gap``.
+
+        Given x_t, ``s - c`` has the mean ``s - v_theta``, which is the error of s. So lag is the part of this error
+        along ``u* - s``, relative to the gap: 0 for the exact s.
+        """
+        assert self.guard is not None, "the number of checks is 0 without a guard"
         device = next(iter(ema.values())).device
         pair = self.guard.rows.head(MEASURED_ROWS).to(device)
         draws = Draws(self.guard.generator(), len(pair.x0))
         made = self.generate(self.modules["student"], pair.x0, pair.cond, draws)
         point = self.point(self.modules["online"], made, pair.cond, draws)
-        apart = point.teacher - point.online
-        gap = float(apart.square().mean())
-        lag = abs(float((apart * (point.online - point.c)).mean())) / max(gap, torch.finfo(torch.float32).tiny)
+        difference = point.teacher - point.online
+        gap = float(difference.square().mean())
+        lag = abs(float((difference * (point.online - point.c)).mean())) / max(gap, torch.finfo(torch.float32).tiny)
         return {**self.guard.look(ema), "gap": gap, "lag": lag}
 
     def best(self) -> Mapping[str, Tensor] | None:

@@ -1,9 +1,10 @@
-"""A stage of distribution matching: its options, its start, and :mod:`~fewstep.methods.families.distribution`.
+"""The stages of distribution matching: options, a first phase, and :mod:`~fewstep.methods.families.distribution`.
 
-Distribution matching moves a generator's samples towards the teacher's, and fills a mode only slowly where no sample is
-near it. The teacher's first call puts all samples near the data's mean, and runs that started there lost modes (recall
-.59 and .80 on digits). So a first phase distils a consistency model: blurred, with every mode, without pairs
-(:mod:`~fewstep.methods.families.consistency_loss`). A student with ``init`` skips that phase.
+Distribution matching moves samples from one mode of the data to another only slowly. With the teacher's own weights the
+generator's samples all lie near the data's mean, and some runs that started there ended without some of the modes: on
+digits, one seed of three had a recall of .80 with SiD and of .59 with DMD, instead of .93 or more. So a first phase
+distils a consistency model (:mod:`~fewstep.methods.families.consistency_loss`), whose samples are blurred but have
+every mode; it needs no pairs. A student with ``init`` has no first phase.
 """
 
 from __future__ import annotations
@@ -35,32 +36,29 @@ from fewstep.methods.families.velocity_source import LawOfTime, MapOptions, velo
 from fewstep.methods.guards.divergence import DivergenceGuard
 from fewstep.solvers.maps import SampleRule
 
-START_HALVINGS = 4  # of the gap in the first phase, which needs every mode but no accuracy
+START_HALVINGS = 4  # of the gap in the first phase: it needs all modes, not accuracy; chosen, not tuned
+
+ONLINE_EMA = "decay, per update, of the online model's weight average in the student's loss; 0: present weights"
 
 
 class MatchingOptions(MapOptions):
     """Options that the methods of this family share."""
 
-    samples: int = Field(400_000, gt=0, description="samples seen in the stage, over both phases")
-    start: float = Field(0.25, ge=0, lt=1, description="share of them in a first phase of consistency distillation")
-    start_lr: float = Field(2e-3, gt=0, description="peak learning rate of that phase")
-    lr: float = Field(5e-4, gt=0, description="peak learning rate of the generator")
-    ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the generator's weight average, per step")
+    samples: int = Field(400_000, gt=0, description="samples seen in the stage, over all phases")
+    start: float = Field(0.25, ge=0, lt=1, description="share of the samples in a phase of consistency distillation")
+    start_lr: float = Field(2e-3, gt=0, description="peak learning rate of the student in that phase")
+    lr: float = Field(5e-4, gt=0, description="peak learning rate of the student: warm-up, then cosine to zero")
+    ema: float = Field(0.995, ge=0, lt=1, description="largest decay of the student's weight average, per step")
     online_lr: float = Field(1e-3, gt=0, description="peak learning rate of the online model")
-    online_ema: float = Field(
-        0.0,
-        ge=0,
-        lt=1,
-        description="decay of the online model's average, which the generator is compared with; 0: the model itself",
-    )
-    online_turns: int = Field(2, gt=0, description="updates of the online model per update of the generator")
+    online_ema: float = Field(0.0, ge=0, lt=1, description=ONLINE_EMA)
+    online_turns: int = Field(2, gt=0, description="updates of the online model per update of the student")
     head_start: float = Field(
-        0.05, ge=0, lt=1, description="share of the second phase in which the online model learns alone"
+        0.05, ge=0, lt=1, description="share of the second phase in which only the online model is trained"
     )
-    steps: int = Field(1, gt=0, le=16, description="calls the generator is made for, with fresh noise between them")
-    time: LawOfTime = Field("exponential:1", description="law of the path's times, shrunk to [0, latest]")
-    latest: float = Field(0.98, gt=0, le=1, description="last time: nearer the data, velocities are all noise")
-    checkpointing: bool = Field(False, description="recompute the frozen networks in the backward pass: less memory")
+    steps: int = Field(1, gt=0, le=16, description="calls of the student per sample, with fresh noise between them")
+    time: LawOfTime = Field("exponential:1", description="law of t / latest: uniform, logit_normal:m,s, …")
+    latest: float = Field(0.98, gt=0, le=1, description="largest t; differences of velocities near t = 1 are noise")
+    checkpointing: bool = Field(False, description="recompute teacher and online model in the backward pass")
 
     @model_validator(mode="before")
     @classmethod
@@ -74,7 +72,12 @@ class MatchingOptions(MapOptions):
 
 
 def online_model(teacher: Teacher, steps: int) -> nn.Module:
-    """A copy of the teacher that learns; of several calls, one copy for every call."""
+    """The online model: a trainable copy of the teacher, or for several calls a :class:`PerCall` of such copies.
+
+    Args:
+        teacher: of the stage.
+        steps: number of the generator's calls.
+    """
     assert isinstance(teacher.velocity, nn.Module), "a teacher is a network"
     model = copy.deepcopy(teacher.velocity).requires_grad_(True)
     return model if steps == 1 else PerCall(model, steps)
@@ -85,17 +88,24 @@ def plan_matching(
 ) -> Plan:
     """Two phases: consistency distillation (``start``), then distribution matching (``game``).
 
-    The batches are data rows, of which the labels are used, and the rows where the method's loss takes them.
+    The batches are data rows with independent noise. The generator takes noise and labels from them; the rows
+    themselves are used in the first phase and by an ``online_loss`` that needs them.
+
+    Args:
+        options: of the stage.
+        stage: the stage.
+        divergence: the generator's loss.
+        online_loss: the online model's loss.
 
     Raises:
-        UserError: a teacher whose states are not noised data, guidance it cannot take, or a base that is not Gaussian.
+        UserError: the teacher was trained on dependent pairs or cannot be guided, or the base is not Gaussian.
     """
     source, teacher = velocity_source(options, stage), stage.teacher
     assert teacher is not None
     if not stage.source.gaussian:
         raise UserError(
-            f"method {options.method!r} noises the generator's samples with fresh Gaussian noise, and this recipe has "
-            "another base: leave 'base' out, or distil with 'distill'."
+            f"method {options.method!r} adds Gaussian noise to the generator's samples, and the teacher of this recipe "
+            "was trained on another base: leave 'base' out, or distil with 'distill'."
         )
     student, first = stage.build(), int(options.start * options.samples)
 
@@ -122,7 +132,12 @@ def plan_matching(
 
 
 def make_setting(options: MatchingOptions, spread: float) -> Setting:
-    """The constants of the second phase; ``spread`` is the standard deviation of the data's values."""
+    """The constants of the second phase.
+
+    Args:
+        options: of the stage.
+        spread: standard deviation of the data's values, in network units.
+    """
     return Setting(
         make_time_law(options.time),
         latest=options.latest,
@@ -137,7 +152,7 @@ def make_setting(options: MatchingOptions, spread: float) -> Setting:
 
 
 def advice(options: MatchingOptions) -> str:
-    """What to change when training diverges."""
+    """The options to change when training diverges, for the message."""
     return (
         f"Raise online_turns (now {options.online_turns}), or lower lr (now {options.lr:g}) or online_lr (now "
         f"{options.online_lr:g})."
@@ -145,14 +160,26 @@ def advice(options: MatchingOptions) -> str:
 
 
 def generator_rule(steps: int) -> SampleRule:
-    """A generator of k calls at 0, 1/k, … can be sampled with every divisor of k calls too."""
+    """How a generator with calls at 0, 1/k, … is sampled: with k calls, or with any divisor of k.
+
+    Args:
+        steps: k. One call is an Euler step; between several calls fresh noise is added (``restart``).
+
+    >>> generator_rule(4).steps
+    (1, 2, 4)
+    """
     divisors = tuple(number for number in range(1, steps + 1) if steps % number == 0)
     sampler: Literal["euler", "restart"] = "euler" if steps == 1 else "restart"
     return SampleRule(kind="map", steps=divisors, default_steps=steps, sampler=sampler)
 
 
 def matching_needs(options: MatchingOptions) -> Needs:
-    """Network calls per sample beside the generator's own update; a backward pass counts as two calls."""
+    """Network calls per sample seen, without those of the student's own update.
+
+    Every update of the online model runs the generator (``steps`` calls) and the online model forward and backward (3
+    calls; a backward pass counts as two); the student's update runs its first ``steps - 1`` calls, and online model and
+    teacher forward and backward.
+    """
     generated = options.online_turns * options.steps + (options.steps - 1)
     calls = generated + 3 * (options.online_turns + 1 + calls_at(options.guidance))
     return Needs(guidance=options.guidance, teacher_calls=calls)

@@ -1,4 +1,4 @@
-"""The derivative of a learned map in its end time."""
+"""The derivative ``∂_r X(x, t, r)`` of a learned flow map in its end time r."""
 
 from __future__ import annotations
 
@@ -16,24 +16,28 @@ from fewstep.flow.noise import isolated_rng
 from fewstep.flow.paths import expand_time
 from fewstep.methods.families.flow_map import Times
 
-STEP = {torch.float64: 1e-5}  # of differences in r; values in single precision carry errors of 1e-6 or so
-
-
-COARSE_STEP = 5e-3
-
-
-TRIED_ROWS = 4
+STEP = {torch.float64: 1e-5}  # half-width h of a difference in r, by dtype; chosen, not tuned
+COARSE_STEP = 5e-3  # h in the other dtypes: rounding errors of about 1e-6 in X become 1e-4 in the difference
+TRIED_ROWS = 4  # rows on which forward mode is tried
 
 
 @final
 class EndDerivative:
     """The map ``X = x + (r - t) u`` and ``∂_r X = u + (r - t) ∂_r u``, both with their autograd graph.
 
-    Forward mode, or differences of two calls at ``r ± h`` (inside [0, 1]) where the network has none.
-
     Args:
         u: ``u(x, t, r=r, **cond)``.
-        mode: ``forward``, ``finite_difference``, or ``auto``: the first that works.
+        mode: ``forward``; ``finite_difference``, of two calls at ``r ± h``, cut to [0, 1]; or ``auto``, forward mode if
+            the network supports it and finite differences otherwise.
+
+    Raises:
+        UserError: there is no mode of that name.
+
+    >>> derivative = EndDerivative(lambda x, t, r: r[:, None] * x)
+    >>> times = Times(torch.zeros(1), torch.full((1,), 0.5), torch.tensor([False]))
+    >>> end, slope = derivative(torch.full((1, 1), 2.0), times, {})  # X = x + r^2 x
+    >>> end.item(), slope.item()
+    (2.5, 2.0)
     """
 
     def __init__(self, u: Velocity, mode: Mode = "auto") -> None:
@@ -47,13 +51,13 @@ class EndDerivative:
         return self._forward(x, times, cond) if forward else self._differences(x, times, cond)
 
     def mode_at(self, x: Tensor, times: Times, cond: Mapping[str, Any]) -> Mode:
-        """The way that is taken: the one asked for, or with ``auto`` the first that works there."""
+        """The mode that is used: the one of the constructor, or for ``auto`` the first that works at these points."""
         if self.mode != "auto":
             return self.mode
         return "forward" if self._forward_works(x, times, cond) else "finite_difference"
 
     def _forward_works(self, x: Tensor, times: Times, cond: Mapping[str, Any]) -> bool:
-        """Whether it and the gradient through it can be had; tried on a few rows, all random numbers put back."""
+        """Whether forward mode and a gradient through it work on a few rows; the random state is restored."""
         few = slice(TRIED_ROWS)
         try:
             with isolated_rng(x.device), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The straight-line family: regress the velocity of the line between paired points.
+"""The straight-line family: regress the velocity of the straight line between paired points.
 
     L(theta) = E_{(x0, x1) ~ pi, t} w(t) d(v_theta(x_t, t), x1 - x0),     x_t = (1 - t) x0 + t x1
 
@@ -25,7 +25,16 @@ from fewstep.methods.families.distances import Loss, Plain, Residual, find_dista
 
 
 def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> dict[str, Any]:
-    """Replace a share of the labels by the null label, for classifier-free guidance (arXiv:2207.12598, alg. 1)."""
+    """Replace labels by the null label with a given probability, for classifier-free guidance.
+
+    Args:
+        cond: conditions by name; without a ``label`` it is returned as it is.
+        null: the null label.
+        share: the probability.
+        draws: the random numbers.
+
+    Source: arXiv:2207.12598, alg. 1.
+    """
     if share == 0.0 or "label" not in cond:
         return cond
     label = cond["label"]
@@ -34,23 +43,31 @@ def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> 
 
 
 def one_step(velocity: Velocity, x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
-    """``G(x0) = x0 + v(x0, 0)``, one Euler step over the whole way."""
+    """``G(x0) = x0 + v(x0, 0)``, (B, ...): one Euler step from t = 0 to t = 1.
+
+    Args:
+        velocity: ``v(x, t, **cond)``.
+        x0: (B, ...).
+        cond: conditions of the rows.
+
+    >>> one_step(lambda x, t: 2 * x, torch.ones(1, 1), {}).item()
+    3.0
+    """
     start = torch.zeros(len(x0), dtype=x0.dtype, device=x0.device)
     return x0 + velocity(x0, start, **cond)
 
 
 @final
 class VelocityRegression(Objective):
-    """The family's loss on a network ``v(x, t)``.
+    """The family's loss ``E d(v(x_t, t), d/dt x_t)``.
 
     Args:
-        student: the network.
-        path: the affine path; the target is its time derivative.
+        student: the network ``v(x, t, **cond)``.
+        path: the affine path; the target is the derivative of ``x_t``.
         law: the law of t.
-        distance: a distance of the velocities by name, as :func:`~fewstep.methods.families.distances.find_distance`, or
-            a loss of the whole residual.
-        label_dropout: share of labels replaced by the null label.
-        null: index of the null label.
+        distance: d by name, as :func:`~fewstep.methods.families.distances.find_distance`, or a loss of the residual.
+        label_dropout: probability with which a label is replaced by the null label.
+        null: the null label.
     """
 
     def __init__(
@@ -79,9 +96,13 @@ class VelocityRegression(Objective):
 
 @final
 class EndpointRegression(Objective):
-    """Time fixed at 0: the one-step map ``G(x0) = x0 + v_theta(x0, 0)`` against the paired endpoint.
+    """The loss ``E d(x0 + v(x0, 0), x1)`` of the one-step map; its minimum for deterministic pairs is the exact map.
 
-    (Liu et al., arXiv:2209.03003, sec. 2.2 "Distillation".) The deterministic pairs make the exact map the optimum.
+    Args:
+        student: the network ``v(x, t, **cond)``.
+        distance: d by name, as :func:`~fewstep.methods.families.distances.find_distance`.
+
+    Source: Liu et al., arXiv:2209.03003, sec. 2.2 "Distillation".
     """
 
     def __init__(self, student: nn.Module, distance: str = "l2") -> None:

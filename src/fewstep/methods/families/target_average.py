@@ -1,7 +1,7 @@
-"""An average of a network's weights, which makes the targets of its own training.
+"""An average of a network's weights that computes the targets of its own training.
 
-Consistency and Lagrangian losses regress a network on values of the network itself. With the present weights in the
-target, training on digits diverged within 60 steps; a short average of the weights did not.
+In consistency and Lagrangian losses the target of a network is computed with the network itself. With its present
+weights, training on digits diverged within 60 steps; with an average over the last few steps it did not.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from fewstep.flow.precision import full_precision
 
 @final
 class TargetAverage:
-    """``w' <- d w' + (1 - d) w`` after every update of ``w``; with ``d = 0`` it is the network as it is.
+    """The average ``w' <- d w' + (1 - d) w``, after every update of w; for ``d = 0`` it is w itself.
 
-    It is called without a graph, in full precision, and with the dropout mask that the network draws next.
+    A call is without a graph, in full precision, and with the same dropout mask as the next call of the network.
 
     Args:
-        module: whose weights are averaged; on the device it is trained on.
-        decay: d.
+        module: the network with the weights w, on the device on which it is trained.
+        decay: d, per update.
 
     Attributes:
-        module: the averaged network, frozen.
-        state: its tensors, changed in place. A checkpoint must keep them.
+        module: the network with the weights w', frozen.
+        state: the tensors of w' by name, changed in place. A checkpoint must keep them.
     """
 
     def __init__(self, module: nn.Module, decay: float = 0.0) -> None:
@@ -39,7 +39,7 @@ class TargetAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the network's weights; to be called once per accepted update."""
+        """Take the network's present weights into the average; to be called once after every accepted update."""
         for name, value in self._live.state_dict().items():
             kept = self.state[f"target.{name}"]
             if kept.dtype.is_floating_point:
@@ -48,6 +48,6 @@ class TargetAverage:
                 kept.copy_(value)
 
     def __call__(self, x: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
-        with full_precision(x), isolated_rng(x.device):  # so that the network called next draws the same dropout mask
+        with full_precision(x), isolated_rng(x.device):  # the network's next call draws the same dropout mask
             out: Tensor = self.module(x, t, **cond).to(x)
         return out

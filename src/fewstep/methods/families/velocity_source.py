@@ -1,4 +1,4 @@
-"""Where a learned map's velocity comes from: a teacher, or the data pair."""
+"""The velocity that a learned map is trained on: a teacher's, or that of the data pairs."""
 
 from __future__ import annotations
 
@@ -22,21 +22,28 @@ from fewstep.methods.training_pairs.batches import DataBatches
 
 
 class MapOptions(Options):
-    """Options of the methods that learn a two-time map, from data or from a teacher's velocity."""
+    """Options of the methods that learn a map from data pairs or from a teacher's velocity."""
 
     guides_itself: ClassVar[bool] = False  # whether guidance can be learned without a teacher
 
-    guidance: float = Field(1.0, ge=0, description="teacher's guidance, baked in")
+    guidance: float = Field(1.0, ge=0, description="weight of the teacher's guidance, learned by the student; 1: none")
 
     @model_validator(mode="after")
     def _guidance_has_a_teacher(self) -> MapOptions:
         if self.guidance != 1.0 and self.teacher is None and not self.guides_itself:
-            raise ValueError("guidance is the teacher's, baked in: add 'teacher: STAGE', or leave it out")
+            raise ValueError("guidance is the teacher's, and there is none: add 'teacher: STAGE', or leave it out")
         return self
 
 
 def known_law(spec: str) -> str:
-    """A law of t by its words, refused where there is none of that name."""
+    """``spec`` itself, if it names a law of t.
+
+    Args:
+        spec: for example ``uniform`` or ``logit_normal:0,1``.
+
+    Raises:
+        UserError: there is no such law.
+    """
     make_time_law(spec)
     return spec
 
@@ -47,22 +54,24 @@ LawOfTime = Annotated[str, AfterValidator(known_law)]
 class PairOfTimesOptions(MapOptions):
     """Options of the methods that draw two times."""
 
-    time: LawOfTime = Field("uniform", description="law of both times: uniform, logit_normal:m,s, …")
+    time: LawOfTime = Field("uniform", description="law of t and r: uniform, logit_normal:m,s, …")
     diagonal: float = Field(0.5, gt=0, le=1, description="share of rows with r = t, which learn the velocity")
-    derivative: Way = Field("auto", description="forward mode, or finite differences where that fails; or one of them")
+    derivative: Way = Field(
+        "auto", description="forward, finite_difference, or auto: forward where the network supports it"
+    )
 
 
 @final
 @dataclass(frozen=True)
 class VelocitySource:
-    """What a stage learns a map from.
+    """The velocity and the batches that a stage learns a map from.
 
     Attributes:
-        path: the affine path: the teacher's, the line without one.
-        velocity: the teacher's, guided; None: that of the data pair.
-        facts: of the coupling.
-        batches: makes the batches of data rows and independent noise; ``batches(group=M)``: every M rows in succession
-            have one class.
+        path: the affine path: the teacher's, or the straight line without a teacher.
+        velocity: the teacher's velocity with guidance; None for that of the data pairs.
+        facts: what holds for the coupling.
+        batches: makes the batches of data rows and independent noise. With ``batches(group=M)`` every M consecutive
+            rows have one class.
         path_name: the path's name.
     """
 
@@ -73,7 +82,13 @@ class VelocitySource:
     path_name: str = "linear"
 
     def velocity_at(self, batch: Pair, x: Tensor, t: Tensor) -> Tensor:
-        """The teacher's ``v(x_t, t)`` in full precision, or the pair's ``d/dt x_t``; no graph."""
+        """The teacher's ``v(x, t)`` in full precision, or the pairs' ``d/dt x_t``; (B, ...), without a graph.
+
+        Args:
+            batch: the pairs.
+            x: the points (B, ...).
+            t: the times (B,).
+        """
         if self.velocity is None:
             return self.path.target(batch.x0, batch.x1, t)
         with full_precision(x):
@@ -81,10 +96,10 @@ class VelocitySource:
 
 
 def velocity_source(options: MapOptions, stage: Stage) -> VelocitySource:
-    """From the options and the stage.
+    """The velocity source of a stage: the teacher's velocity if the stage has one, otherwise that of the data pairs.
 
     Raises:
-        UserError: a teacher whose states are not noised data; guidance it cannot take.
+        UserError: the teacher was trained on dependent pairs, or guidance is asked of one that cannot be guided.
     """
     teacher = stage.teacher
     if teacher is not None:
@@ -102,17 +117,20 @@ def velocity_source(options: MapOptions, stage: Stage) -> VelocitySource:
 
 
 def teacher_calls(options: MapOptions) -> int:
-    """The teacher's network calls per sample seen."""
+    """The teacher's network calls per sample seen, for one velocity: 0 without a teacher, 2 with guidance."""
     return 0 if options.teacher is None else calls_at(options.guidance)
 
 
 def map_needs(options: MapOptions) -> Needs:
-    """What a stage that asks a teacher once per sample needs."""
+    """The needs of a stage that evaluates a teacher once per sample."""
     return Needs(guidance=options.guidance, teacher_calls=teacher_calls(options))
 
 
 def two_time_network(
     options: Options, data: DataSet, config: Mapping[str, Any], classes: int, **changes: Any
 ) -> dict[str, Any]:
-    """The resolved configuration of a two-time network ``u(x, t, r)``."""
+    """The resolved configuration of a two-time network ``u(x, t, r)``.
+
+    The arguments are those of :func:`~fewstep.methods.contract.stage.velocity_network`.
+    """
     return velocity_network(options, data, config, classes, two_time=True, **changes)

@@ -1,1 +1,1 @@
-"""Checks during training that stop a run which collapses, and keep its best weights."""
+"""Measurements during training that stop a run whose samples become much worse, and keep its best weights."""

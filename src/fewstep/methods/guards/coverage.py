@@ -1,7 +1,8 @@
-"""Stops an adversarial training in which the student no longer covers the teacher's endpoints.
+"""Stop a distillation in which the student no longer covers the teacher's endpoints.
 
-On held-out pairs it measures the distance to the teacher's endpoints, and precision and recall against them (k = 5).
-An adversarial term that is too strong makes the student drop modes: recall falls long before the loss shows it.
+On held-out pairs the distance to the teacher's endpoints is measured, and precision and recall against them (k = 5). If
+the adversarial term is too strong, modes are missing from the student's samples; recall shows this long before the
+loss.
 """
 
 from __future__ import annotations
@@ -18,27 +19,29 @@ from fewstep.methods.guards.best_weights import StudentSnapshot
 from fewstep.metrics.neighbours import prdc
 from fewstep.store.pairs import Columns, PairRows
 
-CHECKS = 10  # per phase
+CHECKS = 10  # per phase; chosen, not tuned
 MAX_PAIRS = 1024  # held-out pairs that are measured; chosen, not tuned
-MIN_PAIRS = 32  # with fewer, recall has no meaning
-NEIGHBOURS = 5
+MIN_PAIRS = 32  # with fewer held-out pairs nothing is measured: recall would be mostly chance; chosen, not tuned
+NEIGHBOURS = 5  # k of precision and recall, as in every comparison
 MIN_RECALL_SHARE = 0.6  # of the recall at the first check; training stops below it; chosen, not tuned
 MAX_DISTANCE_RATIO = 2.0  # to the distance at the first check; training stops above it; chosen, not tuned
 
 
 @final
 class CoverageGuard:
-    """Measures the averaged student on held-out pairs, and stops a training that loses them.
+    """Measures the student with averaged weights on held-out pairs, and stops training below a limit of recall or above
+    a limit of distance.
 
     Args:
-        student: copied; ``v(x, t, **cond)``.
-        held_out: pairs that the student never learns from.
+        student: the network ``v(x, t, **cond)`` that is copied.
+        held_out: pairs that are not used for training.
         name: of the stage, for messages.
-        advice: what to change when training is stopped.
+        advice: the options to change when training is stopped, for messages.
 
     Attributes:
-        checks: how often in a phase.
-        state: recall and distance at the first check, and the last weights that passed; a checkpoint must keep it.
+        checks: number of checks in a phase; 0 with fewer than 32 held-out pairs.
+        state: recall and distance at the first check, and the weights at the last check that passed; a checkpoint must
+            keep it.
     """
 
     def __init__(self, student: nn.Module, held_out: PairRows, name: str, advice: str) -> None:
@@ -49,11 +52,19 @@ class CoverageGuard:
         self._name, self._advice = name, advice
 
     @torch.no_grad()
-    def look(self, weights: Mapping[str, Tensor], judge: nn.Module | None) -> dict[str, float]:
-        """``rmse`` to the teacher per value, ``precision``, ``recall``, and the discriminator's ``gap``.
+    def look(self, weights: Mapping[str, Tensor], discriminator: nn.Module | None) -> dict[str, float]:
+        """Measure the student with these weights.
+
+        Args:
+            weights: averaged weights by parameter name.
+            discriminator: scores (B,) of samples and labels; None without an adversarial term.
+
+        Returns:
+            ``rmse``: root mean square distance per value to the teacher's endpoints. ``precision``, ``recall``. With a
+            discriminator D, ``gap``: mean D of the teacher's endpoints minus mean D of the student's samples.
 
         Raises:
-            Collapse: recall or distance is past its limit.
+            Collapse: recall is below .6 of that at the first check, or the distance above twice that.
         """
         cond = {name: value for name, value in self._rows.items() if name not in ("x0", "x1")}
         x = self._student.one_step(weights, self._rows["x0"], cond)
@@ -61,20 +72,20 @@ class CoverageGuard:
         rmse = float((x - x1).square().mean().sqrt())
         if not math.isfinite(rmse):
             return {"rmse": rmse}  # the trainer stops at weights that are not finite
-        near = prdc(x1, x, NEIGHBOURS)
-        found = {"rmse": rmse, "precision": near.precision, "recall": near.recall}
-        if judge is not None:
+        scores = prdc(x1, x, NEIGHBOURS)
+        found = {"rmse": rmse, "precision": scores.precision, "recall": scores.recall}
+        if discriminator is not None:
             label = cond["label"].to(x.device) if "label" in cond else None
-            found["gap"] = float((judge(x1, label) - judge(x, label)).mean())
-        self._judge(found)
+            found["gap"] = float((discriminator(x1, label) - discriminator(x, label)).mean())
+        self._check_limits(found)
         self._student.keep(weights)
         return found
 
     def best(self) -> dict[str, Tensor] | None:
-        """The weights at the last check that passed; None before the first."""
+        """The weights at the last check that passed; None if none has."""
         return self._student.best()
 
-    def _judge(self, found: Mapping[str, float]) -> None:
+    def _check_limits(self, found: Mapping[str, float]) -> None:
         first = self.state["first"]
         if not bool(first.isfinite().all()):
             first.copy_(torch.tensor([found["recall"], found["rmse"]], dtype=torch.float64))

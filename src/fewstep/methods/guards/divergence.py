@@ -1,7 +1,7 @@
-"""Stops a training by distribution matching that moves away from the data, and keeps its best weights.
+"""Stop a distribution matching whose samples move away from the data, and keep its best weights.
 
-With the averaged generator on a fixed set of noises it measures the energy distance to data rows, and precision and
-recall against them (k = 5). These show a divergence, or a dropped mode, long before the loss does.
+Samples of the generator with averaged weights, on fixed noises, are compared with data rows by the energy distance and
+by precision and recall (k = 5). These show a divergence or a missing mode long before the loss does.
 """
 
 from __future__ import annotations
@@ -21,33 +21,34 @@ from fewstep.methods.guards.best_weights import StudentSnapshot
 from fewstep.metrics.neighbours import prdc
 from fewstep.metrics.sample_distances import energy, energy_floor
 
-CHECKS = 20  # per phase
-MAX_ROWS = 512  # that are measured: a check costs little beside the steps between two of them
-MIN_ROWS = 32  # with fewer, none of the measures has a meaning
-NEIGHBOURS = 5
-# Training stops when the energy is above all three limits, chosen so that no run of benchmarks/maps.py that ended well
-# is stopped: the energy oscillates in the first checks, and near its floor it varies by chance.
-MAX_ENERGY_RATIO = 5.0  # to the least energy so far
-MAX_CHANCE_RATIO = 25.0  # to the energy of two draws of the data
+CHECKS = 20  # per phase; chosen, not tuned
+MAX_ROWS = 512  # rows that are compared, so that a check costs little beside the steps between two checks; not tuned
+MIN_ROWS = 32  # with fewer rows nothing is measured: the distances would be mostly chance; chosen, not tuned
+NEIGHBOURS = 5  # k of precision and recall, as in every comparison
+# Training stops if the energy distance is above all three limits. They are chosen so that no run of benchmarks/maps.py
+# that ended well is stopped: the energy oscillates in the first checks, and near its floor it varies by chance.
+MAX_ENERGY_RATIO = 5.0  # times the least energy so far
+MAX_CHANCE_RATIO = 25.0  # times the energy of two draws of the data
 MAX_FIRST_SHARE = 0.25  # of the energy at the first check
-MIN_RECALL_SHARE = 0.5  # of the best recall so far; training stops below it,
-SETTLED_RECALL = 0.3  # once this recall has been reached
+# Training also stops if the recall is below a share of the best so far, once the best is above a second number.
+MIN_RECALL_SHARE = 0.5  # of the best recall so far; chosen, not tuned
+SETTLED_RECALL = 0.3  # best recall above which the limit holds; chosen, not tuned
 
 
 @final
 class DivergenceGuard:
-    """Measures the averaged generator at its first call, and stops a training that diverges.
+    """Measures the first call of the generator with averaged weights, and stops a training that diverges.
 
     Args:
-        student: copied; ``v(x, t, **cond)``.
-        stage: for data, seed and name.
-        advice: what to change when training is stopped.
+        student: the network ``v(x, t, **cond)`` that is copied.
+        stage: gives data, base, seed and name.
+        advice: the options to change when training is stopped, for messages.
 
     Attributes:
-        rows: noises and data rows, with the rows' labels.
-        checks: how often in a phase.
-        state: the best numbers so far, the first energy, and the weights that had the least energy; a checkpoint must
-            keep it.
+        rows: noises and data rows, with the rows' labels; the same at every check.
+        checks: number of checks in a phase; 0 with fewer than 32 rows.
+        state: least energy, best recall, energy at the first check, and the weights at the least energy; a checkpoint
+            must keep it.
     """
 
     def __init__(self, student: nn.Module, stage: Stage, advice: str) -> None:
@@ -68,7 +69,13 @@ class DivergenceGuard:
 
     @torch.no_grad()
     def look(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
-        """``energy``, ``precision`` and ``recall``.
+        """Measure the generator with these weights.
+
+        Args:
+            weights: averaged weights by parameter name.
+
+        Returns:
+            ``energy``: energy distance to the data rows. ``precision`` and ``recall`` against them.
 
         Raises:
             Collapse: energy or recall is past its limits.
@@ -77,16 +84,16 @@ class DivergenceGuard:
         real = self.rows.x1.to(x.device)
         if not bool(x.isfinite().all()):
             return {"energy": math.nan}  # the trainer stops at weights that are not finite
-        near = prdc(real, x, NEIGHBOURS)
-        found = {"energy": float(energy(x, real)), "precision": near.precision, "recall": near.recall}
-        self._judge(found, weights)
+        scores = prdc(real, x, NEIGHBOURS)
+        found = {"energy": float(energy(x, real)), "precision": scores.precision, "recall": scores.recall}
+        self._check_limits(found, weights)
         return found
 
     def best(self) -> dict[str, Tensor] | None:
-        """The weights at the least energy distance; None before the first check."""
+        """The weights at the check with the least energy distance; None before the first check."""
         return self._student.best()
 
-    def _judge(self, found: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
+    def _check_limits(self, found: Mapping[str, float], weights: Mapping[str, Tensor]) -> None:
         least, recall, first = self.state["best"].tolist()
         first = first or found["energy"]
         limit = max(MAX_ENERGY_RATIO * least, MAX_CHANCE_RATIO * self._chance, MAX_FIRST_SHARE * first)

@@ -1,4 +1,4 @@
-"""Training pairs as functions of (seed, samples seen): data in a coupling, stored pairs, a mixture."""
+"""Batches of training pairs as functions of (seed, samples seen): data rows with noise, stored pairs, mixtures."""
 
 from __future__ import annotations
 
@@ -18,16 +18,24 @@ from fewstep.store.pairs import PairStore
 
 
 class Order(Protocol):
-    """The order in which rows are taken."""
+    """The order in which the rows of a data set or store are used."""
 
     def indices(self, start: int, count: int) -> Tensor:
-        """Rows of samples ``start … start + count``."""
+        """The row numbers of samples ``start … start + count``, (count,)."""
         ...
 
 
 @final
 class EpochOrder:
-    """Row numbers in shuffled epochs: every row once per epoch, the order a function of (key, epoch)."""
+    """Row numbers in shuffled epochs: every row once per epoch, in an order that is a function of (key, epoch).
+
+    Args:
+        rows: number of rows.
+        key: seed of the order, with any number of parts.
+
+    >>> EpochOrder(3, (0, "a")).indices(0, 3).sort().values
+    tensor([0, 1, 2])
+    """
 
     def __init__(self, rows: int, key: tuple[int | str, ...]) -> None:
         self.rows = rows
@@ -36,7 +44,7 @@ class EpochOrder:
         self._order = torch.empty(0, dtype=torch.long)
 
     def indices(self, start: int, count: int) -> Tensor:
-        """Rows of samples ``start … start + count``."""
+        """The row numbers of samples ``start … start + count``, (count,)."""
         parts = []
         while count > 0:
             epoch, offset = divmod(start, self.rows)
@@ -51,15 +59,16 @@ class EpochOrder:
 
 @final
 class GroupedOrder:
-    """Row numbers in shuffled epochs of groups: the rows of a group have one class.
+    """Row numbers in shuffled epochs of groups; the rows of a group have one class.
 
-    An epoch has ``ceil(n / size)`` groups of a class of n rows, so the shares of the classes are kept up to one group.
-    The rows that fill a class's last group are drawn again. The order is a function of (key, epoch).
+    An epoch has ``ceil(n / size)`` groups of a class with n rows, so the shares of the classes are those of the data up
+    to one group. The last group of a class is filled with rows of that class that are drawn a second time. The order is
+    a function of (key, epoch).
 
     Args:
         labels: class of every row, (N,).
         size: rows in a group.
-        key: what the order is a function of.
+        key: seed of the order, with any number of parts.
     """
 
     def __init__(self, labels: Tensor, size: int, key: tuple[int | str, ...]) -> None:
@@ -70,9 +79,16 @@ class GroupedOrder:
         self._epoch, self._rows = -1, torch.empty(0, size, dtype=torch.long)
 
     def indices(self, start: int, count: int) -> Tensor:
-        """Rows of samples ``start … start + count``, both multiples of the group's size."""
+        """The row numbers of samples ``start … start + count``, (count,).
+
+        Raises:
+            UserError: ``start`` or ``count`` is not a multiple of the group's size.
+        """
         if start % self.size or count % self.size:
-            raise UserError(f"batches of {count} rows do not hold whole groups of {self.size}: change batch_size.")
+            raise UserError(
+                f"batches of {count} rows do not consist of whole groups of {self.size}: set batch_size to a multiple "
+                f"of {self.size}."
+            )
         first, last, parts = start // self.size, (start + count) // self.size, []
         while first < last:
             epoch = first // self._groups
@@ -101,14 +117,17 @@ class DataBatches:
 
     Args:
         data: the data set; its training split is used.
-        coupling: pairs the rows with x0.
-        conditional: hand the labels on.
-        dequantise: standard deviation of Gaussian noise added to the rows, network units.
-        key: what the order is a function of.
-        group: rows in succession that have one class, of every batch that starts at a multiple of it.
+        coupling: makes x0 for the rows.
+        conditional: whether the pairs have the labels as a condition.
+        dequantise: standard deviation of the Gaussian noise added to the rows, in network units.
+        key: seed of the order of the rows, with any number of parts.
+        group: number of consecutive rows that have one class; batches must start at multiples of it.
+
+    Attributes:
+        facts: what holds for the coupling.
     """
 
-    CACHE_BYTES = 1 << 30
+    CACHE_BYTES = 1 << 30  # up to this size the rows are kept in memory as float32; chosen, not tuned
 
     def __init__(
         self,
@@ -129,11 +148,12 @@ class DataBatches:
         self._order: Order = EpochOrder(len(self._train), key)
         if labels is not None and group > 1:
             self._order = GroupedOrder(labels, group, key)
-        # small data sets live in memory as the network sees them; large ones are converted batch by batch
+        # a small data set is kept in memory in network units; a large one is converted batch by batch
         small = len(self._train) * 4 * int(torch.Size(data.shape).numel()) <= self.CACHE_BYTES
         self._rows = data.network_rows(data.train) if small else None
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """The pairs of samples ``start … start + count``."""
         index = self._order.indices(start, count)
         x1 = (
             self._rows.index_select(0, index)
@@ -148,12 +168,12 @@ class DataBatches:
 
 @final
 class StoredBatches:
-    """Pairs from a store's training part, in shuffled epochs.
+    """Pairs from the training rows of a store, in shuffled epochs.
 
     Args:
         store: a complete store.
-        facts: what is true of its pairs.
-        key: what the order is a function of.
+        facts: what holds for the coupling of its pairs.
+        key: seed of the order, with any number of parts.
     """
 
     def __init__(self, store: PairStore, facts: Facts, key: tuple[int | str, ...]) -> None:
@@ -162,6 +182,7 @@ class StoredBatches:
         self._order = EpochOrder(len(self._pairs), key)
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """The pairs of samples ``start … start + count``."""
         columns = self._pairs.columns(self._order.indices(start, count))
         return Pair(columns.pop("x0"), columns.pop("x1"), columns)
 
@@ -169,13 +190,13 @@ class StoredBatches:
 @final
 @dataclass
 class MixedBatches:
-    """Each sample is synthetic with probability ``p(start)``, else real (the mixed buffer of ReFlow).
+    """Every sample is a synthetic pair with probability ``p(start)`` and a real one otherwise: ReFlow's mixed buffer.
 
     Args:
-        synthetic: pairs the teacher generated.
+        synthetic: pairs that the teacher generated.
         real: pairs whose endpoint is a data row.
-        share: the probability of a synthetic pair, a function of samples seen.
-        facts: of the mixture.
+        share: p as a function of the samples seen.
+        facts: what holds for the coupling of the mixture.
     """
 
     synthetic: Batches
@@ -184,8 +205,9 @@ class MixedBatches:
     facts: Facts
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """The pairs of samples ``start … start + count``, with the p of ``start``."""
         keep = torch.rand(count, generator=generator) < self.share(start)
-        # both sides draw for the whole batch, so what one side draws never depends on the other's share
+        # both sides make the whole batch, so that the random numbers of one do not depend on the other's share
         synthetic, real = (
             self.synthetic.batch(start, count, generator),
             self.real.batch(start, count, generator),
@@ -199,11 +221,11 @@ class MixedBatches:
 
 @final
 class BesideBatches:
-    """Pairs with data rows beside them, as ``beside["real"]`` (and ``real_label``), drawn on their own.
+    """Pairs that carry unrelated data rows in ``beside["real"]``, and their labels in ``beside["real_label"]``.
 
     Args:
-        pairs: what is learnt from.
-        data: whose endpoints go along.
+        pairs: the pairs.
+        data: gives the data rows, as the endpoints of its pairs.
     """
 
     def __init__(self, pairs: Batches, data: Batches) -> None:
@@ -211,6 +233,7 @@ class BesideBatches:
         self._pairs, self._data = pairs, data
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """The pairs of samples ``start … start + count``, with as many data rows."""
         pair, data = self._pairs.batch(start, count, generator), self._data.batch(start, count, generator)
         beside = {"real": data.x1, **{f"real_{name}": value for name, value in data.cond.items()}}
         return replace(pair, beside=beside)

@@ -1,11 +1,11 @@
-"""Make the pairs a student learns from: noise carried to the teacher's endpoint, or data to its noise.
+"""Make the pairs that a student learns from: solve a teacher's flow from noise to its endpoint, or from data to noise.
 
-Every row is a function of (seed, row number), shards are solved in fixed chunks, and each process writes
-its own shards, so that a killed generation, or one with more processes, ends with the same bytes. The
-number of solver steps is settled once, when a store is begun, and kept in its manifest. Before a store is
-used, rows from all over it pass three checks: solving them again gives what is stored (so the pairs are
-this teacher's, and the right way round), twice the steps give nearly the same (the error), and inverted
-noise has the law of the base.
+Every row is a function of (seed, row number), shards are solved in fixed chunks, and each process writes its own
+shards. So a generation that was killed and resumed, or one on several processes, gives the same bytes. The number of
+solver steps is chosen when a store is begun, and is stored in its manifest. Before a store is used, 256 rows from all
+over it pass three checks. Solved again, they are equal to the stored ones, so the pairs are this teacher's and x0 and
+x1 are not swapped. Solved with twice the steps, they are almost equal; the difference is the error. Inverted noise has
+the mean square of the base.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from fewstep.solvers.solve import invert, solve
 from fewstep.solvers.tables import find_solver
 from fewstep.store.pairs import Columns, PairRows, PairStore
 
-PILOT = 256
-MOST_SQUARE, LEAST_SQUARE = 2.0, 0.5  # mean square of inverted noise: refused above, left out below
-LEAST_SPREAD = 0.05  # standard deviation in network units from which a coordinate of the data counts as varying
-LADDER = (16, 32, 64, 128)  # network calls per pair that the error gate tries
-SAME = 0.01  # relative difference of two equal solves, on whatever machines
+PILOT = 256  # rows on which errors are measured; chosen, not tuned
+MAX_MEAN_SQUARE = 2.0  # of inverted noise; above it the pairs are refused; chosen, not tuned
+MIN_MEAN_SQUARE = 0.5  # of inverted noise; below it the pairs are not used; chosen, not tuned
+MIN_SPREAD = 0.05  # standard deviation of a coordinate that varies, in network units; chosen, not tuned
+LADDER = (16, 32, 64, 128)  # network calls per pair that are tried until the error is within the tolerance
+MAX_RESOLVE_ERROR = 0.01  # relative difference of two equal solves, also on different machines; chosen, not tuned
 
 
 @final
 @dataclass(frozen=True)
 class PairRequest:
-    """Which pairs to make.
+    """The pairs to make.
 
     Attributes:
-        direction: ``generated`` (noise to the teacher's endpoint) or ``inverted`` (data to its noise).
-        rows: how many.
-        options: solver, calls, tolerance, guidance.
-        teacher: who makes them.
-        tag: distinguishes the noise of rounds.
+        direction: ``generated`` (from noise to the teacher's endpoint) or ``inverted`` (from a data row to its noise).
+        rows: number of pairs.
+        options: solver, network calls, tolerance and guidance.
+        teacher: the model whose flow is solved.
+        tag: name of the round; different tags have different noise.
     """
 
     direction: Literal["generated", "inverted"]
@@ -58,23 +59,28 @@ class PairRequest:
 
 
 def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
-    """Make (or finish) a pair store below the stage's folder and check it.
+    """Make a pair store below the stage's folder, or finish one that was begun, and check it.
+
+    Args:
+        stage: the stage.
+        request: the pairs to make.
 
     Raises:
-        UserError: the store on disk is another teacher's; the pairs are less accurate than ``tolerance`` at a
-            number of calls the user fixed; inverted noise that is nothing like the base.
+        UserError: the store on disk has pairs of another request or teacher; the error is above ``tolerance`` with the
+            number of calls that the options fix, or above .5; the flow ends in values that are not finite; or inverted
+            noise has a mean square above 2.
     """
     maker = _Maker(stage, request)
     world = stage.world
     store = PairStore(stage.folder / "pairs" / request.tag / request.direction, maker.description(), request.rows)
     if world.rank == 0:
-        store.open(maker.settle)
+        store.open(maker.choose_steps)
     world.barrier()
     if store.complete:
         return store
     maker.steps = int(store.manifest["request"]["steps"])
     missing = store.missing()
-    world.barrier()  # every process has seen the same shards missing before the first one writes
+    world.barrier()  # all processes list the missing shards before one of them writes a shard
     done = request.rows - sum(store.shard_range(number)[1] for number in missing)
     with world.progress(request.rows, done, f"{stage.name}: {request.direction} pairs") as bar:
         for number in missing[world.rank :: world.size]:
@@ -89,7 +95,7 @@ def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
 
 @final
 class _Maker:
-    """Computes rows of a store and checks them."""
+    """Computes the rows of a store, and checks a finished store."""
 
     def __init__(self, stage: Stage, request: PairRequest) -> None:
         self.stage, self.request = stage, request
@@ -102,7 +108,7 @@ class _Maker:
         self.steps = 0
 
     def description(self) -> dict[str, Any]:
-        """What is asked for; kept in the manifest, and a store that holds something else is refused."""
+        """The request as it is stored in the manifest; a store with another request is refused."""
         options = self.request.options
         accuracy = {"tolerance": options.tolerance} if options.nfe is None else {"nfe": options.nfe}
         return {
@@ -122,13 +128,13 @@ class _Maker:
             "range": "network units",
         }
 
-    def settle(self) -> dict[str, Any]:
-        """The solver steps of a new store."""
+    def choose_steps(self) -> dict[str, Any]:
+        """The solver steps and network calls per pair of a new store."""
         steps = self._choose_steps()
         return {"steps": steps, "nfe": steps * self.stages}
 
-    def starts(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The known end of rows ``start … start + count`` and their conditions."""
+    def known_ends(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The known end of rows ``start … start + count``, (count, ...), and their conditions."""
         if self.request.direction == "generated":
             x = base_rows(self.stage, count, seed=self.seed, start=start)
             rows = integer_rows(count, len(self.train), seed=self.seed, start=start, draw=1)
@@ -139,8 +145,8 @@ class _Maker:
                 x = x + self.stage.dequantise * noise_rows(count, x.shape[1:], seed=self.seed, start=start)
         return x, {} if self.labels is None else {"label": self.labels[rows]}
 
-    def carry(self, x: Tensor, cond: Mapping[str, Tensor], steps: int) -> Tensor:
-        """Solve from the known end to the other one."""
+    def solve_rows(self, x: Tensor, cond: Mapping[str, Tensor], steps: int) -> Tensor:
+        """Solve the flow from the known end x (B, ...) to the other end, on the CPU."""
         run = solve if self.request.direction == "generated" else invert
         device = self.stage.world.device
         cond = {name: value.to(device) for name, value in cond.items()}
@@ -155,8 +161,8 @@ class _Maker:
         parts: list[Columns] = []
         for first in range(start, start + count, BLOCK):
             size = min(BLOCK, start + count - first)
-            x, cond = self.starts(first, size)
-            y = self.carry(x, cond, self.steps)
+            x, cond = self.known_ends(first, size)
+            y = self.solve_rows(x, cond, self.steps)
             if not torch.isfinite(y).all():
                 raise UserError(
                     f"stage {self.stage.name!r}: the flow of {self.request.teacher.name!r} ends in NaN or "
@@ -168,48 +174,49 @@ class _Maker:
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
     def _choose_steps(self) -> int:
-        """Steps per pair: the user's, or the first of the ladder whose error is within the tolerance."""
+        """Steps per pair: those of ``nfe``, or the fewest of the ladder whose error is within the tolerance."""
         options = self.request.options
         if options.nfe is not None:
             assert options.nfe % self.stages == 0, "the options were checked when the recipe was read"
             return options.nfe // self.stages
-        x, cond = self.starts(0, min(PILOT, self.request.rows))
-        coarse = self.carry(x, cond, LADDER[0] // self.stages)
+        x, cond = self.known_ends(0, min(PILOT, self.request.rows))
+        coarse = self.solve_rows(x, cond, LADDER[0] // self.stages)
         for nfe in LADDER:
-            fine = self.carry(x, cond, 2 * nfe // self.stages)
+            fine = self.solve_rows(x, cond, 2 * nfe // self.stages)
             if relative_error(coarse, fine) <= options.tolerance:
                 return nfe // self.stages
             coarse = fine
         return LADDER[-1] // self.stages
 
     def check(self, store: PairStore) -> dict[str, Any]:
-        """Solve some stored rows again, with as many and with twice the steps; look at inverted noise."""
+        """Solve 256 stored rows again, with the same and with twice the steps, and measure inverted noise."""
         stored = store.training_rows()
         chosen = torch.linspace(0, len(stored) - 1, min(PILOT, len(stored))).round().long()
         rows = stored.columns(chosen)
         cond = {"label": rows["label"]} if "label" in rows else {}
         known, found = ("x0", "x1") if self.request.direction == "generated" else ("x1", "x0")
-        self._judge_origin(store, rows[known], rows[found], cond)
-        error = relative_error(rows[found], self.carry(rows[known], cond, 2 * self.steps))
+        self._check_origin(store, rows[known], rows[found], cond)
+        error = relative_error(rows[found], self.solve_rows(rows[known], cond, 2 * self.steps))
         checks: dict[str, Any] = {"relative_error": error}
-        self._judge_error(error)
+        self._check_error(error)
         if self.request.direction == "inverted" and isinstance(self.stage.source, GaussianSource):
             law = noise_law(stored)
             checks["noise_law"] = law
-            self._judge_law(law)
+            self._check_law(law)
         return checks
 
-    def _judge_origin(self, store: PairStore, known: Tensor, found: Tensor, cond: Mapping[str, Tensor]) -> None:
-        """Refuse pairs that this teacher, solved as the manifest says, does not make."""
-        if relative_error(self.carry(known, cond, self.steps), found) <= SAME:
+    def _check_origin(self, store: PairStore, known: Tensor, found: Tensor, cond: Mapping[str, Tensor]) -> None:
+        """Refuse pairs that differ from the teacher's solution with the manifest's solver and steps."""
+        if relative_error(self.solve_rows(known, cond, self.steps), found) <= MAX_RESOLVE_ERROR:
             return
-        swapped = relative_error(self.carry(found, cond, self.steps), known) <= SAME
+        swapped = relative_error(self.solve_rows(found, cond, self.steps), known) <= MAX_RESOLVE_ERROR
         what = "have x0 and x1 swapped" if swapped else "are not what the teacher makes of their starting points"
         raise UserError(
             f"the pairs in {store.folder} {what}: delete that folder, and the same command makes them again."
         )
 
-    def _judge_error(self, error: float) -> None:
+    def _check_error(self, error: float) -> None:
+        """Refuse an error above the tolerance if the user fixed ``nfe`` or it is above .5; otherwise warn."""
         options, tolerance = self.request.options, self.request.options.tolerance
         if error <= tolerance:
             return
@@ -223,31 +230,40 @@ class _Maker:
             )
         self.stage.world.say(f"warning: {what}, even at {LADDER[-1]} calls (tolerance {tolerance:g}).")
 
-    def _judge_law(self, law: Mapping[str, float]) -> None:
-        if law["mean_square"] > MOST_SQUARE:
+    def _check_law(self, law: Mapping[str, float]) -> None:
+        """Refuse inverted noise of too large a mean square, and print a note on a coordinate's variance."""
+        if law["mean_square"] > MAX_MEAN_SQUARE:
             raise UserError(
                 f"stage {self.stage.name!r}: the data inverted to noise of mean square "
-                f"{law['mean_square']:.3g} instead of 1: the teacher was trained on other data, or too "
-                "little. Train it longer, or use 'real: independent'."
+                f"{law['mean_square']:.3g} instead of 1: the teacher was trained on other data, or for too few "
+                "samples. Train it longer, or use 'real: independent'."
             )
         if law["worst_variance"] > 2.0 or law["worst_variance"] < 0.4:
             self.stage.world.say(
-                f"note: inverted noise has variance {law['worst_variance']:.2f} in its worst coordinate "
-                "(1 expected); a longer-trained teacher brings it closer."
+                f"note: inverted noise has variance {law['worst_variance']:.2f} in its worst coordinate, instead of 1; "
+                "a teacher that is trained longer comes closer."
             )
 
 
 def has_base_law(store: PairStore) -> bool:
-    """Whether a store of inverted pairs has noise that can stand for the base's.
+    """Whether the noise of a store of inverted pairs has a mean square of .5 or more; True for generated pairs.
 
-    Data that the teacher has memorised lie at the centres of large cells of noise, and invert to too small a norm.
+    A teacher that has memorised a data row maps a large region of noise to it, and the row inverts to the middle of
+    that region, whose norm is too small.
     """
     law = store.manifest["checks"].get("noise_law")
-    return law is None or bool(law["mean_square"] >= LEAST_SQUARE)
+    return law is None or bool(law["mean_square"] >= MIN_MEAN_SQUARE)
 
 
 def base_rows(stage: Stage, count: int, *, seed: int, start: int) -> Tensor:
-    """Rows of the base: N(0, I), or rows of the base data set, as a function of (seed, row number)."""
+    """Rows of the base, N(0, I) or a data set, as a function of (seed, row number); (count, ...).
+
+    Args:
+        stage: gives the base and the shape of a row.
+        count: number of rows.
+        seed: the seed.
+        start: number of the first row.
+    """
     if isinstance(stage.source, GaussianSource):
         return noise_rows(count, stage.data.shape, seed=seed, start=start)
     first, last = start // BLOCK, (start + count - 1) // BLOCK
@@ -257,9 +273,16 @@ def base_rows(stage: Stage, count: int, *, seed: int, start: int) -> Tensor:
 
 
 def relative_error(x: Tensor, y: Tensor) -> float:
-    """RMS of ``x - y`` over the 95 % of rows that agree best, over the RMS spread of ``y``.
+    """Root mean square of ``x - y`` over the 95 % of rows with the least error, divided by the spread of y.
 
-    The few rows beside a boundary between modes, where the flow map nearly jumps, would otherwise decide.
+    The other rows are left out because near a boundary between modes the flow map is almost discontinuous, and a few
+    rows there would dominate the error.
+
+    Args:
+        x, y: (B, ...). The spread is the root mean variance of y's coordinates over the rows.
+
+    >>> relative_error(torch.tensor([[1.0], [-1.0]]), torch.tensor([[2.0], [-2.0]]))
+    0.5
     """
     error = (x - y).double().flatten(1).square().mean(1).sort().values
     kept = error[: max(1, math.ceil(0.95 * len(error)))].mean()
@@ -268,16 +291,19 @@ def relative_error(x: Tensor, y: Tensor) -> float:
 
 
 def noise_law(stored: PairRows) -> dict[str, float]:
-    """How far inverted noise is from N(0, I).
+    """Moments of inverted noise, which are known for N(0, I).
+
+    Args:
+        stored: rows of a store; up to 8192 are used.
 
     Returns:
-        ``mean_square`` (1 for N(0, I)), ``worst_mean`` (largest coordinate mean in absolute value),
-        ``worst_variance`` (coordinate variance furthest from 1, as a ratio), ``neighbour_correlation``
-        (between adjacent entries). Coordinates in which the data hardly vary are left out: the flow has
-        squeezed their noise into nothing, and no inversion brings it back.
+        ``mean_square`` (1 for N(0, I)); ``worst_mean``, the largest absolute mean of a coordinate (0);
+        ``worst_variance``, the variance of a coordinate with the largest ratio to 1; ``neighbour_correlation`` of
+        adjacent entries (0). Coordinates whose data have a standard deviation below .05 are left out: the flow maps all
+        noise there to almost one value, so its inversion is not determined.
     """
     columns = stored.columns(torch.arange(min(8192, len(stored))))
-    varies = columns["x1"].double().flatten(1).std(0) > LEAST_SPREAD
+    varies = columns["x1"].double().flatten(1).std(0) > MIN_SPREAD
     flat = columns["x0"].double().flatten(1)
     flat = flat[:, varies] if varies.any() else flat
     variance = flat.var(0)
@@ -293,7 +319,7 @@ def noise_law(stored: PairRows) -> dict[str, float]:
 
 
 def pair_facts(request: PairRequest) -> Facts:
-    """What is true of pairs that one teacher made."""
+    """What holds for the coupling of pairs that one teacher made: dependent, deterministic, with its guidance."""
     return Facts(
         independent=False,
         deterministic=True,

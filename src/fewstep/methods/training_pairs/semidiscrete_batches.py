@@ -1,7 +1,7 @@
-"""Training pairs of the semidiscrete optimal coupling: fresh base rows, each with the data row it is carried to.
+"""Training pairs of the semidiscrete optimal coupling: fresh base rows, each with the data row that it is mapped to.
 
-The potentials are fitted once (one set per class when the recipe is conditional, so that noise does not tell the
-class), kept beside the stage's checkpoints, and give deterministic pairs without end.
+The potentials are fitted once and stored in the stage's folder. With labels every class has its own potentials, so that
+the noise is independent of the class. They give any number of deterministic pairs.
 """
 
 from __future__ import annotations
@@ -21,28 +21,35 @@ from fewstep.methods.contract.stage import Stage
 from fewstep.store.files import atomic_file, make_folder
 from fewstep.store.tensors import read_tensors
 
-MOST_ROWS = 60_000  # every base row is compared with all data rows
-LARGEST = 1 << 28  # entries of the data, which are held in memory
-LOOSE = 0.1  # imbalance above which the pairs' data are weighted too wrongly to pass without a word
+MAX_ROWS = 60_000  # data rows, because every base row is compared with all of them; chosen, not tuned
+MAX_VALUES = 1 << 28  # values of the data, which are kept in memory; chosen, not tuned
+MAX_IMBALANCE = 0.1  # squared relative deviation of the rows' shares above which to warn; chosen, not tuned
 
 
 @final
 class SemidiscreteBatches:
-    """``x0 ~ p0``, ``x1 = y_{j(x0)}``; a class, where there are any, is drawn first, and j is among its rows.
+    """The pairs ``x0 ~ p0``, ``x1 = y_{j(x0)}`` with ``j(x0) = argmax_j <x0, y_j> - h_j``.
+
+    With labels a class is drawn first, and j is one of its rows.
 
     Args:
-        stage: data, base, seed and folder.
+        stage: gives data, base, seed and folder.
+
+    Attributes:
+        facts: dependent and deterministic.
 
     Raises:
-        UserError: too many rows, or data that are too large.
+        UserError: there are too many rows, or too many values.
+
+    Source: arXiv:2509.25519.
     """
 
     def __init__(self, stage: Stage) -> None:
         data = stage.data
-        if len(data.train) > MOST_ROWS or len(data.train) * math.prod(data.shape) > LARGEST:
+        if len(data.train) > MAX_ROWS or len(data.train) * math.prod(data.shape) > MAX_VALUES:
             raise UserError(
                 f"coupling 'semidiscrete' compares every noise with all {len(data.train):,} rows of shape "
-                f"{data.shape}, and takes at most {MOST_ROWS:,} rows and {LARGEST:,} values: use 'coupling: ot'."
+                f"{data.shape}, and takes at most {MAX_ROWS:,} rows and {MAX_VALUES:,} values: use 'coupling: ot'."
             )
         self.facts = Facts(independent=False, deterministic=True, gaussian=stage.source.gaussian)
         self._source, self._dequantise, self._shape = stage.source, stage.dequantise, data.shape
@@ -55,6 +62,7 @@ class SemidiscreteBatches:
         self._potentials = self._fitted(stage)
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """Pairs of ``count`` fresh base rows."""
         x0 = self._source.sample(count, generator)
         kind = self._kind[torch.randint(len(self._kind), (count,), generator=generator)]
         flat, x1 = x0.flatten(1), torch.empty(count, math.prod(self._shape))
@@ -67,7 +75,7 @@ class SemidiscreteBatches:
         return Pair(x0, x1, {"label": kind} if self._labelled else {})
 
     def _fitted(self, stage: Stage) -> dict[int, Tensor]:
-        """The potentials of every class: those kept in the stage's folder, or fitted now by the first process."""
+        """The potentials of every class: read from the stage's folder, or fitted now by the first process."""
         path = stage.folder / "pairs" / "potentials.safetensors"
         if stage.world.rank == 0 and not path.exists():
             self._fit(stage, path)
@@ -90,10 +98,11 @@ class SemidiscreteBatches:
             steps = fit.fit() if len(rows) > 1 else 0
             found[str(kind)], worst = fit.h, max(worst, fit.chi2 if len(rows) > 1 else 0.0)
             stage.world.say(f"  potentials of {len(rows):,} rows: {steps:,} steps, imbalance {worst:.3f}")
-        if worst > LOOSE:
+        if worst > MAX_IMBALANCE:
             stage.world.say(
-                f"warning: shares of data rows differ from equal ones by {math.sqrt(worst):.0%} (root mean square; "
-                f"{math.sqrt(BALANCED):.0%} was aimed at): the model learns data weighted so. 'coupling: ot' does not."
+                f"warning: the shares of the data rows differ from equal ones by {math.sqrt(worst):.0%} (root mean "
+                f"square; the goal is {math.sqrt(BALANCED):.0%}), and the model learns data with these shares. With "
+                "'coupling: ot' all rows have equal shares."
             )
         make_folder(path.parent)
         with atomic_file(path) as temporary:
