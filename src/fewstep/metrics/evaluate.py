@@ -1,6 +1,6 @@
 """One row of a quality table: every score of a set of generated samples, under one protocol.
 
-- Generated: the first ``min(4000, size of the training split)`` samples (:func:`sample_count`), in the data
+- Generated: ``min(4000, size of the training split)`` samples (:func:`sample_count`; more are drawn from), in the data
   scale of the network.
 - Reference: the training split, or 10 000 rows of it by the fixed rule :func:`fewstep.metrics.rows.pick`
   (seed 0) when it is larger. The memorisation check alone looks at every training row, because any of them
@@ -135,7 +135,7 @@ def evaluate(
     """Score generated samples against data: one row of a table (protocol: module docstring).
 
     Args:
-        fake: generated samples ``(N, ...)``; the first :func:`sample_count` are used.
+        fake: generated samples ``(N, ...)``; :func:`sample_count` of them are used.
         train: the training split ``(T, ...)``, in the same scale.
         held_out: data of the same law not trained on ``(H, ...)``; without it there is no memorisation check.
         features: extractor for the Fréchet distance, called on batches of at most 500 samples; the data
@@ -234,12 +234,15 @@ class Reference:
         return _HeldOut(z, within(z, distance), nearest(z, self.train, 2)[0])
 
     def score(self, fake: Samples) -> Scores:
-        """All scores of generated samples ``(N, ...)``, of which the first ``count`` are used.
+        """All scores of generated samples ``(N, ...)``, of which ``count`` are used, drawn by :func:`pick`.
+
+        Data rows may be scored too. A file can be sorted, so the first rows would not have its law.
 
         Raises:
             UserError: as :func:`evaluate`.
         """
-        fake = as_tensor(fake, "fake")[: self.count]
+        fake = as_tensor(fake, "fake")
+        fake = fake[torch.as_tensor(pick(fake.shape[0], self.count), device=fake.device)]
         y, x = as_pair(fake, self.rows, ("fake", "train"), least=self.k + 1)
         n, m = y.shape[0], x.shape[0]
         features = y if self._extractor is None else extract(self._extractor, fake)
