@@ -108,7 +108,7 @@ def test_sizes_follow_the_protocol() -> None:
     assert (scores.n_generated, scores.n_reference, scores.n_held_out) == (4000, 10000, 0)
     assert scores.memorised is None
     assert scores.energy_held_out is None
-    assert scores.energy == pytest.approx(energy(fake[:4000], data_rows(train, 10000)).value)
+    assert scores.energy == pytest.approx(energy(data_rows(fake, 4000), data_rows(train, 10000)).value)
 
 
 @pytest.mark.parametrize(
