@@ -14,7 +14,7 @@ from fewstep.cli.main import main
 from fewstep.pipeline import compare
 
 TINY = """
-data: {name: moons, samples: 500}
+data: {name: moons, rows: 500}
 network: {name: mlp, preset: tiny}
 seed: 0
 stages:

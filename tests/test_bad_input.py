@@ -120,7 +120,7 @@ DATA = [
     ("{path: good.npy, labels: fractions.npy}", "whole numbers"),
     ("{pth: good.npy}", "did you mean 'path'?"),
     ("{path: good.npy, scale: rang}", "did you mean 'range'?"),
-    ("{name: moons, samples: -1}", "at least 2"),
+    ("{name: moons, rows: -1}", "at least 2"),
     ("{}", "'path'"),
     ("[1, 2]", "data must be a built-in name, a path or a mapping"),
     ("5", "data must be"),

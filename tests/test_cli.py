@@ -212,7 +212,7 @@ def test_dry_shows_the_stages_and_writes_nothing(tiny_run: Path, tmp_path: Path)
 @pytest.mark.usefixtures("quick_comparison")
 def test_a_run_from_data_to_data_starts_from_the_other_data(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
-        "data: {name: eight_gaussians, samples: 500}\nbase: {name: moons, samples: 400}\n"
+        "data: {name: eight_gaussians, rows: 500}\nbase: {name: moons, rows: 400}\n"
         "network: {name: mlp, preset: tiny}\n"
         "stages: {bridge: {method: flow_matching, samples: 4_000, batch_size: 128}}\n"
         "compare: {steps: [2], samples: 50}\n",
@@ -224,7 +224,7 @@ def test_a_run_from_data_to_data_starts_from_the_other_data(tmp_path: Path) -> N
     # the base in its own network units: every start is one of its 400 rows, none is Gaussian noise
     from fewstep.data.load import load_data
 
-    rows = load_data({"name": "moons", "samples": 400}).train_rows()
+    rows = load_data({"name": "moons", "rows": 400}).train_rows()
     assert float((starts[:, None] - rows[None]).abs().sum(-1).min(1).values.max()) < 1e-6
     x = draw(tmp_path / "out/bridge", tmp_path / "x.npy", "--num", 300, "--seed", 1, "--steps", 2)
     np.testing.assert_allclose(x, model.sample(300, steps=2, seed=1).numpy(), atol=1e-6)

@@ -48,7 +48,7 @@ def test_every_solver_and_grid_goes_through_sample_and_compare(
         how = ["--num", "5", "--steps", "4", "--solver", solver, "--out", tmp_path / "x.npy"]
         assert (f"{solver}, 4 calls: " in said(capsys, "sample", teacher, *how)) == (solver in ("auto", "fitted"))
         assert np.load(tmp_path / "x.npy").shape == (5, 2)
-    np.save(tmp_path / "moons.npy", load_data({"name": "moons", "samples": 500}).rows)
+    np.save(tmp_path / "moons.npy", load_data({"name": "moons", "rows": 500}).rows)
     how = ["--data", tmp_path / "moons.npy", "--samples", "50", "--out", tmp_path / "out"]
     printed = said(capsys, "compare", teacher, tiny_run / "onestep", *how, "--steps", "2,4", "--solver", "auto")
     rows = json.loads((tmp_path / "out" / "compare.json").read_text())["rows"]

@@ -18,7 +18,7 @@ from fewstep.generator import BaseRows, Config, Generator, load
 from fewstep.metrics import data_rows, evaluate, moment_matched_gaussian
 from fewstep.pipeline.compare import GAUSSIAN, TRAINING, compare, name_apart, table
 
-MOONS = {"name": "moons", "samples": 500}
+MOONS = {"name": "moons", "rows": 500}
 
 
 def hush(_: str) -> None:
@@ -190,7 +190,7 @@ def test_a_comparison_from_the_command_line_is_the_runs(tiny_run: Path, tmp_path
 
 
 def test_a_table_of_data_without_enough_held_out_rows_has_no_nan(tiny_run: Path) -> None:
-    rows = load_data({"name": "moons", "samples": 20}).rows
+    rows = load_data({"name": "moons", "rows": 20}).rows
     result = compare([load(tiny_run / "onestep")], from_array(rows), say=hush)
     assert "nan" not in table(result)
     assert "held-out 0" not in table(result)

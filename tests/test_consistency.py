@@ -331,7 +331,7 @@ def test_a_learned_map_is_five_times_nearer_than_the_teachers_one_step(name: str
 
 # --- stages -------------------------------------------------------------------------------------------------------
 
-DATA = {"name": "moons", "samples": 500}
+DATA = {"name": "moons", "rows": 500}
 SHORT = {"samples": 2_000, "batch_size": 128}
 
 

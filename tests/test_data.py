@@ -320,7 +320,7 @@ def test_the_registry_names_the_built_in_sets() -> None:
     assert list(DATA) == ["eight_gaussians", "moons", "checkerboard", "pinwheel", "digits"]
 
 
-@pytest.mark.parametrize("name", [name for name in DATA if DATA[name].samples])
+@pytest.mark.parametrize("name", [name for name in DATA if DATA[name].rows])
 def test_2d_sets_are_fixed_standardised_and_of_the_requested_size(name: str) -> None:
     data = load_data(name)
     assert data.rows.shape == (20_000, 2)
@@ -328,7 +328,7 @@ def test_2d_sets_are_fixed_standardised_and_of_the_requested_size(name: str) -> 
     assert data.data_shape == (2,)
     assert np.array_equal(data.rows, load_data({"name": name}).rows)
     assert not np.array_equal(data.rows, load_data(name, seed=1).rows)
-    assert len(load_data({"name": name, "samples": 500.0})) == 500
+    assert len(load_data({"name": name, "rows": 500.0})) == 500
     x = data.network_rows(slice(None)).double()
     assert torch.allclose(x.mean(0), torch.zeros(2).double(), atol=1e-6)
     assert torch.allclose(x.std(0, correction=0), torch.ones(2).double(), atol=1e-6)
@@ -418,12 +418,12 @@ def test_digits_take_another_scale() -> None:
         ({"name": ["a"]}, "unknown data"),
         ({"pth": "a.npy"}, "unknown data key 'pth': did you mean 'path'"),
         ({}, "data needs a 'path', or a 'name' out of checkerboard, digits"),
-        ({"name": "digits", "samples": 100}, "'digits' is a fixed set"),
-        ({"name": "moons", "samples": 1}, "must be a whole number of at least 2, got 1"),
-        ({"name": "moons", "samples": 10.5}, "must be a whole number of at least 2, got 10.5"),
-        ({"name": "moons", "samples": True}, "must be a whole number"),
+        ({"name": "digits", "rows": 100}, "'digits' is a fixed set"),
+        ({"name": "moons", "rows": 1}, "must be a whole number of at least 2, got 1"),
+        ({"name": "moons", "rows": 10.5}, "must be a whole number of at least 2, got 10.5"),
+        ({"name": "moons", "rows": True}, "must be a whole number"),
         ({"name": "moons", "labels": "y.npy"}, "the built-in 'moons' brings its own"),
-        ({"path": "a.npy", "samples": 5}, "'samples' is for built-in data"),
+        ({"path": "a.npy", "rows": 5}, "'rows' is for built-in data"),
         ({"path": 3}, "data key 'path' must be a path, got 3"),
         (3, "data must be a built-in name, a path or a mapping with 'path' or 'name', got 3"),
     ],
@@ -456,3 +456,10 @@ def test_fashion_mnist_is_read_as_published() -> None:
     assert x.min() == -1
     assert x.max() == 1
     assert np.abs(data.scaling.to_data(x).numpy() - data.rows[:256, 0]).max() < 8e-6
+
+
+def test_the_former_key_samples_is_read_as_rows_with_a_message() -> None:
+    with pytest.warns(FutureWarning, match="data key 'samples' is now called 'rows'"):
+        assert len(load_data({"name": "moons", "samples": 100})) == 100
+    with pytest.raises(UserError, match="unknown data key 'samples'"):
+        load_data({"name": "moons", "samples": 100, "rows": 100})

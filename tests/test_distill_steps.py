@@ -22,7 +22,7 @@ from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
 from objective_cases import loss_of
 
-MOONS = {"name": "moons", "samples": 500}
+MOONS = {"name": "moons", "rows": 500}
 MIXTURE = fs.closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[2.0, 0.0], [-1.0, 1.0]]), torch.ones(2) / 3)
 
 

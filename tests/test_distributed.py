@@ -32,7 +32,7 @@ from test_distributed import work
 work(Path(sys.argv[1]), Path(sys.argv[2]))
 """
 NETWORK = {"name": "mlp", "width": 16, "blocks": 1, "embedding": 8}
-DATA = {"name": "moons", "samples": 1500}
+DATA = {"name": "moons", "rows": 1500}
 
 
 def recipe(teacher: Path | None) -> dict[str, Any]:

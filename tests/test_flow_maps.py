@@ -230,7 +230,7 @@ class NoForwardMode(nn.Module):
 
 
 def some_stage(said: list[str], network: dict[str, Any]) -> Stage:
-    data = load_data({"name": "moons", "samples": 200})
+    data = load_data({"name": "moons", "rows": 200})
     world = LocalWorld(quiet=True)
     world.say = said.append  # type: ignore[method-assign]
     source = GaussianSource(data.shape)
@@ -540,7 +540,7 @@ def test_a_student_starts_as_its_teacher(trained: Path, tmp_path: Path) -> None:
 
 
 def test_robust_weights_on_pairs_in_few_dimensions_are_refused() -> None:
-    moons = load_data({"name": "moons", "samples": 200})
+    moons = load_data({"name": "moons", "rows": 200})
     with pytest.raises(UserError, match="another map"):
         meanflow_network(MeanflowOptions(method="meanflow", p=0.75), moons, {}, 0)
     assert meanflow_network(MeanflowOptions(method="meanflow", p=0.75), load_data("digits"), {}, 0)["two_time"]

@@ -302,7 +302,7 @@ STAGES: dict[str, Any] = {
 def run(out: Path, **fields: Any) -> None:
     stages = {**STAGES, "onestep": {**STAGES["onestep"], **fields}}
     recipe = make_recipe(
-        {"data": {"name": "moons", "samples": 1500}, "network": TINY, "seed": 2, "stages": stages}, "test"
+        {"data": {"name": "moons", "rows": 1500}, "network": TINY, "seed": 2, "stages": stages}, "test"
     )
     run_recipe(recipe, out, WORLD)
 

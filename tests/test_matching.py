@@ -472,7 +472,7 @@ def test_guidance_is_baked_in_once(tmp_path: Path) -> None:
 )
 def test_what_cannot_be_matched_is_refused(tmp_path: Path, stages: dict[str, Any], complaint: str) -> None:
     first = {"ot": {"method": "flow_matching", "coupling": "ot", "samples": 256}}
-    fields = {"data": {"name": "moons", "samples": 300}, "network": NETWORK, "stages": {**first, **stages}}
+    fields = {"data": {"name": "moons", "rows": 300}, "network": NETWORK, "stages": {**first, **stages}}
     with pytest.raises(UserError, match=complaint):
         run_recipe(make_recipe(fields, "x"), tmp_path, LocalWorld(quiet=True))
 

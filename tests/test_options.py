@@ -69,13 +69,13 @@ def network_of(stage: dict[str, Any], data: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("case", NOISY)
 def test_a_robust_loss_on_noisy_targets_is_refused_in_few_dimensions(case: str, loss: str) -> None:
     with pytest.raises(UserError, match=f"'loss: {loss}' has its minimum at a median"):
-        network_of({**NOISY[case], "loss": loss}, {"name": "moons", "samples": 200})
+        network_of({**NOISY[case], "loss": loss}, {"name": "moons", "rows": 200})
     assert network_of({**NOISY[case], "loss": loss}, "digits")
 
 
 @pytest.mark.parametrize("case", SINGLE)
 def test_a_robust_loss_is_allowed_where_a_noise_has_one_target(case: str) -> None:
-    assert network_of({**SINGLE[case], "loss": "l1"}, {"name": "moons", "samples": 200})
+    assert network_of({**SINGLE[case], "loss": "l1"}, {"name": "moons", "rows": 200})
 
 
 def test_l1_learns_a_smaller_share_of_a_rare_mode() -> None:

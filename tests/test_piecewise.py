@@ -121,7 +121,7 @@ def test_the_exact_piecewise_field_has_no_loss_and_the_teachers_own_field_has() 
     assert loss(GAUSSIAN.velocity) > 0.01
 
 
-DATA = {"name": "eight_gaussians", "samples": 4000}
+DATA = {"name": "eight_gaussians", "rows": 4000}
 NETWORK = {"name": "mlp", "width": 64, "blocks": 2, "embedding": 16}
 
 

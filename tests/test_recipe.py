@@ -75,7 +75,7 @@ def test_labels_named_in_the_recipe_make_it_conditional_unless_it_says_otherwise
         ("data=digits", "moons", "digits"),
         ("data.path=x.npy", "moons", {"path": "x.npy"}),
         ("data.path=x.npy", {"path": "a.gz", "name": "fashion"}, {"path": "x.npy", "name": "fashion"}),
-        ("data.samples=100", "moons", {"name": "moons", "samples": 100}),
+        ("data.rows=100", "moons", {"name": "moons", "rows": 100}),
         ("data.labels=y.npy", "x.npy", {"path": "x.npy", "labels": "y.npy"}),
         ("data.scale=none", {"path": "x.npy"}, {"path": "x.npy", "scale": "none"}),
     ],
@@ -111,7 +111,7 @@ def test_set_reaches_stages_networks_and_keys_that_are_not_there_yet() -> None:
 def test_the_resolved_recipe_is_a_recipe_and_resolves_to_itself() -> None:
     for fields in (
         FIELDS,
-        changed("data.samples=100", "base=moons", "compare.samples=50", "stages.teacher.lr=1e-4"),
+        changed("data.rows=100", "base=moons", "compare.samples=50", "stages.teacher.lr=1e-4"),
     ):
         resolved = make_recipe(fields, "here").as_dict()
         text = yaml.safe_dump(resolved, sort_keys=False)

@@ -25,7 +25,7 @@ from fewstep.training.world import LocalWorld
 
 STEPS = 50
 RECIPE: dict[str, Any] = {
-    "data": {"name": "moons", "samples": 1500},
+    "data": {"name": "moons", "rows": 1500},
     "network": {"name": "mlp", "width": 16, "blocks": 1, "embedding": 8, "dropout": 0.1},
     "seed": 3,
     "stages": {
@@ -199,7 +199,7 @@ def test_a_stopped_stage_goes_on_where_it_was(
 ) -> None:
     """A second phase puts the first one's average in the student, and only when it begins; targets have a state."""
     stages = {"s": {"teacher": str(tiny_run / "teacher"), "batch_size": 128, **STAGES[method]}}
-    recipe = make_recipe({"data": {"name": "moons", "samples": 500}, "stages": stages}, "test")
+    recipe = make_recipe({"data": {"name": "moons", "rows": 500}, "stages": stages}, "test")
     step, done = Trainer._step, []
 
     def stopping(*arguments: Any) -> None:

@@ -36,7 +36,7 @@ from fewstep.training.world import LocalWorld
 
 PAIRS = "samples: 640, batch_size: 128, pairs: 200, nfe: 4, tolerance: 9"
 RECIPE = f"""
-data: {{name: moons, samples: 400}}
+data: {{name: moons, rows: 400}}
 network: {{name: mlp, preset: tiny}}
 stages:
   teacher: {{method: flow_matching, samples: 1_280, batch_size: 128}}
@@ -87,7 +87,7 @@ def test_past_a_collapse_the_run_goes_on_and_compares_what_there_is(
         ("wild", True),
         ("lost", False),
     ]
-    data = load_data({"name": "moons", "samples": 400})
+    data = load_data({"name": "moons", "rows": 400})
     noise = noise_rows(50, data.shape, seed=0)
     assert result["rows"][1]["scores"]["energy"] == pytest.approx(evaluate(noise, data.train_rows()).energy, rel=1e-5)
     table = (out / "compare.md").read_text(encoding="utf-8")
@@ -124,7 +124,7 @@ def test_a_run_without_any_model_says_so_and_ends_with_1(tmp_path: Path, capsys:
 
 @pytest.mark.usefixtures("quick_comparison")
 def test_data_and_models_of_a_run_are_opened_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    np.save(tmp_path / "x.npy", load_data({"name": "moons", "samples": 400}).rows)
+    np.save(tmp_path / "x.npy", load_data({"name": "moons", "rows": 400}).rows)
     stages = f"""
   teacher: {{method: flow_matching, samples: 1_280, batch_size: 128}}
   straight: {{method: reflow, teacher: teacher, {PAIRS}}}
@@ -164,7 +164,7 @@ compare: {{steps: [1], samples: 50}}
 
 def small(**options: Any) -> Any:
     stages = {"teacher": {"method": "flow_matching", "samples": 256, **options}}
-    return make_recipe({"data": {"name": "moons", "samples": 300}, "network": "mlp", "stages": stages}, "recipe")
+    return make_recipe({"data": {"name": "moons", "rows": 300}, "network": "mlp", "stages": stages}, "recipe")
 
 
 def test_options_added_since_a_stage_was_made_count_as_their_defaults(tmp_path: Path, steps: Counter[str]) -> None:

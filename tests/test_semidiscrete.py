@@ -99,7 +99,7 @@ def test_the_imbalance_is_unbiased() -> None:
 
 def run(out: Path, **fields: object) -> None:
     stage = {"method": "flow_matching", "coupling": "semidiscrete", "samples": 20_000, "label_dropout": 0.0, **fields}
-    data = {"name": "moons", "samples": 200}
+    data = {"name": "moons", "rows": 200}
     recipe = make_recipe({"data": data, "network": {"name": "mlp", "preset": "tiny"}, "stages": {"flow": stage}}, "x")
     run_recipe(recipe, out, LocalWorld(quiet=True))
 

@@ -73,7 +73,7 @@ def test_a_size_that_is_no_share_is_refused(size: Any) -> None:
 def networks(stages: dict[str, Any], tmp_path: Path, **header: Any) -> dict[str, dict[str, Any]]:
     """The networks of a recipe's stages."""
 
-    fields = {"data": {"name": "moons", "samples": 500}, "stages": stages, **header}
+    fields = {"data": {"name": "moons", "rows": 500}, "stages": stages, **header}
     run = open_run(make_recipe(fields, "test"), tmp_path / "run", LocalWorld(quiet=True))
     return {name: run.network(name) for name in run.recipe.stages}
 
@@ -104,7 +104,7 @@ def test_a_size_without_a_teacher_beside_other_keys_or_of_a_foreign_module_is_re
     with pytest.raises(UserError, match="'size' and 'width'"):
         networks(stages, tmp_path)
     stages = {"onestep": {"method": "distill", "teacher": teacher, "network": {"size": 2}}}
-    recipe = make_recipe({"data": {"name": "moons", "samples": 500}, "stages": stages}, "test")
+    recipe = make_recipe({"data": {"name": "moons", "rows": 500}, "stages": stages}, "test")
     with pytest.raises(UserError, match=r"stage 'onestep': network.size is 2"):
         run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
     foreign = fs.Generator(load(tiny_run / "teacher").module, shape=(2,)).save(tmp_path / "foreign")

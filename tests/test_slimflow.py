@@ -193,7 +193,7 @@ def test_no_gradient_reaches_the_flow_and_ranks_share_the_batch() -> None:
 
 def stage_for(tmp_path: Path, source: Any = None) -> Stage:
     """A stage on moons whose teacher is a closed-form flow."""
-    data = load_data({"name": "moons", "samples": 500})
+    data = load_data({"name": "moons", "rows": 500})
     network = resolve({"name": "mlp", "preset": "tiny"}, (2,))
     flow = fs.closed_form.gaussian(torch.zeros(2), torch.ones(2) / 2)
     return Stage(
@@ -245,7 +245,7 @@ def test_a_slim_student_is_small_takes_one_step_and_beats_its_teacher_there(tmp_
             "nfe": 16,
         },
     }
-    data = {"name": "moons", "samples": 500}
+    data = {"name": "moons", "rows": 500}
     run_recipe(make_recipe({"data": data, "stages": stages}, "test"), tmp_path / "run", LocalWorld(quiet=True))
     teacher, slim = load(tiny_run / "teacher"), load(tmp_path / "run" / "slim")
     assert parameter_count(slim.module) / parameter_count(teacher.module) == pytest.approx(0.25, rel=0.06)

@@ -80,14 +80,14 @@ class Builtin:
     Args:
         description: the line that ``fewstep list data`` prints.
         make: ``(num, rng) -> rows, labels or None``.
-        samples: default number of rows for a set that is drawn; None for a fixed set.
+        rows: default number of rows for a set that is drawn; None for a fixed set.
         value_range: smallest and largest possible value of discrete data, which is then scaled to -1..1;
             None for continuous data.
     """
 
     description: str
     make: Callable[[int, np.random.Generator], RowsAndLabels]
-    samples: int | None = 20_000
+    rows: int | None = 20_000
     value_range: tuple[float, float] | None = None
 
 

@@ -6,12 +6,13 @@
 - ``labels``: whole numbers, one per row, or the path of a file that holds them;
 - ``scale``: ``standardise``, ``range`` or ``none`` (see :mod:`fewstep.data.rules`);
 - ``name``: without ``path``, the built-in name; with ``path``, the name that the data gets;
-- ``samples``: number of rows, for the built-in sets that are drawn.
+- ``rows``: number of rows, for the built-in sets that are drawn.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from fewstep.errors import UserError, unknown
 
 __all__ = ["from_array", "load_data"]
 
-_KEYS = ("path", "labels", "scale", "name", "samples")
+_KEYS = ("path", "labels", "scale", "name", "rows")
 _FORMATS = "a .npy or .npz array (N, ...), an idx file (plain or .gz) or a folder of images"
 
 
@@ -49,22 +50,22 @@ def load_data(spec: str | os.PathLike[str] | Mapping[str, Any] | NDArray[Any], *
     Raises:
         UserError: the name, path or a key is unknown, or the content cannot be used.
 
-    >>> data = load_data({"name": "moons", "samples": 100})
+    >>> data = load_data({"name": "moons", "rows": 100})
     >>> data.shape, data.classes, len(data)
     ((2,), 2, 100)
     """
     if isinstance(spec, np.ndarray):
         return from_array(spec)
-    fields = dict(spec) if isinstance(spec, Mapping) else _fields(spec)
+    fields = _with_present_names(spec) if isinstance(spec, Mapping) else _fields(spec)
     for key in fields:
         if key not in _KEYS:
             raise unknown("data key", key, _KEYS)
     fields = {key: value for key, value in fields.items() if value is not None}
     if "path" not in fields:
         return _load_builtin(fields, seed)
-    if "samples" in fields:
+    if "rows" in fields:
         raise UserError(
-            "data key 'samples' is for built-in data that is drawn, and 'path' is given. Remove one of the two."
+            "data key 'rows' is for built-in data that is drawn, and 'path' is given. Remove one of the two."
         )
     return _load_path(_as_path(fields["path"]), fields)
 
@@ -117,11 +118,21 @@ def _as_path(path: Any) -> Path:
     )
 
 
-def _samples(value: Any) -> int:
-    """Check the value of the key 'samples'."""
+def _with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with the former key 'samples' read as 'rows', and a warning that says so."""
+    present = dict(fields)
+    if "samples" in present and "rows" not in present:
+        said = "data key 'samples' is now called 'rows', and the old name goes with the next version: rename it"
+        warnings.warn_explicit(said, FutureWarning, filename="recipe", lineno=1, module="recipe")
+        present["rows"] = present.pop("samples")
+    return present
+
+
+def _rows(value: Any) -> int:
+    """Check the value of the key 'rows'."""
     whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
     if isinstance(value, bool) or not whole or value < 2:
-        raise UserError(f"data key 'samples' must be a whole number of at least 2, got {value!r}.")
+        raise UserError(f"data key 'rows' must be a whole number of at least 2, got {value!r}.")
     return int(value)
 
 
@@ -135,9 +146,9 @@ def _load_builtin(fields: Mapping[str, Any], seed: int) -> DataSet:
     if "labels" in fields:
         raise UserError(f"data key 'labels' goes with a 'path'; the built-in {name!r} brings its own.")
     entry = DATA[name]
-    if entry.samples is None and "samples" in fields:
-        raise UserError(f"data key 'samples': {name!r} is a fixed set. Remove the key.")
-    num = _samples(fields["samples"]) if "samples" in fields else entry.samples or 0
+    if entry.rows is None and "rows" in fields:
+        raise UserError(f"data key 'rows': {name!r} is a fixed set. Remove the key.")
+    num = _rows(fields["rows"]) if "rows" in fields else entry.rows or 0
     array, labels = entry.make(num, np.random.Generator(np.random.PCG64(seed)))
     data = from_array(array, labels, scale=fields.get("scale"), name=name)
     if entry.value_range is None or fields.get("scale") not in (None, "range"):
