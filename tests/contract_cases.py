@@ -34,7 +34,7 @@ from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld
 
 BATCH = 32
-STEPS = 24  # optimiser steps of a stage
+STEPS = 16  # optimiser steps of a stage
 VECTOR, IMAGE = (2,), (1, 8, 8)
 SETTINGS = ("plain", "labels", "dropout", "bf16")
 

@@ -26,7 +26,7 @@ from fewstep.methods.contract.objective import Batches, Collapse, Learning, Netw
 from fewstep.methods.contract.options import Options
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
-from fewstep.training.rows import check_groups, local_pair, process_rows
+from fewstep.training.sharding import check_groups, local_pair, process_rows
 from fewstep.training.state import load_module, load_optimiser, optimiser_tensors, strip
 from fewstep.training.world import LocalWorld
 
