@@ -122,6 +122,16 @@ class Place:
         return make_recipe({**self.header, "stages": stages}, "the recipe")
 
 
+def write_vectors(folder: Path) -> dict[str, str]:
+    """250 rows along the diagonal, far from Gaussian noise, and on which half each is."""
+    random = np.random.default_rng(0)
+    along = random.uniform(-1.0, 1.0, size=250)
+    rows = along[:, None] + random.normal(size=(250, 2)) * [0.1, 0.2]
+    np.save(folder / "rows.npy", rows.astype(np.float32))
+    np.save(folder / "labels.npy", (along > 0).astype(np.int64))
+    return {"path": str(folder / "rows.npy"), "labels": str(folder / "labels.npy")}
+
+
 def write_images(folder: Path) -> dict[str, str]:
     """160 of the digits, of four kinds, and their labels."""
     rows, labels = DATA["digits"].make(0, np.random.default_rng(0))
@@ -137,14 +147,14 @@ def make_place(folder: Path, shape: tuple[int, ...], setting: str, steps: int | 
     folder.mkdir(parents=True, exist_ok=True)
     network = {**NETWORKS[shape], **({"dropout": 0.2} if setting == "dropout" else {})}
     header = {
-        "data": {"name": "moons", "samples": 500} if shape == VECTOR else write_images(folder),
+        "data": write_vectors(folder) if shape == VECTOR else write_images(folder),
         "network": network,
         "conditional": setting == "labels",
         "seed": 1,
     }
     steps = steps or (300 if shape == VECTOR else 30)
     teacher = {"method": "flow_matching", "samples": steps * 64, "batch_size": 64, "lr": 5e-3}
-    place = Place(header, folder / "run" / "teacher", "bf16" if setting == "bf16" else "fp32")
+    place = Place(header, folder / "run" / "teacher")
     running.run_recipe(place.recipe(teacher=teacher), folder / "run", LocalWorld(quiet=True))
     return place
 
@@ -213,7 +223,7 @@ class Turn:
 
     def loss(self, *, autocast: bool = True, nets: dict[str, nn.Module] | None = None, seed: int = 7) -> Terms:
         """The terms, as the trainer asks for them; always with the same draws."""
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         draws = Draws(torch.Generator().manual_seed(5), len(self.batch.x0))
         own = self.trainer._networks(self.role)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast and self.trainer.options.precision == "bf16"):
