@@ -34,7 +34,7 @@ from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld
 
 BATCH = 32
-STEPS = 16  # optimiser steps of a stage
+STEPS = 12  # optimiser steps of a stage
 VECTOR, IMAGE = (2,), (1, 8, 8)
 SETTINGS = ("plain", "labels", "dropout", "bf16")
 
@@ -181,7 +181,7 @@ class Planned:
             if number + 1 == len(self.plan.phases):
                 return
             kept = self.stage.folder / "rounds" / f"{number}"
-            save_model(kept, self.plan.student.state_dict(), self.config, self.run.base_rows, None)
+            save_model(kept, self.plan.student.state_dict(), self.config)
             previous = as_teacher(load(kept), phase.name)
 
 

@@ -316,15 +316,15 @@ BEATS_STEPS, BEATS_BATCH = 80, 128
 def energy_to_teacher(planned: Planned, place: Place, weights: dict[str, Tensor], folder: Path) -> float:
     """Of a model with these weights, in as few calls as it is made for."""
     teacher = load(place.teacher)
-    save_model(folder, weights, planned.config, planned.run.base_rows, None)
-    steps = {"velocity": 8}.get(planned.config.kind, planned.plan.rule.default_steps or 1)
+    save_model(folder, weights, planned.config)
+    steps = {"velocity": 8}.get(planned.plan.rule.kind, planned.plan.rule.default_steps or 1)
     own, other = load(folder).sample(400, steps=steps, seed=0), teacher.sample(400, steps=16, seed=1)
     return float(energy(own, other))
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_short_training_beats_its_start(tmp_path: Path, place_of: PlaceOf, method: str) -> None:
-    measure, share, changes = BEATS.get(method, ("energy", 0.6, {}))
+    measure, share, changes = BEATS.get(method, ("energy", 0.6, {"lr": 5e-3}))
     place, samples = place_of(VECTOR, "plain"), BEATS_STEPS * BEATS_BATCH
     planned = plan_case(place, method, tmp_path, **{"batch_size": BEATS_BATCH, "samples": samples, **changes})
     start = {name: value.clone() for name, value in planned.plan.student.state_dict().items()}
@@ -350,7 +350,7 @@ from test_contract import work
 
 work(Path(sys.argv[1]), Path(sys.argv[2]))
 """
-SHORT = 6 * BATCH  # samples of a stage
+SHORT = 4 * BATCH  # samples of a stage
 
 
 class Numbers:
@@ -449,13 +449,13 @@ def statistics(out: Path, stage: str) -> list[dict[str, float]]:
     ("setting", "case"), [*(("plain", case) for case in [*METHODS, *VARIANTS]), *(("labels", case) for case in METHODS)]
 )
 def test_two_processes_learn_as_one(worlds: tuple[Path, Path], case: str, setting: str) -> None:
-    """Terms and weights; losses that are differences of nearly equal things have fewer digits."""
+    """Terms and weights. Differences of nearly equal values, and penalties near zero, have fewer right digits."""
     stage = case.replace(", ", "-")
     one, two = (out / setting for out in worlds)
     here, there = statistics(one, stage), statistics(two, stage)
     assert len(here) == len(there) >= SHORT // BATCH  # a phase that ends within a batch makes one step more
     for own, other in zip(here, there, strict=True):
-        assert other == pytest.approx(own, rel=1e-3, abs=1e-5)
+        assert other == pytest.approx(own, rel=1e-3, abs=5e-5)
     for name, value in read_tensors(one / stage / "model.safetensors").items():
         torch.testing.assert_close(read_tensors(two / stage / "model.safetensors")[name], value, rtol=1e-4, atol=1e-5)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from fewstep.generator.config import FORMAT, Config, read_config
 from fewstep.generator.label_draws import Label
-from fewstep.generator.load import load
+from fewstep.generator.loading import load
 from fewstep.generator.model import Draw, Generator
 from fewstep.generator.model_folder import model_card, save_model
 from fewstep.generator.starts import BaseRows
