@@ -26,9 +26,10 @@ from fewstep.methods.contract.objective import Batches, Objective, Terms
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Phase, Plan, Stage
 from fewstep.methods.registry import METHODS
-from fewstep.pipeline import run as running
+from fewstep.pipeline import train_stage as staging
 from fewstep.pipeline.opening import Run
 from fewstep.pipeline.recipe import make_recipe
+from fewstep.pipeline.run import run_recipe
 from fewstep.pipeline.teachers import as_teacher
 from fewstep.training.trainer import Trainer
 from fewstep.training.world import LocalWorld
@@ -55,7 +56,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 # Sizes of whatever method has an option of the name: small, and no check of the pairs' accuracy.
-SMALL: dict[str, Any] = {"pairs": 400, "nfe": 4, "tolerance": 1e6, "batch_size": BATCH, "samples": STEPS * BATCH}
+SMALL: dict[str, Any] = {
+    "pairs": 400,
+    "nfe": 4,
+    "tolerance": 1e6,
+    "particles": 8,
+    "batch_size": BATCH,
+    "samples": STEPS * BATCH,
+}
 
 NETWORKS: dict[tuple[int, ...], dict[str, Any]] = {
     VECTOR: {"name": "mlp", "width": 16, "blocks": 1, "embedding": 8},
@@ -155,7 +163,7 @@ def make_place(folder: Path, shape: tuple[int, ...], setting: str, steps: int | 
     steps = steps or (300 if shape == VECTOR else 30)
     teacher = {"method": "flow_matching", "samples": steps * 64, "batch_size": 64, "lr": 5e-3}
     place = Place(header, folder / "run" / "teacher")
-    running.run_recipe(place.recipe(teacher=teacher), folder / "run", LocalWorld(quiet=True))
+    run_recipe(place.recipe(teacher=teacher), folder / "run", LocalWorld(quiet=True))
     return place
 
 
@@ -170,7 +178,7 @@ class Planned:
     config: Any
 
     def trainer(self) -> Trainer:
-        """A trainer as :func:`fewstep.pipeline.run.train_stage` makes it, without checkpoints."""
+        """A trainer as :func:`fewstep.pipeline.train_stage.train_stage` makes it, without checkpoints."""
         return Trainer(self.plan.student, self.options, (self.stage.seed, self.stage.name), self.run.world)
 
     def phases(self) -> Iterator[tuple[Phase, Objective, Batches]]:
@@ -189,8 +197,8 @@ def plan_case(place: Place, case: str, out: Path, **changes: Any) -> Planned:
     """Everything that a run does up to the training of the stage, by the run itself."""
     found: list[Planned] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "train_stage", lambda *planned: found.append(Planned(*planned)))
-        running.run_recipe(place.recipe(stage=place.stage(case, **changes)), out, LocalWorld(quiet=True))
+        patch.setattr(staging, "train_stage", lambda *planned: found.append(Planned(*planned)))
+        run_recipe(place.recipe(stage=place.stage(case, **changes)), out, LocalWorld(quiet=True))
     (planned,) = found
     return planned
 

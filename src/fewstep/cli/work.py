@@ -340,7 +340,7 @@ def doctor(options: arguments.Doctor) -> int:
     """Print versions, device, threads and whether bf16 is fast."""
     import platform
 
-    from fewstep.pipeline.precision import bf16_is_slow
+    from fewstep.pipeline.bf16_speed import bf16_is_slow
 
     threads = set_threads()
     device = "cuda: " + torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"

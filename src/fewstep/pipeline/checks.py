@@ -9,9 +9,9 @@ from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.methods.contract.options import Options
+from fewstep.pipeline.bf16_speed import bf16_is_slow, bf16_note
 from fewstep.pipeline.feature_checks import named_features
 from fewstep.pipeline.opening import Run
-from fewstep.pipeline.precision import bf16_is_slow, bf16_note
 from fewstep.pipeline.teachers import load_initial, load_teacher
 from fewstep.store.files import json_round_trip, read_json, write_json
 

@@ -11,9 +11,9 @@ from fewstep.flow.field import calls_at
 from fewstep.methods.contract.options import Options
 from fewstep.methods.training_pairs.generate import LADDER
 from fewstep.networks import parameter_count
+from fewstep.pipeline.bf16_speed import bf16_is_slow, bf16_note
 from fewstep.pipeline.checks import check_begun, check_run, slow_in_bf16, stage_done
 from fewstep.pipeline.opening import Run, open_run
-from fewstep.pipeline.precision import bf16_is_slow, bf16_note
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.timing import TimedNetwork, Timing, blank_network, time_networks
 from fewstep.training.world import LocalWorld
