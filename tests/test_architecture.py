@@ -352,7 +352,8 @@ dry = quietly("run", out / "recipe.yaml", "--out", out / "run", "--dry")
 assert "quadratic_flow" in dry and not (out / "run").exists(), dry
 quietly("run", out / "recipe.yaml", "--out", out / "run")
 quietly("sample", out / "run/early", "--num", 300, "--steps", 8, "--out", out / "samples.npy")
-quietly("compare", out / "run/early", out / "run/fast", "--data", "moons", "--steps", "1,8", "--samples", 100, "--out", out / "compared")
+models = out / "run/early", out / "run/fast"
+quietly("compare", *models, "--data", "moons", "--steps", "1,8", "--samples", 100, "--out", out / "compared")
 assert np.load(out / "samples.npy").shape == (300, 2)
 assert len(json.loads((out / "compared/compare.json").read_text())["rows"]) >= 3
 """

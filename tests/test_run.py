@@ -24,7 +24,7 @@ from fewstep.errors import UserError
 from fewstep.flow.noise import noise_rows
 from fewstep.methods.contract.objective import Objective
 from fewstep.metrics import evaluate
-from fewstep.pipeline import dry, precision, timing
+from fewstep.pipeline import bf16_speed, dry, timing
 from fewstep.pipeline.opening import open_run
 from fewstep.pipeline.recipe import load_recipe, make_recipe
 from fewstep.pipeline.run import run_recipe
@@ -229,10 +229,10 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[torch.dtype]:
         probed.append(dtype)
         return 10.0 if dtype == torch.bfloat16 else 1.0
 
-    monkeypatch.setattr(precision, "_seconds", seconds)
-    precision.bf16_slowdown.cache_clear()
+    monkeypatch.setattr(bf16_speed, "_seconds", seconds)
+    bf16_speed.bf16_slowdown.cache_clear()
     yield probed
-    precision.bf16_slowdown.cache_clear()
+    bf16_speed.bf16_slowdown.cache_clear()
 
 
 def test_a_run_in_slow_bf16_is_told_once_with_the_fix(
