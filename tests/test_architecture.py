@@ -28,7 +28,8 @@ FLOORS = {
     "training": 4, "generator": 4,
     "interop": 5, "report": 5,
     "pipeline": 6,
-    "cli": 7, "__main__": 7,
+    "cli": 7,
+    "__main__": 8,
 }  # fmt: skip
 LIGHT = {
     "torch",
