@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +78,39 @@ def test_python_examples_run(document: Path) -> None:
         exec(compile(block, str(document), "exec"), {"__name__": "example"})
 
 
+def method_example() -> str:
+    """The method file in CONTRIBUTING.md."""
+    (source,) = re.findall(r"```py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    return str(source)
+
+
+def unannotated(source: str) -> list[str]:
+    """What mypy's ``disallow_untyped_defs`` refuses: functions without a return type, arguments without a type.
+
+    (mypy itself takes eleven seconds of CPU time without its cache.)
+    """
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            own = node.args
+            arguments = [*own.posonlyargs, *own.args, *own.kwonlyargs, own.vararg, own.kwarg]
+            bare = [a.arg for a in arguments if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
+            found += [f"{node.name}({name})" for name in bare]
+            found += [] if node.returns is not None else [f"{node.name} -> ?"]
+    return found
+
+
+def test_the_example_of_a_method_is_annotated_and_fits_the_line_length() -> None:
+    assert unannotated("def f(self, x, *y, z=1, **w: int): ...") == ["f(x)", "f(z)", "f(y)", "f -> ?"]
+    source = method_example()
+    assert sum(isinstance(node, ast.FunctionDef) for node in ast.walk(ast.parse(source))) >= 4
+    assert unannotated(source) == []
+    assert max(len(line) for line in source.splitlines()) <= 120
+
+
 def test_the_example_of_a_method_trains_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The method file in CONTRIBUTING.md, registered as it says there, learns two narrow modes at -1 and 1."""
-    (source,) = re.findall(r"```py\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.DOTALL)
+    source = method_example()
     assert len(source.splitlines()) < 60
     (tmp_path / "averaged.py").write_text(source, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)
@@ -92,6 +125,49 @@ def test_the_example_of_a_method_trains_and_samples(tmp_path: Path, monkeypatch:
     x = fs.load(folder).sample(400, steps=20, seed=0)
     near = ((x.abs() - 1.0).abs() < 0.3).float().mean()
     assert near > 0.8  # of the noise itself: 0.29
+
+
+FAMILIES = re.findall(
+    r"^\| `(\w+)` \| (.*`.*) \|$",
+    (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("### What the families offer")[2].partition("###")[0],
+    re.MULTILINE,
+)
+
+
+def test_contributing_names_every_family() -> None:
+    families = ROOT / "src" / "fewstep" / "methods" / "families"
+    assert sorted(name for name, _ in FAMILIES) == sorted({path.stem for path in families.glob("*.py")} - {"__init__"})
+
+
+@pytest.mark.parametrize(("module", "text"), FAMILIES, ids=[name for name, _ in FAMILIES])
+def test_the_functions_of_a_family_exist(module: str, text: str) -> None:
+    names = re.findall(r"`([A-Za-z_]\w+)`", text)
+    assert names
+    for name in names:
+        assert find(f"fewstep.methods.families.{module}.{name}") is not None
+
+
+def test_every_file_named_in_contributing_exists() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    named = set(re.findall(r"`((?:src|tests|methods|flow|solvers|contract)/[\w/]+\.py)`", text))
+    assert len(named) >= 8
+    package = ROOT / "src" / "fewstep"
+    missing = {name for name in named if not any((at / name).exists() for at in (ROOT, package))}
+    assert missing == {"src/fewstep/methods/averaged.py"}  # the example
+
+
+def test_every_method_is_chosen_somewhere() -> None:
+    """Above the table of methods, the table of choices names each; a feature network makes no samples."""
+    choices = (ROOT / "docs" / "which-method.md").read_text("utf-8").split("| method | file |")[0]
+    assert [name for name in METHODS if f"`{name}`" not in choices and name != "features"] == []
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "fewstep", "--version"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.strip()) == (0, fs.__version__), done.stderr
+    wrong = subprocess.run([sys.executable, "-m", "fewstep", "smaple"], capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "sample" in wrong.stderr
 
 
 def test_documents_hold_no_unfilled_place() -> None:
