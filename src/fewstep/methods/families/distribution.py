@@ -11,10 +11,10 @@ function of (x1, x_t, c, u*, s), a :class:`Divergence`, which the generator mini
 
 Updates: every training step has ``online_turns`` updates of s, then one update of the generator. Each of them draws new
 noise, times and generated samples; the labels are those of the step's batch. Both networks use AdamW with betas
-(0, .99) (arXiv:2311.18828), because the target of either network changes during training. The online model is trained on
-the generator's present weights, not on their average. It starts as a copy of the teacher, and until it has followed the
-generator's samples the difference ``u* - s`` is mostly noise of its updates. So the online model is trained alone in
-the first steps (``head_start``), and the generator's warm-up begins after them.
+(0, .99) (arXiv:2311.18828), because the target of either network changes during training. The online model is trained
+on the generator's present weights, not on their average. It starts as a copy of the teacher, and until it has followed
+the generator's samples the difference ``u* - s`` is mostly noise of its updates. So the online model is trained alone
+in the first steps (``head_start``), and the generator's warm-up begins after them.
 
 Precision: u* and s become nearly equal, so for their difference both are evaluated in float32; in bfloat16 its mean
 square was up to eleven times too large. Both are evaluated without dropout, which would make two equal networks differ.

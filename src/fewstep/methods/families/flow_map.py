@@ -37,9 +37,9 @@ class Times(NamedTuple):
     """Start times t and end times r >= t, (B,) each.
 
     Attributes:
-        t, r: the times. diagonal: rows whose target is the velocity itself, (B,) of bool: those with r = t, in
-        ``shortcut`` those with the
-            smallest step.
+        t, r: the times.
+        diagonal: rows whose target is the velocity itself, (B,) of bool: those with r = t, in ``shortcut`` those with
+            the smallest step.
     """
 
     t: Tensor
