@@ -30,8 +30,8 @@ MIXTURE = closed_form.mixture(torch.tensor([0.2, 0.8]), torch.tensor([[1.5], [-0
 GAUSSIAN = closed_form.gaussian(torch.tensor([1.0, -0.5]), torch.tensor([0.5, 0.8]))
 
 
-def laplace(a: Tensor, b: Tensor, width: float) -> float:
-    return math.exp(-float((a - b).square().mean().sqrt()) / width)
+def kernel(a: Tensor, b: Tensor, smoothing: float) -> float:
+    return -math.sqrt(float((a - b).square().mean()) + smoothing**2)
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -43,9 +43,9 @@ def test_the_estimate_is_the_plain_double_sum(paired: bool) -> None:
         for i in range(5 * group, 5 * group + 5):
             for j in range(5 * group, 5 * group + 5):
                 if i != j:
-                    total += laplace(y[i], y[j], 0.7) + laplace(z[i], z[j], 0.7)
+                    total += kernel(y[i], y[j], 0.7) + kernel(z[i], z[j], 0.7)
                 if i != j or paired:
-                    total -= 2 * laplace(y[i], z[j], 0.7)
+                    total -= 2 * kernel(y[i], z[j], 0.7)
         assert float(found[group]) == pytest.approx(total / (25 if paired else 20), rel=1e-9)
 
 
@@ -77,7 +77,7 @@ def test_the_exact_map_is_stationary_for_every_gap(target: Any, halvings: int, d
 
 def test_pairs_of_equal_rows_move_the_solution_in_one_dimension() -> None:
     """Their terms are a robust consistency loss: with few particles the exact map is not stationary."""
-    assert abs(scores(MIXTURE, "one", Comparison(True, 4, 1), done=0.9)) > 8
+    assert abs(scores(MIXTURE, "one", Comparison(True, 4, 1), done=0.9)) > 6
 
 
 @pytest.mark.parametrize("paired", [False, True])

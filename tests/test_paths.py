@@ -175,14 +175,14 @@ def test_the_interpolant_is_the_cosine_path_in_another_time() -> None:
 
 @pytest.mark.parametrize("coupling", ["ot", "inpainting", "super_resolution"])
 def test_flow_matching_refuses_the_interpolant_with_dependent_pairs(coupling: str) -> None:
-    with pytest.raises(ValueError, match="latent noise beside x0.*leave 'coupling: " + coupling):
+    with pytest.raises(ValueError, match="adds a second noise to x0.*leave 'coupling: " + coupling):
         FlowMatchingOptions(method="flow_matching", path="interpolant", coupling=coupling)  # type: ignore[arg-type]
 
 
 def test_flow_matching_refuses_the_interpolant_from_another_base() -> None:
     options = FlowMatchingOptions(method="flow_matching", path="interpolant")
     assert make_coupling(options, SimpleNamespace(source=GaussianSource((2,)))).facts.independent  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"latent noise beside x0.*leave 'base' out"):
+    with pytest.raises(UserError, match=r"adds a second noise to x0.*leave 'base' out"):
         make_coupling(options, SimpleNamespace(source=EmpiricalSource(torch.ones(3, 2))))  # type: ignore[arg-type]
 
 

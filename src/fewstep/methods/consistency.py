@@ -210,7 +210,7 @@ def network(options: ConsistencyOptions, data: DataSet, config: Mapping[str, Any
 def needs(options: ConsistencyOptions) -> Needs:
     """The needs of a stage: per sample seen, the calls of one teacher's step, or of one velocity if continuous."""
     calls = teacher_calls(options) if options.target == "continuous" else step_calls(options, options.teacher_step)
-    return Needs(guidance=options.guidance, teacher_calls=calls)
+    return Needs(guidance=options.guidance, other_calls=calls)
 
 
 SPEC = Spec(

@@ -178,5 +178,5 @@ SPEC = Spec(
     learns_from="data; teacher optional",
     makes="map",
     cite=("yang2024consistency",),
-    needs=lambda options: Needs(guidance=options.guidance, teacher_calls=step_calls(options, options.teacher_step)),
+    needs=lambda options: Needs(guidance=options.guidance, other_calls=step_calls(options, options.teacher_step)),
 )

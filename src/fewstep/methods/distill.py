@@ -189,7 +189,7 @@ def needs(options: DistillOptions) -> Needs:
     halved = halving_schedule(options)
     if not halved:
         return pair_needs(options)
-    return Needs(guidance=options.guidance, teacher_calls=round(sum(steps + 1 for steps in halved) / len(halved)))
+    return Needs(guidance=options.guidance, other_calls=round(sum(steps + 1 for steps in halved) / len(halved)))
 
 
 def halvings(options: DistillOptions, stage: Stage, student: nn.Module) -> list[Phase]:

@@ -10,16 +10,20 @@ extends it to earlier times. The weight is ``w = 1 / (g max(r - t, .05))``: a ch
 much, and the two starts differ in proportion to g.
 
 The laws are compared in groups of M rows (``particles``) that share t, r and, where there are labels, the class. With
-``y_i = f(x_t^i, t, r)``, ``z_i = sg f(x_q^i, q, r)`` and the Laplace kernel ``k(a, b) = exp(-|a - b| / (h sqrt(D)))``,
+``y_i = f(x_t^i, t, r)``, ``z_i = sg f(x_q^i, q, r)`` and the kernel of the energy distance, smoothed at zero,
+``k(a, b) = -sqrt(|a - b|^2 / D + s^2)``,
 
     MMD^2 = 1/(M (M - 1)) sum_{i != j} [ k(y_i, y_j) - 2 k(y_i, z_j) + k(z_i, z_j) ]
 
-is an unbiased estimate. It is zero in the mean for every map with the right laws, whatever g.
+is an unbiased estimate. It is zero in the mean for every map with the right laws, whatever g. (The paper's kernel is
+the Laplace kernel. It is bounded, so samples far from all targets have no gradient: on digits, 800,000 samples of
+training with it ended at an energy distance of .13, and with this one at .016.)
 
 ``paired`` keeps the terms i = j of the middle sum, and divides by M^2, as the paper does. ``y_i`` and ``z_i`` belong to
 one data pair, so these terms are a consistency loss with a robust distance. They reduce the variance: without them
 no setting that was tried learned digits (64 values; precision .01 instead of .5 after 300,000 samples). They also have
-a bias, because one state has many data pairs: with M = 4 a mixture of two modes in one dimension is missed by W1 .66.
+a bias, because one state has many data pairs: on a mixture of two modes in one dimension, W1 of one call was .26 of one
+Euler step's with them, and .06 without.
 So the default is paired, M = 4, from 50 values per sample on, and unpaired, M = 32, below.
 
 The gap starts at 1, where the target is x_r, and is halved ``halvings`` times in the first half of the training. (The
@@ -59,7 +63,6 @@ from fewstep.methods.families.velocity_source import (
 from fewstep.solvers.maps import SampleRule
 
 MIN_LENGTH = 0.05  # of r - t in the weight; chosen, not tuned
-TINY = 1e-12  # added to squared distances, because a root has no derivative at zero
 
 
 class IMMOptions(MapOptions):
@@ -68,7 +71,7 @@ class IMMOptions(MapOptions):
     paired: bool | None = Field(None, description="keep the terms i = j; default: from 50 values per sample on")
     particles: int | None = Field(None, gt=1, description="rows M that are compared; default: 4 paired, 32 unpaired")
     halvings: int | None = Field(None, ge=0, le=12, description="of the gap from 1; default: 6 paired, 1 unpaired")
-    width: float = Field(0.5, gt=0, description="width h of the kernel, in units of the root mean square per value")
+    smoothing: float = Field(0.01, gt=0, description="s of the kernel: differences below it, per value, count squared")
     time: LawOfTime = Field("uniform", description="law of both times: uniform, logit_normal:m,s, …")
     to_data: float = Field(0.25, ge=0, le=1, description="share of the groups with r = 1")
 
@@ -94,50 +97,50 @@ class Comparison:
         paired: whether the terms i = j of the middle sum are kept.
         particles: M.
         halvings: of the gap.
-        width: h.
+        smoothing: s.
     """
 
     paired: bool
     particles: int
     halvings: int
-    width: float = 0.5
+    smoothing: float = 0.01
 
 
 def comparison(options: IMMOptions, shape: tuple[int, ...]) -> Comparison:
     """The options, with the defaults for samples of that shape.
 
     >>> comparison(IMMOptions(method="imm"), (2,))
-    Comparison(paired=False, particles=32, halvings=1, width=0.5)
+    Comparison(paired=False, particles=32, halvings=1, smoothing=0.01)
     >>> comparison(IMMOptions(method="imm"), (1, 8, 8))
-    Comparison(paired=True, particles=4, halvings=6, width=0.5)
+    Comparison(paired=True, particles=4, halvings=6, smoothing=0.01)
     """
     paired = math.prod(shape) >= FEW_VALUES if options.paired is None else options.paired
     particles = options.particles or (4 if paired else 32)
     halvings = (6 if paired else 1) if options.halvings is None else options.halvings
-    return Comparison(paired, particles, halvings, options.width)
+    return Comparison(paired, particles, halvings, options.smoothing)
 
 
-def kernel_sums(a: Tensor, b: Tensor, width: float) -> tuple[Tensor, Tensor]:
+def kernel_sums(a: Tensor, b: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """``sum_{i != j} k(a_i, b_j)`` and ``sum_i k(a_i, b_i)`` of every group, (G,) each, from groups (G, M, D)."""
     square = (a[:, :, None] - b[:, None]).square().mean(-1)
-    kernel = torch.exp(-(square + TINY).sqrt() / width)
+    kernel = -(square + smoothing**2).sqrt()
     own = kernel.diagonal(dim1=1, dim2=2).sum(1)
     return kernel.sum((1, 2)) - own, own
 
 
-def squared_mmd(y: Tensor, z: Tensor, particles: int, width: float = 0.5, *, paired: bool = False) -> Tensor:
+def squared_mmd(y: Tensor, z: Tensor, particles: int, smoothing: float = 0.01, *, paired: bool = False) -> Tensor:
     """The estimate of ``MMD^2`` between two laws in every group, (B / M,).
 
     Args:
         y, z: samples (B, ...), M of every group in succession.
         particles: M.
-        width: h of the Laplace kernel, for the root mean square of a difference per value.
+        smoothing: s of the kernel ``-sqrt(|a - b|^2 / D + s^2)``.
         paired: keep the terms i = j of the middle sum, and divide by M^2 instead of M (M - 1).
 
     (Paired: arXiv:2503.07565. Unpaired: Gretton et al., A Kernel Two-Sample Test, 2012, eq. 4.)
     """
     y, z = (x.flatten(1).unflatten(0, (-1, particles)) for x in (y, z))
-    (yy, _), (yz, own), (zz, _) = (kernel_sums(*pair, width) for pair in ((y, y), (y, z), (z, z)))
+    (yy, _), (yz, own), (zz, _) = (kernel_sums(*pair, smoothing) for pair in ((y, y), (y, z), (z, z)))
     if paired:
         return (yy - 2 * (yz + own) + zz) / particles**2
     return (yy - 2 * yz + zz) / (particles * (particles - 1))
@@ -165,7 +168,7 @@ class IMM(Objective):
     def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         times, gap = self.draw(draws, batch.x1), gap_at(done, self.compare.halvings)
         y, z = self.ends(nets["student"], batch, times, gap)
-        rows = squared_mmd(y, z, self.group, self.compare.width, paired=self.compare.paired)
+        rows = squared_mmd(y, z, self.group, self.compare.smoothing, paired=self.compare.paired)
         length = (times.r - times.t)[:: self.group].clamp(min=MIN_LENGTH)
         return {"loss": (rows / (gap * length)).mean(), "mmd": rows.detach().mean(), "gap": torch.tensor(gap)}
 

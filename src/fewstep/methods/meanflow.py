@@ -63,7 +63,7 @@ from fewstep.methods.families.flow_map import (
     composition_target,
     derivative_target,
     draw_times,
-    off_diagonal,
+    replace_off_diagonal,
     weighted_square,
     where_rows,
 )
@@ -233,7 +233,7 @@ class MeanFlow(Objective):
             along = u(x, off.t, r=off.t, **cond).to(x) if self.kind == "improved" else None
             return derivative_target(Derivative(u, self.derivative), x, off, v[rows], cond, along)
 
-        return off_diagonal(v, x_t, times, batch.cond, make)
+        return replace_off_diagonal(v, x_t, times, batch.cond, make)
 
 
 def plan(options: MeanflowOptions, stage: Stage) -> Plan:

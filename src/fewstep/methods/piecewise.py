@@ -182,7 +182,7 @@ def check_windows(
 
 def needs(options: PiecewiseOptions) -> Needs:
     """The needs of a stage: the teacher's calls of one window per sample seen."""
-    return Needs(guidance=options.guidance, teacher_calls=options.nfe * calls_at(options.guidance))
+    return Needs(guidance=options.guidance, other_calls=options.nfe * calls_at(options.guidance))
 
 
 SPEC = Spec(

@@ -1,48 +1,36 @@
-"""The methods by name, in the order in which they are listed. A new method is a new file and one line here."""
+"""The methods by name. A new method is a new file beside this one, and its name in one line here.
+
+Its file holds a ``SPEC`` (:class:`~fewstep.methods.contract.stage.Spec`), and its name is the file's.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 from fewstep.errors import unknown
-from fewstep.methods import (
-    consistency,
-    consistency_fm,
-    distill,
-    dmd,
-    features,
-    fgm,
-    flow_matching,
-    imm,
-    instaflow,
-    lagrangian,
-    meanflow,
-    piecewise,
-    realuid,
-    reflow,
-    shortcut,
-    sid,
-    slimflow,
-)
 from fewstep.methods.contract.stage import Spec
 
-METHODS: dict[str, Spec] = {
-    "flow_matching": flow_matching.SPEC,
-    "reflow": reflow.SPEC,
-    "distill": distill.SPEC,
-    "instaflow": instaflow.SPEC,
-    "slimflow": slimflow.SPEC,
-    "features": features.SPEC,
-    "piecewise": piecewise.SPEC,
-    "consistency_fm": consistency_fm.SPEC,
-    "consistency": consistency.SPEC,
-    "meanflow": meanflow.SPEC,
-    "lagrangian": lagrangian.SPEC,
-    "shortcut": shortcut.SPEC,
-    "imm": imm.SPEC,
-    "fgm": fgm.SPEC,
-    "sid": sid.SPEC,
-    "dmd": dmd.SPEC,
-    "realuid": realuid.SPEC,
-}
+NAMES = (  # in the order in which they are listed
+    "flow_matching",
+    "reflow",
+    "distill",
+    "instaflow",
+    "slimflow",
+    "features",
+    "piecewise",
+    "consistency_fm",
+    "consistency",
+    "meanflow",
+    "lagrangian",
+    "shortcut",
+    "imm",
+    "fgm",
+    "sid",
+    "dmd",
+    "realuid",
+)
+
+METHODS: dict[str, Spec] = {name: import_module(f"fewstep.methods.{name}").SPEC for name in NAMES}
 
 
 def find_method(name: object) -> Spec:

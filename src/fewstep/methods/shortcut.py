@@ -27,7 +27,7 @@ from fewstep.flow.noise import Draws
 from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.methods.families.flow_map import Times, composition_target, off_diagonal, weighted_square
+from fewstep.methods.families.flow_map import Times, composition_target, replace_off_diagonal, weighted_square
 from fewstep.methods.families.velocity_source import (
     MapOptions,
     VelocitySource,
@@ -100,7 +100,7 @@ class Shortcut(Objective):
         def make(_: Tensor, x: Tensor, longer: Times, cond: Mapping[str, Any]) -> Tensor:
             return composition_target(network, x, longer, (longer.t + longer.r) / 2, cond)
 
-        return off_diagonal(self.source.velocity_at(batch, x_t, steps.t), x_t, steps, batch.cond, make)
+        return replace_off_diagonal(self.source.velocity_at(batch, x_t, steps.t), x_t, steps, batch.cond, make)
 
 
 def plan(options: ShortcutOptions, stage: Stage) -> Plan:

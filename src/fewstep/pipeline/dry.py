@@ -34,14 +34,14 @@ def show_plan(recipe: Recipe, out: Path) -> str:
         f"{data.shape}, {kind}",
         f"out      {out}",
         "",
-        f"{'stage':12} {'method':14} {'parameters':>11} {'samples':>10} {'teacher calls':>13} {'minutes':>8}",
+        f"{'stage':12} {'method':14} {'parameters':>11} {'samples':>10} {'other calls':>13} {'minutes':>8}",
     ]
     minutes = stage_minutes(run)
     for name, options in recipe.stages.items():
         done = f"{minutes[name]:.1f}" if name in minutes else "done"
         lines.append(
             f"{name:12} {options.method:14} {parameter_count(blank_network(run.network(name))):11,} "
-            f"{options.samples:10,} {teacher_calls(run, name, options):>13} {done:>8}"
+            f"{options.samples:10,} {other_calls(run, name, options):>13} {done:>8}"
         )
     device, threads = run.world.device, torch.get_num_threads()
     where = f"with {threads} thread(s)" if device.type == "cpu" else f"on its {device.type} device"
@@ -70,12 +70,12 @@ def stage_minutes(run: Run) -> dict[str, float]:
     return {name: estimate(run, name, options, timings[keys[name]]) for name, options in left.items()}
 
 
-def teacher_calls(run: Run, name: str, options: Options) -> str:
+def other_calls(run: Run, name: str, options: Options) -> str:
     """Network calls that the pairs, or training itself, cost; a range when the error gate of pairs chooses."""
     needs = run.method(name).needs(options)
     pairs = needs.pairs(len(run.data.train)) * calls_at(needs.guidance)
     if not pairs:
-        return f"{options.samples * needs.teacher_calls:,}" if needs.teacher_calls else "–"
+        return f"{options.samples * needs.other_calls:,}" if needs.other_calls else "–"
     if needs.pair_calls is not None:
         return f"{pairs * needs.pair_calls:,}"
     return f"{pairs * LADDER[0] / 1e6:.1f}–{pairs * LADDER[-1] / 1e6:.1f} M"
@@ -85,6 +85,6 @@ def estimate(run: Run, name: str, options: Options, timing: Timing) -> float:
     """Minutes of a stage: training steps and teacher calls, at the speed of a few timed ones."""
     needs = run.method(name).needs(options)
     pairs = needs.pairs(len(run.data.train)) * calls_at(needs.guidance)
-    calls = options.samples * needs.teacher_calls + pairs * (needs.pair_calls or 2 * LADDER[0])
+    calls = options.samples * needs.other_calls + pairs * (needs.pair_calls or 2 * LADDER[0])
     trained = options.samples * timing.trained(options.batch_size)
     return (trained * OVERHEAD + calls * timing.called) / 60

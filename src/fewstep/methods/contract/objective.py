@@ -98,7 +98,7 @@ class Objective(ABC):
         """
 
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
-        """Measurements of the student with its averaged weights, by name; they are logged.
+        """Measurements of the training by name, most of them of the student with its averaged weights; they are logged.
 
         Args:
             ema: the averaged weights by parameter name.

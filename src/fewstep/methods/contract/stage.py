@@ -72,7 +72,8 @@ class Stage:
         teacher: the teacher; None for a stage without one.
         dequantise: standard deviation of the noise added to discrete data, in network units.
         world: the processes that train together.
-        find: returns the folder of the earlier stage of a given name; another word is returned unchanged.
+        find: for options that name an earlier stage or a path: the folder of the stage of that name; a word that names
+            no stage is returned unchanged.
     """
 
     name: str
@@ -153,14 +154,15 @@ class Needs:
         features: the feature network in its loss, as the recipe names it; None for none.
         pairs: the number of pairs that are made for it, as a function of the number of training rows.
         pair_calls: network calls per pair; None if they are chosen by the pairs' error.
-        teacher_calls: calls of networks other than the student per sample seen; a backward pass counts as two.
+        other_calls: network calls per sample seen, beside those of the student's own update; a backward pass counts as
+            two.
     """
 
     guidance: float = 1.0
     features: str | None = None
     pairs: Callable[[int], int] = no_pairs
     pair_calls: int | None = None
-    teacher_calls: int = 0
+    other_calls: int = 0
 
 
 def pair_needs(options: PairOptions, pairs: Callable[[int], int] | None = None) -> Needs:

@@ -41,7 +41,7 @@ class Teacher:
     independent: bool = True
 
     def follows_data(self, scale: float) -> bool:
-        """Whether its endpoints with guidance ``scale`` are samples of the data's law: no guidance is used anywhere.
+        """Whether its endpoints with guidance ``scale`` have the data's law, which holds without any guidance.
 
         Args:
             scale: guidance weight of the stage; 1 is none.

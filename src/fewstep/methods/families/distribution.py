@@ -9,35 +9,40 @@ The generator's samples have the teacher's law if ``v_theta = u*``. (With z inst
 velocity of a dependent coupling, and u*, trained on independent noise, could not be compared with it.) A method is one
 function of (x1, x_t, c, u*, s), a :class:`Divergence`, which the generator minimises.
 
-Updates: every optimiser step has ``online_turns`` updates of s, each on new samples, then one update of the generator.
-Both use AdamW with betas (0, .99) (arXiv:2311.18828), because the target of either network changes during training. The
-online model is trained on the generator's present weights, not on their average. It starts as a copy of the teacher,
-and until it has followed the generator's samples the difference ``u* - s`` is mostly noise of its updates. So the
-online model is trained alone in the first steps (``head_start``), and the generator's warm-up begins after them.
+Updates: every training step has ``online_turns`` updates of s, then one update of the generator. Each of them draws new
+noise, times and generated samples; the labels are those of the step's batch. Both networks use AdamW with betas
+(0, .99) (arXiv:2311.18828), because the target of either network changes during training. The online model is trained
+on the generator's present weights, not on their average. It starts as a copy of the teacher, and until it has followed
+the generator's samples the difference ``u* - s`` is mostly noise of its updates. So the online model is trained alone
+in the first steps (``head_start``), and the generator's warm-up begins after them.
 
-Precision: u* and s become nearly equal, so their difference is computed in float32; in bfloat16 its mean square was up
-to eleven times too large. Both are evaluated without dropout, which would make two equal networks differ.
+Precision: u* and s become nearly equal, so for their difference both are evaluated in float32; in bfloat16 its mean
+square was up to eleven times too large. Both are evaluated without dropout, which would make two equal networks differ.
+The generator's own call and the loss that trains s keep the precision of the stage.
 
 Average of s: Adam divides every step by the gradient's size, so the noise that it leaves in s does not decrease with
 ``u* - s``. With ``online_ema`` the generator's loss uses an average of the weights of s. The average has less noise,
-but it lags behind s. A lagging average makes training diverge when the generator moves fast and its gradient passes
-through s (FGM, SiD); use it there only from a good initialisation.
+but it lags behind s. FGM and SiD differentiate s; with a lagging average they diverge while the generator moves fast,
+so give them one only from a good initialisation. DMD does not differentiate s, and has an average by default.
 
-Weights of rows: let ``f = b x_t + kappa u*`` be the teacher's data prediction. Rows are divided by
-``mean |x1 - f| = kappa mean |u* - c|``, a mean over the values of the sample, without gradient (arXiv:2404.04057, eq.
-23). Without this weight the rows with t near 1 dominate, where velocities vary fastest in x. In few dimensions the
-weight w correlates with the target c. Then ``E[w (s - c)]`` is not zero even for the exact s, and samples collapse to a
+Weights of rows: let ``f_T = b x_t + kappa u*`` be the teacher's data prediction (b and kappa: ``data_coefficients`` of
+the path; 1 and ``1 - t`` on the linear path). Rows are divided by ``m = mean |x1 - f_T| = kappa mean |u* - c|``, a mean
+over the values of the sample, without gradient (arXiv:2404.04057, eq. 23). Without this weight the rows with t near 1
+dominate, where velocities vary fastest in x. In few dimensions m correlates with the target c. Some losses contain
+``s - c`` (FGM, SiD, RealUID); there ``E[w (s - c)]`` is then not zero even for the exact s, and samples collapse to a
 few points. Measured on a skewed mixture in one dimension: ``|E w (s - c)| / E |w (s - c)|`` = .42, and W1 of the
-generator .28. PRIOR_VALUES further values, each equal to its expectation for Gaussian data, reduce the ratio to .06.
+generator .28. So m is averaged with PRIOR_VALUES further values, each its expectation for Gaussian data, which reduces
+the ratio to .06. DMD's loss has no such term, and uses the same weight. In one dimension the prior dominates m, and the
+weight is nearly a function of t alone.
 
-Law of t: the law of a feature of size a (its standard deviation over the data) is learned at times where the noise is
-about as large, near ``t = 1/(1 + a)``. An example is the mean brightness of an image, whose a is large. At later times
-x_t shows the brightness in spite of the noise. Both u* and s keep it, so ``u* - s`` does not depend on how often a
-brightness occurs among the generator's samples. Only at the first times does it. With uniform times on Fashion-MNIST
-the images' mean was off by .03, at an energy distance of .15; a law with more early times gave .03.
+Distribution of t: how often a feature occurs is learned at times where the noise is about as large as the feature. For
+a feature of size a (its standard deviation over the data) that is near ``t = 1/(1 + a)``. An example is the mean
+brightness of an image, whose a is large. At later times x_t shows the brightness in spite of the noise. Both u* and s
+keep it, so ``u* - s`` does not depend on how often a brightness occurs among the generator's samples. On Fashion-MNIST
+the energy distance was .15 with uniform times, with the images' mean off by .03, and .03 with more early times:
 ``exponential:2.5`` puts a quarter of the rows below t = .1.
 
-With ``steps: k`` the generator is ``f(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, …, and it is sampled with
+With ``steps: k`` the generator is ``G(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, …, and it is sampled with
 fresh noise between its calls. In training, the state of a call is computed by the generator's earlier calls
 (arXiv:2405.14867, sec. 4.5). Every call has its own online model. With one online model for all calls only the mixture
 of their samples would be matched, so that one call could compensate for the error of another (measured on a mixture in
@@ -99,19 +104,26 @@ class Point:
     spread: float = 1.0
 
     @property
-    def weight(self) -> Tensor:
-        """The weight ``w = kappa^2 (D + P) / (D m + P E m)`` of every row in a loss of velocities, (B,), no gradient.
+    def mean_error(self) -> Tensor:
+        """``m = mean |x1 - f_T|`` of every row, averaged with its prior, (B,), without gradient.
 
-        Here ``m = mean |x1 - f| = kappa mean |u* - c|`` over the D values of a sample, P is PRIOR_VALUES, and
-        ``E m = sqrt(2 / pi) spread sigma / sqrt(alpha^2 spread^2 + sigma^2)`` is the expectation of m for Gaussian
-        data. For P = 0 it is ``kappa^2 / m``: an error of velocities times kappa is one of data predictions, which is
-        divided by m.
+        ``(D kappa mean |u* - c| + P E) / (D + P)``: D is the number of values of a sample, P is PRIOR_VALUES, and
+        ``E = sqrt(2 / pi) spread sigma / sqrt(alpha^2 spread^2 + sigma^2)`` is the expectation for Gaussian data.
         """
-        m = self.kappa * rows_mean((self.teacher - self.c).detach().abs())
+        found = self.kappa * rows_mean((self.teacher - self.c).detach().abs())
         alpha, sigma = self.path.alpha(self.t), self.path.sigma(self.t)
         expected = math.sqrt(2 / math.pi) * self.spread * sigma / (alpha * self.spread).hypot(sigma)
         values = self.c[0].numel()
-        return self.kappa**2 * (values + PRIOR_VALUES) / (values * m + PRIOR_VALUES * expected)
+        return (values * found + PRIOR_VALUES * expected) / (values + PRIOR_VALUES)
+
+    @property
+    def weight(self) -> Tensor:
+        """``w = kappa^2 / m`` of every row, (B,), without gradient.
+
+        That is the weight ``1 / m`` of a loss of data predictions, for a loss of velocities: a difference of velocities
+        times kappa is one of data predictions.
+        """
+        return self.kappa**2 / self.mean_error
 
     @property
     def kappa(self) -> Tensor:
@@ -358,6 +370,9 @@ class DistributionMatching(Objective):
     @torch.no_grad()
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
         """The guard's measurements, ``gap = E |u* - s|^2`` and ``lag = |E (u* - s)(s - c)| / gap``.
+
+        The guard measures the generator with its averaged weights, at its first call. Gap and lag are those of its
+        present weights, on which s is trained.
 
         Given x_t, ``s - c`` has the mean ``s - v_theta``, which is the error of s. So lag is the part of this error
         along ``u* - s``, relative to the gap: 0 for the exact s.

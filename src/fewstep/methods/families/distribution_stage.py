@@ -62,7 +62,7 @@ class MatchingOptions(MapOptions):
 
     @model_validator(mode="before")
     @classmethod
-    def _started_already(cls, fields: Any) -> Any:
+    def _no_start_with_init(cls, fields: Any) -> Any:
         return {"start": 0.0, **fields} if isinstance(fields, Mapping) and fields.get("init") else fields
 
     @model_validator(mode="after")
@@ -86,7 +86,8 @@ def online_model(teacher: Teacher, steps: int) -> nn.Module:
 def plan_matching(
     options: MatchingOptions, stage: Stage, divergence: Divergence, online_loss: OnlineLoss = flow_matching_loss
 ) -> Plan:
-    """Two phases: consistency distillation (``start``), then distribution matching (``game``).
+    """Two phases: consistency distillation (``start``), then distribution matching (``game``: the generator and the
+    online model are trained against each other).
 
     The batches are data rows with independent noise. The generator takes noise and labels from them; the rows
     themselves are used in the first phase and by an ``online_loss`` that needs them.
@@ -173,13 +174,19 @@ def generator_rule(steps: int) -> SampleRule:
     return SampleRule(kind="map", steps=divisors, default_steps=steps, sampler=sampler)
 
 
-def matching_needs(options: MatchingOptions) -> Needs:
-    """Network calls per sample seen, without those of the student's own update.
+def matching_needs(options: MatchingOptions, through: bool = True) -> Needs:
+    """Network calls per sample seen, beside those of the student's own update: the mean over both phases.
 
-    Every update of the online model runs the generator (``steps`` calls) and the online model forward and backward (3
-    calls; a backward pass counts as two); the student's update runs its first ``steps - 1`` calls, and online model and
-    teacher forward and backward.
+    In the first phase the teacher makes a Heun step (two calls). In the second, every update of the online model runs
+    the generator (``steps`` calls) and the online model forward and backward (three calls; a backward pass counts as
+    two). The generator's update runs its first ``steps - 1`` calls, and both other networks.
+
+    Args:
+        options: of the stage.
+        through: whether the loss differentiates the teacher and the online model, so that they run backward too.
     """
-    generated = options.online_turns * options.steps + (options.steps - 1)
-    calls = generated + 3 * (options.online_turns + 1 + calls_at(options.guidance))
-    return Needs(guidance=options.guidance, teacher_calls=calls)
+    teacher = calls_at(options.guidance)
+    compared = (3 if through else 1) * (1 + teacher)
+    matching = options.online_turns * (options.steps + 3) + (options.steps - 1) + compared
+    calls = options.start * 2 * teacher + (1 - options.start) * matching
+    return Needs(guidance=options.guidance, other_calls=round(calls))

@@ -9,10 +9,10 @@ t = 0 is noise.
                                                             (arXiv:2507.16884; q in the middle: arXiv:2410.12557)
     Lagrangian    ∂_r X(x, t, r) = v(X(x, t, r), r)                  (arXiv:2406.07507)
 
-The velocity v is a teacher's, or that of the data pair, ``d/dt x_t``, whose mean given x_t is v. The derivative
-equation is linear in v (v is also the tangent of du/dt), so a pair's velocity may replace v everywhere in it without
-changing the solution. The other two equations are not linear in v. There a pair's velocity is used only on the diagonal
-r = t, where the loss regresses ``u = v``.
+The velocity v is a teacher's, or that of the data pair, ``d/dt x_t``, whose mean given x_t is v. In the derivative
+equation v occurs twice, as the first term and as the direction of the derivative, both times linearly. So a pair's
+velocity may replace it without changing the solution. The other two equations are not linear in v. There a pair's
+velocity is used only on the diagonal r = t, where the loss regresses ``u = v``.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class Times(NamedTuple):
 
     Attributes:
         t, r: the times.
-        diagonal: rows whose target is the velocity itself, (B,) of bool; in most methods those with r = t.
+        diagonal: rows whose target is the velocity itself, (B,) of bool: those with r = t, in ``shortcut`` those with
+            the smallest step.
     """
 
     t: Tensor
@@ -74,7 +75,7 @@ def derivative_target(
         times: t and r.
         v: the velocity at (x, t), (B, ...), or that of the pair, whose mean given x it is.
         cond: further keyword arguments of u.
-        along: w, (B, ...); v by default.
+        along: direction w of the derivative, (B, ...); v by default.
 
     Returns:
         (B, ...). In a row where ``(r - t) du/dt`` has a root mean square above 5, it is scaled down to 5; data have a
@@ -123,7 +124,7 @@ def where_rows(mask: Tensor, yes: Tensor, no: Tensor) -> Tensor:
 TargetOf = Callable[[Tensor, Tensor, Times, Mapping[str, Any]], Tensor]
 
 
-def off_diagonal(target: Tensor, x: Tensor, times: Times, cond: Mapping[str, Any], make: TargetOf) -> Tensor:
+def replace_off_diagonal(target: Tensor, x: Tensor, times: Times, cond: Mapping[str, Any], make: TargetOf) -> Tensor:
     """Replace the target of the rows that are not on the diagonal.
 
     Args:

@@ -20,7 +20,9 @@ from fewstep.flow.precision import full_precision
 class TargetAverage:
     """The average ``w' <- d w' + (1 - d) w``, after every update of w; for ``d = 0`` it is w itself.
 
-    A call is without a graph, in full precision, and with the same dropout mask as the next call of the network.
+    Calling this object calls the averaged network without a graph, in full precision, and with the dropout mask that
+    the next call of the network will draw. (Distribution matching calls ``module`` itself, with gradients in x and in
+    eval mode.)
 
     Args:
         module: the network with the weights w, on the device on which it is trained.

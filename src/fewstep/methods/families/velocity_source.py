@@ -123,7 +123,7 @@ def teacher_calls(options: MapOptions) -> int:
 
 def map_needs(options: MapOptions) -> Needs:
     """The needs of a stage that evaluates a teacher once per sample."""
-    return Needs(guidance=options.guidance, teacher_calls=teacher_calls(options))
+    return Needs(guidance=options.guidance, other_calls=teacher_calls(options))
 
 
 def two_time_network(
