@@ -333,7 +333,7 @@ def modes(arguments: argparse.Namespace, base: Path) -> None:
 def mixtures(arguments: argparse.Namespace, base: Path) -> None:
     """Make the rows of random mixtures and print the table."""
     rows = Rows(base / "rows.jsonl")
-    known = {name: model for name, model in models().items() if not model.from_data and model.start is None}
+    known = {name: model for name, model in models().items() if model.start is None}
     wanted = names_of(arguments, known)
     for seed in seeds_of(arguments):
         for dimension in (1, 2):
@@ -345,7 +345,7 @@ def mixtures(arguments: argparse.Namespace, base: Path) -> None:
                 if (f"{name}, {dimension}-D", seed) in rows:
                     continue
                 folder = out / "".join(c if c.isalnum() else "-" for c in name)
-                stage = {"teacher": str(out / "teacher"), **known[name].stage}
+                stage = {**({} if known[name].from_data else {"teacher": str(out / "teacher")}), **known[name].stage}
                 began = time.process_time()
                 train({**header, "stages": {"model": stage}}, folder, SCRIPT)
                 line: Row = {"name": f"{name}, {dimension}-D", "seed": seed, "seconds": time.process_time() - began}
