@@ -104,7 +104,7 @@ def students() -> dict[str, Row]:
     made = {
         "rec": off,
         "rec + perceptual": {**off, **seen},
-        "rec + adversarial, real = teacher": {**on, "real": "teacher"},
+        "rec + adversarial, real = teacher": {**on, "discriminator_real": "teacher"},
         "rec + adversarial, real = data": on,
         "all, real = data": {**on, **seen},
         "rec, 800k": {**off, "samples": 800_000},
@@ -114,7 +114,7 @@ def students() -> dict[str, Row]:
     for name, size in SMALL.items():
         small = {"network": {"size": size}, "init": None}
         made[f"{name}: rec"] = {**off, **small}
-        made[f"{name}: rec + adversarial, real = teacher"] = {**on, **small, "real": "teacher"}
+        made[f"{name}: rec + adversarial, real = teacher"] = {**on, **small, "discriminator_real": "teacher"}
         made[f"{name}: rec + adversarial, real = data"] = {**on, **small}
         made[f"{name}: all, real = data"] = {**on, **seen, **small}
         made[f"{name}: rec, 800k"] = {**off, **small, "samples": 800_000}
@@ -123,7 +123,7 @@ def students() -> dict[str, Row]:
         for annealing in (False, True):
             for guided in (0, 1):
                 words = ["annealed" if annealing else "straightened", *(["guided"] if guided else [])]
-                slim = {"method": "slimflow", "annealing": annealing, "guided": guided, **small}
+                slim = {"method": "slimflow", "annealing": annealing, "flow_weight": guided, **small}
                 made[f"{name}: {', '.join(words)}"] = slim
     straight = {"method": "reflow", "init": None, "mix": 1.0}
     made["2-RF: ushape, huber"] = {**straight, "time": "ushape:4", "loss": "huber"}
