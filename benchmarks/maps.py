@@ -5,8 +5,8 @@ name says so) on the same number of samples, or with `--seconds S` for the same 
 that it supports. Rows are stored in OUT, and the same command makes the missing ones; `--rows "a; b"` makes only
 those. Fashion-MNIST needs `--data` with the folder of its idx files; its teacher and judge are in `benchmarks/assets`.
 
-``mixtures``: random mixtures on the line and in the plane, default options, from a teacher or from data. W1 to new samples of the law
-(in the plane the mean over directions), divided by that of one Euler step of the teacher.
+``mixtures``: random mixtures on the line and in the plane, default options, from a teacher or from data. W1 to new
+samples of the law (in the plane the mean over directions), divided by that of one Euler step of the teacher.
 
 ``modes``: 25 modes of width .08 on a grid of spacing 1, distribution matching with default options. Energy
 distance of one call to 10,000 new samples, divided by that of the teacher at 100 steps, and the number of 10,000
