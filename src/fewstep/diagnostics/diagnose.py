@@ -43,7 +43,7 @@ from fewstep.diagnostics.profiles import (
 from fewstep.diagnostics.sensitivity import (
     AGREED,
     EULER_STEPS,
-    MOST_STEPS,
+    MAX_EULER_STEPS,
     adjoint_weights,
     endpoint_errors,
     jump_squares,
@@ -205,7 +205,7 @@ class _Measurement:
         steps, norms = list(EULER_STEPS), []
         for number in steps:
             norms.append(endpoint_errors(self.field, self.x0, x1, self.cond, number, parts))
-            if number == steps[-1] < MOST_STEPS:
+            if number == steps[-1] < MAX_EULER_STEPS:
                 here = number * root_mean_square(norms[-1][: len(unit)], trimmed=True)
                 first = root_mean_square(unit, trimmed=True)
                 if max(here, first) > AGREED * min(here, first):

@@ -101,10 +101,10 @@ class QuadraticForms:
 
     def _agrees(self, along: Tensor, x: Tensor, t: Tensor, w: Tensor, cond: dict[str, Any]) -> bool:
         try:
-            _, pulled = self._reverse(x, t, w, **cond)
+            _, vjp = self._reverse(x, t, w, **cond)
         except Exception:  # whatever a network raises that cannot be differentiated
             return False
-        gap = (pulled.detach() * w).flatten(1).sum(1) - along.sum(1)
+        gap = (vjp.detach() * w).flatten(1).sum(1) - along.sum(1)
         return bool((gap.abs() <= AGREEMENT * along.abs().sum(1)).all())
 
     def __call__(self, x: Tensor, t: Tensor, w: Tensor, cond: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -137,5 +137,5 @@ class QuadraticForms:
         with torch.enable_grad(), plain_attention():
             x = x if x.requires_grad else x.detach().requires_grad_()
             v = self.field(x, t, **cond)
-            (pulled,) = torch.autograd.grad(v, x, w.to(v.dtype), create_graph=self.grad)
-        return (v, pulled) if self.grad else (v.detach(), pulled)
+            (vjp,) = torch.autograd.grad(v, x, w.to(v.dtype), create_graph=self.grad)
+        return (v, vjp) if self.grad else (v.detach(), vjp)

@@ -30,9 +30,9 @@ from fewstep.flow.derivatives import Derivative
 from fewstep.flow.field import Field
 
 TOLERANCE = 5e-4  # largest difference on a panel, as a share of the whole change of velocity; chosen, not tuned
-LEAST_CHANGE = 1e-3  # the whole change of velocity is taken as at least this share of the velocity
-SHORTEST = 2.0**-14  # shortest panel, whose nodes are still different numbers in single precision
-MOST = 4  # at most so many times the panels of the starting grid
+MIN_CHANGE = 1e-3  # of the velocity: a smaller change over the whole time counts as this; chosen, not tuned
+MIN_PANEL = 2.0**-14  # shortest panel, whose nodes are still different numbers in single precision
+MAX_PANEL_RATIO = 4  # panels at the end, in panels of the starting grid; chosen, not tuned
 
 
 @final
@@ -217,8 +217,8 @@ def resolved_times(field: Field, derivative: Derivative, x: Tensor, cond: Mappin
         path = follow(field, derivative, x, with_middles(edges), cond, len(x))
         scale = _scale(path) if scale is None else scale
         defect = _defects(path)
-        bad = ~(defect <= TOLERANCE * scale) & (np.diff(edges) > 1.5 * SHORTEST)
-        room = MOST * panels - len(done) - len(bad)
+        bad = ~(defect <= TOLERANCE * scale) & (np.diff(edges) > 1.5 * MIN_PANEL)
+        room = MAX_PANEL_RATIO * panels - len(done) - len(bad)
         if bad.sum() > room:
             bad &= defect >= np.sort(defect[bad])[::-1][max(room, 1) - 1]
         if room <= 0 or not bad.any():
@@ -244,7 +244,7 @@ def _defects(path: Path) -> np.ndarray:
 def _scale(path: Path) -> float:
     """``∫ |x''| dt``, at least a small share of the velocity."""
     change = float(simpson_weights(path.times) @ [_rms(a) for a in path.accelerations])
-    return max(change, LEAST_CHANGE * max(_rms(v) for v in path.velocities), 1e-30)
+    return max(change, MIN_CHANGE * max(_rms(v) for v in path.velocities), 1e-30)
 
 
 def _rms(values: Tensor) -> float:

@@ -40,7 +40,7 @@ from fewstep.flow.field import Field
 from fewstep.solvers.solve import solve
 
 EULER_STEPS = (1, 2, 4, 6, 8, 12, 16)  # Euler is always run with these; chosen, not tuned
-MOST_STEPS = 128  # Euler is run with more steps, up to these, until its error follows first order
+MAX_EULER_STEPS = 128  # largest number of Euler steps tried until the error follows first order; chosen, not tuned
 AGREED = 1.25  # the error follows first order when both agree within this factor
 DROPPED = 0.05  # share of samples that a trimmed mean leaves out
 AGREEMENT, ROUNDING = 0.1, 1e-3  # allowed gap of gradient and Jacobian-vector product: relative, and per velocity
@@ -98,22 +98,22 @@ def adjoint_weights(
     last = len(path.times) - 1
     weights = np.empty((len(signs), last + 1))
 
-    def pulled(k: int, w: Tensor) -> Tensor:
+    def vjp(k: int, w: Tensor) -> Tensor:
         x = path.states[k][: len(signs)]
         return pullback(field, x, at(float(path.times[k]), x), w, **cond)[1]
 
     def weigh(k: int, w: Tensor) -> None:
         weights[:, k] = _dot(w, path.accelerations[k]).square().numpy()
 
-    if not _transposed(pulled, derivative, path, signs, cond):
+    if not _transposed(vjp, derivative, path, signs, cond):
         return None
     w = signs
     weigh(last, w)
     for k in range(last, 0, -2):
         h = float(path.times[k] - path.times[k - 2])
-        p1 = pulled(k, w)
-        p2 = pulled(k - 1, w.add(p1, alpha=h / 2))
-        p3 = pulled(k - 2, w.add(2 * p2 - p1, alpha=h))
+        p1 = vjp(k, w)
+        p2 = vjp(k - 1, w.add(p1, alpha=h / 2))
+        p3 = vjp(k - 2, w.add(2 * p2 - p1, alpha=h))
         before = w.add(p1 + 4 * p2 + p3, alpha=h / 6)
         weigh(k - 1, ((w + before) / 2).add(p1 - p3, alpha=h / 8))  # the cubic through both ends
         weigh(k - 2, before)
@@ -122,7 +122,7 @@ def adjoint_weights(
 
 
 def _transposed(
-    pulled: Callable[[int, Tensor], Tensor], derivative: Derivative, path: Path, w: Tensor, cond: Mapping[str, Any]
+    vjp: Callable[[int, Tensor], Tensor], derivative: Derivative, path: Path, w: Tensor, cond: Mapping[str, Any]
 ) -> bool:
     """Whether ``(w^T J) u = w^T (J u)`` in the middle of the path.
 
@@ -131,7 +131,7 @@ def _transposed(
     k = len(path.times) // 2
     x, u = path.states[k][: len(w)], path.velocities[k][: len(w)]
     try:
-        left = _dot(pulled(k, w), u)
+        left = _dot(vjp(k, w), u)
     except torch.OutOfMemoryError:
         raise
     except (UserError, RuntimeError):

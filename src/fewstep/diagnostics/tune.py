@@ -20,8 +20,8 @@ from fewstep.solvers.solve import check_start
 from fewstep.solvers.tables import LINEAR
 
 KINDS = ("auto", FITTED)
-LEAST = 32  # least noises to fit on, and least to judge on
-FEWEST, MOST = 256, 2048  # limits of the noises that a generator draws for either
+MIN_NOISES = 32  # noises to fit on, and noises to validate on; chosen, not tuned
+MIN_DRAWN, MAX_DRAWN = 256, 2048  # noises that a generator draws for each; chosen, not tuned
 ENTRIES = {"auto": 1 << 11, FITTED: 1 << 17}  # values in those noises: in few dimensions outliers need many noises
 
 
@@ -36,7 +36,7 @@ def noises_for(kind: str, shape: Sequence[int]) -> int:
     """
     if kind not in KINDS:
         raise unknown("kind of tuning", kind, KINDS)
-    return 2 * min(MOST, max(FEWEST, ENTRIES[kind] // math.prod(shape)))
+    return 2 * min(MAX_DRAWN, max(MIN_DRAWN, ENTRIES[kind] // math.prod(shape)))
 
 
 def tune(
@@ -76,8 +76,8 @@ def tune(
     if kind not in KINDS:
         raise unknown("kind of tuning", kind, KINDS)
     check_start(x0)
-    if len(x0) < 2 * LEAST:
-        raise UserError(f"tuning needs at least {2 * LEAST} noises, half of them to judge by, got {len(x0)}.")
+    if len(x0) < 2 * MIN_NOISES:
+        raise UserError(f"tuning needs at least {2 * MIN_NOISES} noises, half of them to judge by, got {len(x0)}.")
     calls = check_steps(calls)
     path = make_path(path) if isinstance(path, str) else path
     field, half = as_field(v), len(x0) // 2

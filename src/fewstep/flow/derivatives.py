@@ -217,8 +217,8 @@ def pullback(velocity: Velocity, x: Tensor, t: Tensor, w: Tensor, **cond: Any) -
                 "the velocity does not depend on x as far as autograd can see (it is computed under no_grad, or x is "
                 "detached): let gradients through the network's input."
             )
-        (pulled,) = torch.autograd.grad(v, point, w, allow_unused=True)
-    return v.detach(), torch.zeros_like(x) if pulled is None else pulled
+        (vjp,) = torch.autograd.grad(v, point, w, allow_unused=True)
+    return v.detach(), torch.zeros_like(x) if vjp is None else vjp
 
 
 def _forward(

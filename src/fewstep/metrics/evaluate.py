@@ -39,8 +39,8 @@ from fewstep.metrics.two_sample import Within, between, within
 Features = Callable[[Tensor], Tensor]
 """Maps a batch of samples ``(B, ...)`` to features ``(B, F)``."""
 
-MOST_GENERATED = 4000
-MOST_REFERENCE = 10_000
+MAX_GENERATED = 4000
+MAX_REFERENCE = 10_000
 PROJECTIONS = 256  # directions of the sliced distance
 PIXELS = "pixels"
 HELD_OUT_SCORES = (
@@ -118,7 +118,7 @@ class Scores:
 
 def sample_count(reference: int) -> int:
     """How many samples to generate for a training split of this size: ``min(4000, reference)``."""
-    return min(MOST_GENERATED, reference)
+    return min(MAX_GENERATED, reference)
 
 
 def evaluate(
@@ -183,7 +183,7 @@ class Reference:
         self.seed, self.k = seed, k
         self.count = sample_count(len(train))
         self.train = as_rows(train, "train", least=k + 1)
-        self._chosen = torch.as_tensor(pick(self.train.shape[0], MOST_REFERENCE))  # on the CPU: indexes any device
+        self._chosen = torch.as_tensor(pick(self.train.shape[0], MAX_REFERENCE))  # on the CPU: indexes any device
         self.rows = self.train[self._chosen]
         self._extractor, self._in_features = features, neighbours_in == "features"
         self._name = features_name or PIXELS

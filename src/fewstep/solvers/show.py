@@ -46,9 +46,9 @@ def text(head: str, formula: str, source: str) -> str:
 def _clauses(formula: str) -> list[str]:
     lines = [""]
     for clause in formula.split("; "):
-        joined = f"{lines[-1]}; {clause}" if lines[-1] else clause
-        if len(joined) <= WIDTH:
-            lines[-1] = joined
+        longer = f"{lines[-1]}; {clause}" if lines[-1] else clause
+        if len(longer) <= WIDTH:
+            lines[-1] = longer
         else:
             lines.extend(textwrap.wrap(clause, WIDTH))
     return [line for line in lines if line]
