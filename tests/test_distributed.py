@@ -42,7 +42,7 @@ def recipe(teacher: Path | None) -> dict[str, Any]:
     if teacher is not None:
         learnt = {"teacher": str(teacher), "pairs": 1000, **common}
         stages["straight"] = {"method": "reflow", "real_pairs": 600, **learnt}
-        stages["onestep"] = {"method": "instaflow", "real": "both", **learnt, "pairs": 1200}
+        stages["onestep"] = {"method": "instaflow", "discriminator_real": "both", **learnt, "pairs": 1200}
         maps = {"teacher": str(teacher), **common}
         stages["consistency"] = {"method": "consistency", **maps}
         stages["alpha"] = {"method": "meanflow", "target": "alpha", **maps}

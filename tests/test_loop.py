@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -208,8 +209,10 @@ def test_a_traced_solve_equals_the_loop_and_counts_its_calls(solver: str, monkey
 
 @pytest.mark.slow
 def test_a_compiled_solve_equals_the_loop_forgets_its_network_and_says_what_is_missing(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    # the compiler's shared cache does not distinguish the instruction sets that ATEN_CPU_CAPABILITY chooses
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     net = nn.Sequential(nn.Linear(2, 16), nn.SiLU(), nn.Linear(16, 2))
 
     class Velocity(nn.Module):
