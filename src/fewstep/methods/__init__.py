@@ -2,5 +2,5 @@
 
 ``contract`` has the types that every method uses, ``families`` the losses that several papers share,
 ``training_pairs`` the pairs (x0, x1) that networks learn from, and ``guards`` the checks during training. A new method
-is a new file and one line in :data:`fewstep.methods.registry.METHODS`.
+is a new file, and its name in :data:`fewstep.methods.registry.NAMES`.
 """

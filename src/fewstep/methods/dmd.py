@@ -34,7 +34,7 @@ class DMDOptions(MatchingOptions):
     online_ema: float = Field(0.8, ge=0, lt=1, description=ONLINE_EMA)
     weight: Literal["normalised", "kl"] = Field(
         "normalised",
-        description="weight of each row; normalised: 1 / m, about mean |x1 - f_T|; kl: the divergence's",
+        description="weight of each row; normalised: 1 / m, where m is about mean |x1 - f_T|; kl: the paper's",
     )
 
 

@@ -29,7 +29,7 @@ from fewstep.flow.noise import generator_for
 from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.methods.contract.objective import Batches, Objective
-from fewstep.methods.contract.options import Options
+from fewstep.methods.contract.options import Options, refuse_teacher
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage, velocity_network
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.distances import ROBUST, require_many_values, robust_note
@@ -66,8 +66,7 @@ class FlowMatchingOptions(Options):
 
     @model_validator(mode="after")
     def _known_words(self) -> FlowMatchingOptions:
-        if self.teacher is not None:
-            raise ValueError("it learns from data: leave 'teacher' out, or write 'init' to start from its weights")
+        refuse_teacher(self)
         make_path(self.path)
         if self.path == "interpolant" and self.coupling != "independent":
             raise ValueError(f"{LATENT}: leave 'coupling: {self.coupling}' out, or use another path ('linear')")

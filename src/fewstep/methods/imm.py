@@ -6,8 +6,9 @@ a data pair and times ``t < q <= r``, the states ``x_t`` and ``x_q`` lie on one 
     L(theta) = E_{t, r} w MMD^2( law of f_theta(x_t, t, r), law of sg[ f_theta(x_q, q, r) ] ),     q = min(t + g, r).
 
 Where q = r the second law is that of x_r itself, so this case is learned from data. Each further step of length g
-extends it to earlier times. The weight is ``w = 1 / (g max(r - t, .05))``: a change of u moves y by ``r - t`` times as
-much, and the two starts differ in proportion to g.
+extends it to earlier times. t and r are two draws of the law ``time``, sorted, and r = 1 in a share ``to_data`` of the
+groups. The weight is ``w = 1 / (g max(r - t, .05))``: a change of u moves y by ``r - t`` times as much, and a smaller
+gap makes the difference between the laws smaller. Both calls are in float32.
 
 The laws are compared in groups of M rows (``particles``) that share t, r and, where there are labels, the class. With
 ``y_i = f(x_t^i, t, r)``, ``z_i = sg f(x_q^i, q, r)`` and the kernel of the energy distance, smoothed at zero,
@@ -22,8 +23,8 @@ training with it ended at an energy distance of .13, and with this one at .016.)
 ``paired`` keeps the terms i = j of the middle sum, and divides by M^2, as the paper does. ``y_i`` and ``z_i`` belong to
 one data pair, so these terms are a consistency loss with a robust distance. They reduce the variance: without them
 no setting that was tried learned digits (64 values; precision .01 instead of .5 after 300,000 samples). They also have
-a bias, because one state has many data pairs: on a mixture of two modes in one dimension, W1 of one call was .26 of one
-Euler step's with them, and .06 without.
+a bias, because one state has many data pairs: on a mixture of two modes in one dimension, W1 of one call was .26 times
+that of one Euler step with them, and .06 times without.
 So the default is paired, M = 4, from 50 values per sample on, and unpaired, M = 32, below.
 
 The gap starts at 1, where the target is x_r, and is halved ``halvings`` times in the first half of the training. (The
@@ -48,6 +49,7 @@ from fewstep.flow.paths import expand_time
 from fewstep.flow.precision import full_precision, in_full
 from fewstep.flow.time_laws import TimeLaw, make_time_law
 from fewstep.methods.contract.objective import Batches, Networks, Objective, Terms
+from fewstep.methods.contract.options import refuse_teacher
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.consistency_loss import gap_at
@@ -77,8 +79,7 @@ class IMMOptions(MapOptions):
 
     @model_validator(mode="after")
     def _learns_from_data(self) -> IMMOptions:
-        if self.teacher is not None:
-            raise ValueError("it learns from data: leave 'teacher' out, or write 'init' to start from its weights")
+        refuse_teacher(self)
         return self
 
     @model_validator(mode="after")

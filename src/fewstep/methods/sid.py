@@ -2,14 +2,14 @@
 
 With the data predictions ``f_T`` of the teacher and ``f_S`` of the online model at ``x_t``,
 
-    L = w (f_T - f_S)((f_T - x1) - alpha (f_T - f_S)),      w = 1 / mean |x1 - f_T| without gradient,
+    L = (f_T - f_S)((f_T - x1) - alpha (f_T - f_S)) / m,      m = mean |x1 - f_T| without gradient,
 
 where the gradient passes through x_t into both networks. In velocities, ``f_T - f_S = kappa (u* - s)`` and
-``f_T - x1 = kappa (u* - c)``. So ``L = kappa^2 w ((1 - alpha) L1 + L2 / 2)`` with the two terms of flow generator
-matching (:mod:`fewstep.methods.fgm`). For alpha = 1/2 it is half of that method's loss, for alpha = 1 half of its
-second term alone, and for larger alpha the first term is subtracted. The default is alpha = 1, with more early times
-than in the other methods: on digits its recall was the highest of the family (.96;
-``benchmarks/2026-11-30-few-step.md``).
+``f_T - x1 = kappa (u* - c)``, with ``u* - c = (u* - s) + (s - c)``. So ``L = w ((1 - alpha) L1 + L2 / 2)`` with
+``w = kappa^2 / m`` and the two terms of flow generator matching (:mod:`fewstep.methods.fgm`). For alpha = 1/2 it is
+half of that method's loss, for alpha = 1 half of its second term alone, and for larger alpha the first term is
+subtracted. The default is alpha = 1, with more early times than in the other methods: on digits its recall was the
+highest of the family (.96; ``benchmarks/2026-11-30-few-step.md``).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SiDOptions(MatchingOptions):
 @final
 @dataclass(frozen=True)
 class SiD:
-    """The loss ``w kappa^2 mean (u* - s)((u* - c) - alpha (u* - s))`` per row.
+    """The loss ``w mean (u* - s)((u* - c) - alpha (u* - s))`` per row, ``w`` the weight of the point.
 
     Attributes:
         alpha: as in the module's docstring.

@@ -63,6 +63,16 @@ class Options(BaseModel):
         return present
 
 
+def refuse_teacher(options: Options) -> None:
+    """Refuse a teacher for a method that learns from data only; the student would start from its weights.
+
+    Raises:
+        ValueError: the options name a teacher.
+    """
+    if options.teacher is not None:
+        raise ValueError("it learns from data: leave 'teacher' out, or write 'init' to start from its weights")
+
+
 def require_teacher(options: Options) -> None:
     """Refuse a stage without a teacher, for a method that needs one.
 

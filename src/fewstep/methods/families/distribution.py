@@ -9,12 +9,12 @@ The generator's samples have the teacher's law if ``v_theta = u*``. (With z inst
 velocity of a dependent coupling, and u*, trained on independent noise, could not be compared with it.) A method is one
 function of (x1, x_t, c, u*, s), a :class:`Divergence`, which the generator minimises.
 
-Updates: every training step has ``online_turns`` updates of s, then one update of the generator. Each of them draws new
-noise, times and generated samples; the labels are those of the step's batch. Both networks use AdamW with betas
-(0, .99) (arXiv:2311.18828), because the target of either network changes during training. The online model is trained
-on the generator's present weights, not on their average. It starts as a copy of the teacher, and until it has followed
-the generator's samples the difference ``u* - s`` is mostly noise of its updates. So the online model is trained alone
-in the first steps (``head_start``), and the generator's warm-up begins after them.
+Updates: every training step has ``online_turns`` updates of s, then one update of the generator. Every update of s
+draws its own z; the generator's update takes the batch's noise. Times and eps are new in each, labels are the batch's.
+Both networks use AdamW with betas (0, .99) (arXiv:2311.18828), because the target of either network changes during
+training. The online model is trained on the generator's present weights, not on their average. It starts as a copy of
+the teacher, so ``u* - s`` is 0 at first, and then mostly the noise of its updates until s has learned the generator's
+law. So it is trained alone in the first steps (``head_start``), and the generator's warm-up begins after them.
 
 Precision: u* and s become nearly equal, so for their difference both are evaluated in float32; in bfloat16 its mean
 square was up to eleven times too large. Both are evaluated without dropout, which would make two equal networks differ.
@@ -22,8 +22,9 @@ The generator's own call and the loss that trains s keep the precision of the st
 
 Average of s: Adam divides every step by the gradient's size, so the noise that it leaves in s does not decrease with
 ``u* - s``. With ``online_ema`` the generator's loss uses an average of the weights of s. The average has less noise,
-but it lags behind s. FGM and SiD differentiate s; with a lagging average they diverge while the generator moves fast,
-so give them one only from a good initialisation. DMD does not differentiate s, and has an average by default.
+but it lags behind s. FGM, SiD and RealUID differentiate s; with a lagging average they diverge while the generator
+moves fast, so give them one only from a good initialisation. DMD does not differentiate s, and has an average by
+default.
 
 Weights of rows: let ``f_T = b x_t + kappa u*`` be the teacher's data prediction (b and kappa: ``data_coefficients`` of
 the path; 1 and ``1 - t`` on the linear path). Rows are divided by ``m = mean |x1 - f_T| = kappa mean |u* - c|``, a mean
@@ -32,15 +33,16 @@ dominate, where velocities vary fastest in x. In few dimensions m correlates wit
 ``s - c`` (FGM, SiD, RealUID); there ``E[w (s - c)]`` is then not zero even for the exact s, and samples collapse to a
 few points. Measured on a skewed mixture in one dimension: ``|E w (s - c)| / E |w (s - c)|`` = .42, and W1 of the
 generator .28. So m is averaged with PRIOR_VALUES further values, each its expectation for Gaussian data, which reduces
-the ratio to .06. DMD's loss has no such term, and uses the same weight. In one dimension the prior dominates m, and the
-weight is nearly a function of t alone.
+the ratio to .06. DMD's loss has no such term; it divides ``f_S - f_T`` by the same m. In one dimension the prior
+dominates m, and the weight is nearly a function of t alone.
 
-Distribution of t: how often a feature occurs is learned at times where the noise is about as large as the feature. For
-a feature of size a (its standard deviation over the data) that is near ``t = 1/(1 + a)``. An example is the mean
-brightness of an image, whose a is large. At later times x_t shows the brightness in spite of the noise. Both u* and s
-keep it, so ``u* - s`` does not depend on how often a brightness occurs among the generator's samples. On Fashion-MNIST
-the energy distance was .15 with uniform times, with the images' mean off by .03, and .03 with more early times:
-``exponential:2.5`` puts a quarter of the rows below t = .1.
+Distribution of t: how often a feature occurs is learned at times where the noise in the feature is about as large as
+the feature itself. For a feature whose standard deviation over the data is a times that of unit noise, that is near
+``t = 1/(1 + a)``. An example is the mean brightness of an image: noise hardly changes a mean of many pixels, so a is
+large. At later times x_t shows the brightness in spite of the noise. Both u* and s keep it, so ``u* - s`` does not
+depend on how often a brightness occurs among the generator's samples. On Fashion-MNIST the energy distance was .15 with
+uniform times, with the images' mean off by .03, and .03 with more early times: ``exponential:2.5`` puts a quarter of
+the rows below t = .1.
 
 With ``steps: k`` the generator is ``G(x, t) = x + (1 - t) v(x, t)`` at the times 0, 1/k, …, and it is sampled with
 fresh noise between its calls. In training, the state of a call is computed by the generator's earlier calls
@@ -371,11 +373,10 @@ class DistributionMatching(Objective):
     def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
         """The guard's measurements, ``gap = E |u* - s|^2`` and ``lag = |E (u* - s)(s - c)| / gap``.
 
-        The guard measures the generator with its averaged weights, at its first call. Gap and lag are those of its
-        present weights, on which s is trained.
-
-        Given x_t, ``s - c`` has the mean ``s - v_theta``, which is the error of s. So lag is the part of this error
-        along ``u* - s``, relative to the gap: 0 for the exact s.
+        The guard measures the generator with its averaged weights, at its first call. Gap and lag are measured on
+        samples of its present weights, with the s that its loss uses: the average, if there is one. Given x_t,
+        ``s - c`` has the mean ``s - v_theta``, which is the error of s. So lag is the part of this error along
+        ``u* - s``, relative to the gap: 0 for the exact s. (RealUID trains s otherwise: there it is not.)
         """
         assert self.guard is not None, "the number of checks is 0 without a guard"
         device = next(iter(ema.values())).device

@@ -39,6 +39,8 @@ SETTLED_RECALL = 0.3  # best recall above which the limit holds; chosen, not tun
 class DivergenceGuard:
     """Measures the first call of the generator with averaged weights, and stops a training that diverges.
 
+    (Here a training diverges; a :class:`~fewstep.methods.families.distribution.Divergence` is one of two laws.)
+
     Args:
         student: the network ``v(x, t, **cond)`` that is copied.
         stage: gives data, base, seed and name.
