@@ -94,6 +94,7 @@ class Trainer:
         self._objective: Objective | None = None
         self._wrapped: dict[nn.Module, nn.Module] = {}
         self._parameters: dict[str, list[nn.Parameter]] = {}
+        self._learns: str | None = None  # the role whose parameters have gradients
         self._key = mix(*key)
         self._rows = process_rows(world, options.batch_size)
         self._generator = torch.Generator()
@@ -272,9 +273,11 @@ class Trainer:
 
     def _networks(self, role: str) -> Networks:
         """The networks for an update of ``role``: its own has gradients, and is wrapped for several processes."""
-        for name in self._modules:
-            for parameter in self._parameters[name]:
-                parameter.requires_grad_(name == role)
+        if role != self._learns:
+            self._learns = role
+            for name, parameters in self._parameters.items():
+                for parameter in parameters:
+                    parameter.requires_grad_(name == role)
         return {name: self._wrapped[module] if name == role else module for name, module in self._modules.items()}
 
     @contextlib.contextmanager
@@ -283,6 +286,7 @@ class Trainer:
         try:
             yield
         finally:
+            self._learns = None
             for parameter in itertools.chain(*self._parameters.values()):
                 parameter.requires_grad_(True)
 
