@@ -283,7 +283,7 @@ def test_timing_keeps_its_budget_and_extrapolates_to_the_whole_batch(
     monkeypatch: pytest.MonkeyPatch, fixed: float, each: float
 ) -> None:
     clock = SimpleNamespace(now=0.0)
-    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now, process_time=lambda: clock.now))
     nets = [Slow(clock, fixed, each) for _ in range(3)]
     waiting = iter(nets)
     monkeypatch.setattr(timing, "blank_network", lambda network: next(waiting))
@@ -296,6 +296,22 @@ def test_timing_keeps_its_budget_and_extrapolates_to_the_whole_batch(
         )
         assert max(net.rows) <= 256
     assert max(nets[0].rows) == (256 if each < 1e-3 else max(nets[0].rows))
+
+
+def test_what_the_first_step_sets_up_is_not_taken_for_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now, process_time=lambda: clock.now))
+
+    class First(Slow):
+        """Takes a second more in its first call."""
+
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            clock.now += 0.0 if self.rows else 1.0
+            return super().forward(x, t)
+
+    monkeypatch.setattr(timing, "blank_network", lambda network: First(clock, 1e-3, 1e-5))
+    work = TimedNetwork({}, (2,), 256, timed=True, device=torch.device("cpu"), bf16=False)
+    assert work.measure(0.5).trained(1) == pytest.approx(1e-3 + 1e-5, rel=1e-6)
 
 
 def test_equal_networks_are_timed_once_and_finished_stages_not_at_all(

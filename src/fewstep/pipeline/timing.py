@@ -16,6 +16,7 @@ from fewstep.pipeline.stage_networks import build_network
 
 GROWTH = 4  # between the sizes of two timed batches; chosen, not tuned
 RUNS = 3.0  # of one batch: two training steps and a call
+MAX_REPEATED = 2.0  # seconds of a network's first step, below which it is timed again; chosen, not tuned
 BACKWARD = 3.0  # a training step over a call, where there is no time to measure both: forward plus twice for backward
 
 
@@ -76,9 +77,10 @@ class TimedNetwork:
         while True:
             step = self._step(module, batch)
             taken = self._seconds(step)
-            for _ in range(1 if batches else 2):  # the very first call sets kernels and memory up
-                if time.perf_counter() + taken < ends:
-                    taken = min(taken, self._seconds(step))
+            if not batches and taken < MAX_REPEATED:  # the first step sets up kernels and memory: it is no measurement
+                taken = self._seconds(step)
+            if time.perf_counter() + taken < ends:
+                taken = min(taken, self._seconds(step))
             batches.append(batch)
             steps.append(taken)
             following = min(batch * GROWTH, self.batch)
@@ -115,13 +117,17 @@ class TimedNetwork:
         return (x, *t), {"context": torch.zeros(shape, device=self.device)} if context else {}
 
     def _seconds(self, work: Callable[[], object]) -> float:
-        """Wall time of one call."""
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        """Time of one call: on a CPU the smaller one of wall and CPU time, because other processes add to the first
+        and several threads to the second.
+        """
+        if self.device.type == "cpu":
+            start, busy = time.perf_counter(), time.process_time()
+            work()
+            return min(time.perf_counter() - start, time.process_time() - busy)
+        torch.accelerator.synchronize()
         start = time.perf_counter()
         work()
-        if self.device.type != "cpu":
-            torch.accelerator.synchronize()
+        torch.accelerator.synchronize()
         return time.perf_counter() - start
 
 
