@@ -33,7 +33,7 @@ from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.solvers.maps import FreshNoise, SampleRule
 from fewstep.training.world import LocalWorld
-from objective_cases import loss_of
+from objective_cases import loss_of, train_on_a_line
 
 GAUSSIAN = fs.closed_form.gaussian(torch.tensor([0.5]), torch.tensor([0.3]))
 MIXTURE = fs.closed_form.mixture(torch.tensor([0.4, 0.6]), torch.tensor([[-1.2], [0.9]]), torch.tensor([0.25, 0.35]))
@@ -289,28 +289,6 @@ def wasserstein(field: Callable[[Tensor, Tensor], Tensor], steps: int = 1) -> fl
     return float((x.double().sort(0).values - QUANTILES).abs().mean())
 
 
-def trained(
-    make: Callable[[nn.Module], Objective], steps: int = 250, two_time: bool = False, rows: int = 256
-) -> nn.Module:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = {"name": "mlp", "width": 64, "blocks": 2, "embedding": 16, "two_time": two_time}
-        net = build(resolve(config, (1,), 0))
-    objective = make(net)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for number in range(steps):
-        generator = generator_for("trained", number)
-        batch = Pair(torch.randn(rows, 1, generator=generator), MIXTURE.sample(rows, generator))
-        optimiser.zero_grad()
-        loss_of(objective, "student", batch, Draws(generator, rows), number / steps)["loss"].backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        objective.after_step("student")
-        schedule.step()
-    return net
-
-
 LEARNED: dict[str, tuple[int, Callable[[nn.Module], Objective]]] = {
     "distilled": (1, lambda net: Consistency(net, taught(MIXTURE), UNIFORM)),
     "tuned": (1, lambda net: Consistency(net, taught(), UNIFORM, target_ema=0.5)),  # 250 steps are few
@@ -323,7 +301,7 @@ LEARNED: dict[str, tuple[int, Callable[[nn.Module], Objective]]] = {
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_learned_map_is_five_times_nearer_than_the_teachers_one_step(name: str) -> None:
     steps, make = LEARNED[name]
-    net = trained(make, two_time=name == "continuous")
+    net = train_on_a_line(make, MIXTURE, "trained", 250, two_time=name == "continuous")
     field = (lambda x, t: net(x, t, r=torch.ones_like(t))) if name == "continuous" else net
     found, teachers = wasserstein(field, steps), wasserstein(MIXTURE.velocity)
     assert found < teachers / 5

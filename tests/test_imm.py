@@ -14,15 +14,13 @@ from torch import Tensor, nn
 
 from fewstep import closed_form
 from fewstep.errors import UserError
-from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, generator_for
 from fewstep.flow.time_laws import make_time_law
 from fewstep.methods.imm import IMM, Comparison, comparison, squared_mmd
-from fewstep.networks import build, resolve
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
 from fewstep.training.world import LocalWorld
-from objective_cases import loss_of
+from objective_cases import loss_of, train_on_a_line
 from test_flow_maps import DIRECTIONS, Perturbed, batch_of, taught
 
 UNIFORM = make_time_law("uniform")
@@ -105,22 +103,9 @@ def test_rows_of_a_group_share_their_times_and_the_stated_share_ends_at_the_data
     assert float((times.r == 1).float().mean()) == pytest.approx(0.4, abs=0.03)
 
 
-def w1_after(make: Callable[[nn.Module], IMM], steps: int = 500, rows: int = 256) -> float:
+def w1_after(make: Callable[[nn.Module], IMM], steps: int = 500) -> float:
     """W1 of one call to the mixture after a short training, in units of one Euler step of the exact velocity."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = build(resolve({"name": "mlp", "width": 64, "blocks": 2, "embedding": 16, "two_time": True}, (1,), 0))
-    objective = make(net)
-    optimiser = torch.optim.AdamW(net.parameters(), lr=4e-3, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for number in range(steps):
-        generator = generator_for("imm trained", number)
-        batch = Pair(torch.randn(rows, 1, generator=generator), MIXTURE.sample(rows, generator))
-        optimiser.zero_grad()
-        loss_of(objective, "student", batch, Draws(generator, rows), number / steps)["loss"].backward()
-        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimiser.step()
-        schedule.step()
+    net = train_on_a_line(make, MIXTURE, "imm trained", steps, two_time=True)
     z, real = torch.randn(20_000, 1, generator=generator_for("z")), MIXTURE.sample(20_000, generator_for("real"))
     start, end = torch.zeros(20_000), torch.ones(20_000)
     with torch.no_grad():

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from types import ModuleType
+from typing import Any
 
 
 class UserError(ValueError):
@@ -28,6 +30,25 @@ def suggestion(given: str, known: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(str(given), list(known), n=1, cutoff=0.5)
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+def with_present_names(kind: str, fields: Mapping[str, Any], former: Mapping[str, str]) -> dict[str, Any]:
+    """The fields with former names replaced by the present ones, and a ``FutureWarning`` for each.
+
+    A former name beside its present one is left for the caller to refuse.
+
+    Args:
+        kind: what the names are, for the message ("option").
+        fields: values by name.
+        former: former name: present name.
+    """
+    present = dict(fields)
+    for old, new in former.items():
+        if old in present and new not in present:
+            message = f"{kind} {old!r} is now called {new!r}; the next version refuses the old name: rename it"
+            warnings.warn_explicit(message, FutureWarning, filename="recipe", lineno=1, module="recipe")
+            present[new] = present.pop(old)
+    return present
 
 
 def unknown(kind: str, given: object, known: Iterable[str]) -> UserError:

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,12 @@ from fewstep.data.image_folder import IMAGE_SUFFIXES, read_folder
 from fewstep.data.labels import check_labels
 from fewstep.data.rules import choose_scaling, refuse_non_finite
 from fewstep.data.scaling import Layout, Scaling
-from fewstep.errors import UserError, unknown
+from fewstep.errors import UserError, unknown, with_present_names
 
 __all__ = ["from_array", "load_data"]
 
 _KEYS = ("path", "labels", "scale", "name", "rows")
+_FORMER = {"samples": "rows"}  # former key: present key
 _FORMATS = "a .npy or .npz array (N, ...), an idx file (plain or .gz) or a folder of images"
 
 
@@ -56,7 +56,7 @@ def load_data(spec: str | os.PathLike[str] | Mapping[str, Any] | NDArray[Any], *
     """
     if isinstance(spec, np.ndarray):
         return from_array(spec)
-    fields = _with_present_names(spec) if isinstance(spec, Mapping) else _fields(spec)
+    fields = with_present_names("data key", spec, _FORMER) if isinstance(spec, Mapping) else _fields(spec)
     for key in fields:
         if key not in _KEYS:
             raise unknown("data key", key, _KEYS)
@@ -116,16 +116,6 @@ def _as_path(path: Any) -> Path:
         f"there is no file or folder {word!r}. Give a built-in name ({', '.join(sorted(DATA))}) "
         f"or the path of {_FORMATS}."
     )
-
-
-def _with_present_names(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields with the former key 'samples' read as 'rows', and a warning that says so."""
-    present = dict(fields)
-    if "samples" in present and "rows" not in present:
-        said = "data key 'samples' is now called 'rows', and the old name goes with the next version: rename it"
-        warnings.warn_explicit(said, FutureWarning, filename="recipe", lineno=1, module="recipe")
-        present["rows"] = present.pop("samples")
-    return present
 
 
 def _rows(value: Any) -> int:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fewstep.errors import with_present_names
 from fewstep.flow.grids import explicit_times, make_grid
 from fewstep.solvers.tables import find_solver
 
@@ -51,16 +51,10 @@ class Options(BaseModel):
         Raises:
             ValueError: an option is given by both of its names.
         """
-        present = dict(fields)
         for old, new in cls.old_names.items():
-            if old not in present:
-                continue
-            if new in present:
+            if old in fields and new in fields:
                 raise ValueError(f"{old} is the former name of {new}, and both are given: leave {old} out")
-            message = f"option {old!r} is now called {new!r}; the next version refuses the old name: rename it"
-            warnings.warn_explicit(message, FutureWarning, filename="recipe", lineno=1, module="recipe")
-            present[new] = present.pop(old)
-        return present
+        return with_present_names("option", fields, cls.old_names)
 
 
 def refuse_teacher(options: Options) -> None:
