@@ -1,0 +1,178 @@
+"""An adapter: a user's module under this library's convention, from one declaration."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+from fewstep.networks.foreign import FOREIGN, Combine, Foreign, Intervals, embedding_width, spread
+
+Call = Callable[..., Tensor]  # call(module, x, t, **conditions) -> velocity
+
+
+def plain_call(module: nn.Module, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    """``module(x, t, **cond)``: the call of a module that has this library's convention already."""
+    return module(x, t, **cond)
+
+
+@final
+class Adapter(Foreign):
+    """A user's module, called as ``v(x, t, r=None, **cond)``.
+
+    - Time: ``t`` (B,) in [0, 1] from noise to data, in float32 or float64, never rounded to the dtype of the weights.
+    - Dtype: x and floating-point conditions are cast to the dtype of the weights; the result has the dtype of x.
+    - Modes: in training mode only the dropout layers of the module are in training mode. Some modules replace labels at
+      random in training mode, so that two calls with equal arguments are two different functions; those stay as in
+      evaluation.
+    - Mask: with ``mask``, the entries that it marks as padding are set to zero in x and in the result.
+
+    Args:
+        module: the user's module.
+        call: ``call(module, x, t, **cond)`` returns the velocity, (B, ...) like x; :func:`plain_call` by default.
+        time_embed: name of the sub-module that embeds the time, or several names; two-time networks need it.
+        null: what replaces a condition in an unconditional call, by name: a number, or a tensor of one row's shape.
+        mask: name of the condition with the valid entries, (B,), (B, T) or the shape of x; it is given to ``call`` too.
+        combine: how guidance combines ``(v_0, v_c, w)``; ``v_0 + w (v_c - v_0)`` by default.
+        name: recorded in JSON files to recognise the network; the module's class by default.
+
+    Raises:
+        UserError: ``module`` is no ``torch.nn.Module``; there is no sub-module ``time_embed``.
+
+    >>> import torch
+    >>> net = Adapter(torch.nn.Linear(2, 2), lambda m, x, t: -m(x * (1 - t)[:, None]))
+    >>> net(torch.ones(3, 2), torch.zeros(3)).shape
+    torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Call | None = None,
+        *,
+        time_embed: str | Sequence[str] | None = None,
+        null: Mapping[str, Any] | None = None,
+        mask: str | None = None,
+        combine: Combine | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(module, nn.Module):
+            raise UserError(
+                f"an adapter needs a torch.nn.Module, got {type(module).__name__}: training copies it and its weights. "
+                "Wrap the function in a module; for sampling alone fs.solve(v, x0) takes any callable."
+            )
+        self.wrapped = module
+        self.call = plain_call if call is None else call
+        self.places = (time_embed,) if isinstance(time_embed, str) else tuple(time_embed or ())
+        self.widths = tuple(embedding_width(module, place) for place in self.places)
+        self.null, self.mask, self.combine = dict(null or {}), mask, combine
+        self.name = name or f"{type(module).__module__}.{type(module).__qualname__}"
+        self.intervals: Intervals | None = None
+        self.eval()
+
+    @property
+    def inner(self) -> nn.Module:
+        """The user's own module."""
+        return self.wrapped
+
+    @property
+    def two_time(self) -> bool:
+        """Whether it takes the end time ``r``."""
+        return self.intervals is not None
+
+    def forward(self, x: Tensor, t: Tensor, r: Tensor | None = None, **cond: Tensor) -> Tensor:
+        """The velocity, or the average velocity from t to r, (B, ...) like x."""
+        return self.evaluate(x, t, r, cond, self.intervals)
+
+    def evaluate(
+        self, x: Tensor, t: Tensor, r: Tensor | None, cond: Mapping[str, Tensor], intervals: Intervals | None
+    ) -> Tensor:
+        """The call with the interval functions of another network, which shares this one's module.
+
+        Args:
+            x: (B, ...).
+            t: (B,).
+            r: (B,); None for r = t.
+            cond: conditions by name, each (B, ...).
+            intervals: the functions of ``r - t``; None for a velocity network.
+        """
+        if intervals is None:
+            if r is not None:
+                raise UserError("r was given, and this is a velocity network: it has no end time.")
+            return self._velocity(x, t, cond)
+        length = torch.zeros_like(t) if r is None else r - t
+        with intervals.added(self.wrapped, length):
+            return self._velocity(x, t, cond)
+
+    def _velocity(self, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
+        valid = None if self.mask is None else spread(self._mask_of(cond), x)
+        given = x if valid is None else x * valid
+        dtype = self.dtype
+        cast = {name: rows.to(dtype) if rows.is_floating_point() else rows for name, rows in cond.items()}
+        time = t.to(torch.promote_types(t.dtype, torch.float32)) if dtype != torch.float64 else t.double()
+        v = self.call(self.wrapped, given.to(dtype), time, **cast)
+        if not isinstance(v, Tensor) or v.shape != x.shape:
+            found = f"shape {tuple(v.shape)}" if isinstance(v, Tensor) else type(v).__name__
+            raise UserError(
+                f"the call of {self.name} returned {found} for x of shape {tuple(x.shape)}: it must return the "
+                "velocity as a tensor like x. Take the tensor out of an output object (.sample, [0]), and keep as many "
+                "channels as x has."
+            )
+        v = v.to(x.dtype)
+        return v if valid is None else v * valid
+
+    def _mask_of(self, cond: Mapping[str, Tensor]) -> Tensor:
+        assert self.mask is not None
+        if self.mask not in cond:
+            raise UserError(f"the condition {self.mask!r}, the mask of {self.name}, is missing: pass it with the rows.")
+        return cond[self.mask]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating-point dtype of the weights; float32 without any."""
+        floating = (p.dtype for p in self.wrapped.parameters() if p.dtype.is_floating_point)
+        return next(floating, torch.float32)
+
+    def train(self, mode: bool = True) -> Adapter:
+        """Put the dropout layers of the module into training mode, and leave the rest of it in evaluation mode."""
+        super().train(mode)
+        self.wrapped.eval()
+        for layer in self.wrapped.modules():
+            if isinstance(layer, nn.modules.dropout._DropoutNd):
+                layer.train(mode)
+        return self
+
+    def with_interval(self) -> Adapter:
+        """A copy in two-time form.
+
+        Raises:
+            UserError: ``time_embed`` was not given.
+        """
+        if not self.places:
+            raise UserError(
+                f"this method learns from pairs of times, and it is not known where {self.name} embeds the time: name "
+                "the sub-module whose output is the embedding of t, fs.adapt(…, time_embed='time_embed'). "
+                f"{_candidates(self.wrapped)}"
+            )
+        made = copy.deepcopy(self)
+        first = next(self.wrapped.parameters(), torch.empty(0))
+        made.intervals = Intervals(self.places, self.widths).to(first.device)
+        return made
+
+    def describe(self) -> dict[str, Any]:
+        """Class, number of parameters and the declaration, for JSON files."""
+        sizes = sum(parameter.numel() for parameter in self.wrapped.parameters())
+        plain = {"name": FOREIGN, "module": self.name, "parameters": sizes, "time_embed": list(self.places)}
+        made = {**plain, "null": sorted(self.null), "mask": self.mask}
+        return {**made, "two_time": True} if self.two_time else made
+
+
+def _candidates(module: nn.Module) -> str:
+    """The sub-modules whose name looks like a time embedding's, in a sentence."""
+    names = [name for name, _ in module.named_modules() if "time" in name.rpartition(".")[2] or "t_emb" in name]
+    return f"It may be one of: {', '.join(names[:5])}." if names else "None of its sub-modules has 'time' in its name."
