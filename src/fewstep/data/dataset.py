@@ -1,4 +1,4 @@
-"""A data set in memory: rows in their own units, labels, a scaling, and a fixed held-out split.
+"""A data set with random access: rows in their own units, conditions, a scaling, and a fixed held-out split.
 
 The held-out rows are chosen by a hash of the row's index alone: row ``i`` is held out where
 ``splitmix64(i) < 2**64 / 10`` (Steele, Lea and Flood, "Fast splittable pseudorandom number generators",
@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, final
 
@@ -26,6 +26,7 @@ from fewstep.errors import UserError
 
 __all__ = ["DataSet", "Indices", "Layout", "Scaling", "held_out_mask", "splitmix64"]
 
+LABEL = "label"  # name of the class label among the conditions
 Indices = NDArray[np.integer[Any]] | Tensor | Sequence[int] | slice
 HELD_OUT_EVERY = 10  # one row in ten is held out; chosen, not tuned
 _MAX_HASHED_BYTES = 1 << 24  # content is hashed in pieces of at most 16 MiB; chosen, not tuned
@@ -60,6 +61,19 @@ def held_out_mask(num: int) -> NDArray[np.bool_]:
     return mask
 
 
+def _digest_rows(digest: Any, rows: NDArray[Any]) -> None:
+    """Add the content of rows to a digest, in pieces."""
+    step = max(1, _MAX_HASHED_BYTES // max(1, rows.dtype.itemsize * math.prod(rows.shape[1:])))
+    for start in range(0, len(rows), step):
+        digest.update(np.ascontiguousarray(rows[start : start + step]).view(np.uint8).data)
+
+
+def _as_tensor(values: NDArray[Any]) -> Tensor:
+    """A copy of condition values as a tensor."""
+    kinds: dict[str, type[np.generic]] = {"b": np.bool_, "i": np.int64, "u": np.int64}
+    return torch.from_numpy(np.array(values, dtype=kinds.get(values.dtype.kind, np.float32)))
+
+
 def _as_index(indices: Indices) -> Any:
     if isinstance(indices, Tensor):
         return indices.detach().cpu().numpy()
@@ -80,6 +94,10 @@ class DataSet:
         label_names: the labels as the file gives them, where they are not ``0 .. classes - 1``; else None.
         quantum: distance between neighbouring values in *network* units when the data is discrete with
             one step for all features (digits 1/8, 8-bit pixels 2/255); None for continuous data.
+        conditions: further conditions by name, each ``(N, ...)``: observations, embeddings, masks; may be
+            memory-mapped. ``label`` is not among them.
+        mask: name of the condition that marks the valid entries of a row with 1 and padding with 0; None for none.
+            Padding is zero in network units.
     """
 
     name: str
@@ -89,6 +107,8 @@ class DataSet:
     classes: int = 0
     label_names: tuple[str | int, ...] | None = None
     quantum: float | None = None
+    conditions: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    mask: str | None = None
 
     def __post_init__(self) -> None:
         if len(self.rows) < 2:
@@ -98,6 +118,9 @@ class DataSet:
         assert self.scaling.shape == self.rows.shape[1:], "the scaling has the shape of the rows"
         assert (self.labels is None) == (self.classes == 0), "labels and classes come together"
         assert self.labels is None or self.labels.shape == (len(self.rows),), "one label per row"
+        assert LABEL not in self.conditions, "labels have a field of their own"
+        assert all(len(values) == len(self.rows) for values in self.conditions.values()), "one condition per row"
+        assert self.mask is None or self.mask in self.conditions, "the mask is one of the conditions"
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -125,19 +148,19 @@ class DataSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over dtype, shape, content and labels, in hexadecimal.
+        """SHA-256 over dtype, shape, content, labels and conditions, in hexadecimal.
 
         It is equal for equal content, whatever the file format. It does not depend on the scaling.
         """
         digest = hashlib.sha256()
         digest.update(f"{self.rows.dtype.str} {self.rows.shape}\n".encode())
-        row_bytes = self.rows.dtype.itemsize * math.prod(self.shape)
-        step = max(1, _MAX_HASHED_BYTES // max(1, row_bytes))
-        for start in range(0, len(self.rows), step):
-            digest.update(np.ascontiguousarray(self.rows[start : start + step]).view(np.uint8).data)
+        _digest_rows(digest, self.rows)
         if self.labels is not None:
             digest.update(b"labels\n")
             digest.update(np.ascontiguousarray(self.labels).view(np.uint8).data)
+        for name, values in sorted(self.conditions.items()):
+            digest.update(f"{name} {values.dtype.str} {values.shape} {name == self.mask}\n".encode())
+            _digest_rows(digest, values)
         return digest.hexdigest()
 
     def network_rows(self, indices: Indices) -> Tensor:
@@ -146,7 +169,30 @@ class DataSet:
         Raises:
             IndexError: an index is outside the rows.
         """
-        return self.scaling.normalise(self.rows[_as_index(indices)])
+        chosen = _as_index(indices)
+        x = self.scaling.normalise(self.rows[chosen])
+        if self.mask is None:
+            return x
+        valid = torch.from_numpy(np.array(self.conditions[self.mask][chosen], dtype=np.float32))
+        return x * valid.reshape(*valid.shape, *(1,) * (x.ndim - valid.ndim))
+
+    @property
+    def condition_names(self) -> tuple[str, ...]:
+        """Names of all conditions, ``label`` first where there are labels."""
+        return ((LABEL,) if self.labels is not None else ()) + tuple(self.conditions)
+
+    def cond_rows(self, indices: Indices, names: Iterable[str]) -> dict[str, Tensor]:
+        """The conditions of the rows ``indices``, each (n, ...) int64, bool or float32.
+
+        Args:
+            indices: row numbers.
+            names: which conditions.
+        """
+        found: dict[str, Tensor] = {}
+        for name in names:
+            labels = self.label_rows(indices) if name == LABEL else None
+            found[name] = _as_tensor(self.conditions[name][_as_index(indices)]) if labels is None else labels
+        return found
 
     def label_rows(self, indices: Indices) -> Tensor | None:
         """The labels of the rows ``indices``: int64 ``(n,)``, or None without labels."""
