@@ -161,7 +161,7 @@ def training_case(steps: int) -> Case:
     options = Options(method="flow_matching", batch_size=BATCH, samples=steps * BATCH)
     student = OneParameter()
     trainer = Trainer(student, options, (0, "bench"), LocalWorld(quiet=True))
-    batches = DataBatches(data, Independent(GaussianSource((SIZE,))), False, 0.0, (0, "bench"))
+    batches = DataBatches(data, Independent(GaussianSource((SIZE,))), (), 0.0, (0, "bench"))
     phase = iter(range(1, 1_000_000))
 
     def ours() -> None:

@@ -91,13 +91,17 @@ def test_the_penalty_of_a_quadratic_discriminator_and_its_gradient() -> None:
 @pytest.mark.parametrize("shape", [(2,), (1, 8, 8), (3, 20, 20), (1, 28, 28)])
 def test_a_discriminator_scores_every_sample_on_its_own(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
-    judge = Discriminator(shape, classes=3).double()
+    judge = Discriminator(shape, classes=3, conditions={"text": (7, 4), "obs": (3,), "angle": ()}).double()
     nn.init.normal_(judge.table.weight)  # type: ignore[union-attr]
+    for layer in judge.others.values():
+        nn.init.normal_(layer.weight)  # type: ignore[arg-type]
     x, label = torch.randn(5, *shape, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
-    together = judge(x, label)
-    alone = torch.cat([judge(x[k : k + 1], label[k : k + 1]) for k in range(5)])
+    cond = {"label": label, "text": torch.randn(5, 7, 4), "obs": torch.randn(5, 3), "angle": torch.randn(5)}
+    together = judge(x, cond)
+    alone = torch.cat([judge(x[k : k + 1], {name: rows[k : k + 1] for name, rows in cond.items()}) for k in range(5)])
     torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(together, judge(x, label.roll(1)))
+    for name, rows in cond.items():
+        assert not torch.allclose(together, judge(x, {**cond, name: rows.roll(1, 0)})), name
 
 
 class Quadratics(nn.Module):

@@ -48,7 +48,7 @@ def labelled(rows: int = 60) -> tuple[Tensor, Tensor, DataSet]:
 def test_data_batches_hold_training_rows_with_their_labels(cache: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DataBatches, "CACHE_BYTES", cache)
     x, labels, data = labelled()
-    batches = DataBatches(data, Independent(GaussianSource((3,))), True, 0.0, (0, "s"))
+    batches = DataBatches(data, Independent(GaussianSource((3,))), ("label",), 0.0, (0, "s"))
     train = sorted(data.train.tolist())
     pair = batches.batch(0, len(train), generator_for(0))
     rows = [int((x == row).all(1).nonzero()) for row in pair.x1]
@@ -65,8 +65,8 @@ def test_data_batches_hold_training_rows_with_their_labels(cache: int, monkeypat
 
 def test_dequantisation_adds_noise_of_its_standard_deviation() -> None:
     _, _, data = labelled(2000)
-    plain = DataBatches(data, Independent(GaussianSource((3,))), False, 0.0, (0, "s")).batch(0, 1500, generator_for(1))
-    noisy = DataBatches(data, Independent(GaussianSource((3,))), False, 0.2, (0, "s")).batch(0, 1500, generator_for(1))
+    plain = DataBatches(data, Independent(GaussianSource((3,))), (), 0.0, (0, "s")).batch(0, 1500, generator_for(1))
+    noisy = DataBatches(data, Independent(GaussianSource((3,))), (), 0.2, (0, "s")).batch(0, 1500, generator_for(1))
     difference = noisy.x1 - plain.x1
     assert difference.std().item() == pytest.approx(0.2, rel=0.03)
     assert difference.mean().item() == pytest.approx(0.0, abs=0.01)

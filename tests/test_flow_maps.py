@@ -234,7 +234,7 @@ def some_stage(said: list[str], network: dict[str, Any]) -> Stage:
     world = LocalWorld(quiet=True)
     world.say = said.append  # type: ignore[method-assign]
     source = GaussianSource(data.shape)
-    return Stage("maps", Path("maps"), data, source, 0, False, network, NoForwardMode, None, 0.0, world)
+    return Stage("maps", Path("maps"), data, source, 0, (), network, NoForwardMode, None, 0.0, world)
 
 
 @pytest.mark.parametrize("choose", [total_derivative, end_derivative])
@@ -393,11 +393,12 @@ def test_self_guidance_is_a_fixed_point_of_the_guided_velocity(own: float) -> No
     label, scale, t = torch.tensor([0, 1, 2, 0, 3]), 2.5, torch.full((5,), 0.4, dtype=torch.float64)
     guided = free + scale * (known - free)
 
-    def student(x: Tensor, t: Tensor, r: Tensor, label: Tensor | None) -> Tensor:
+    def student(x: Tensor, t: Tensor, r: Tensor, label: Tensor) -> Tensor:
         assert torch.equal(r, t)
-        return free if label is None else guided
+        return torch.where(label[:, None] == 3, free, guided)
 
-    found = SelfGuidance(scale, own, null=3, dropout=0.1)(student, known, x, t, {"label": label})
+    guide = SelfGuidance(scale, own, nulls={"label": 3}, dropout=0.1)
+    found = guide(student, known, x, t, {"label": label}, label == 3)
     torch.testing.assert_close(found[:4], guided[:4], rtol=1e-12, atol=1e-12)
     assert torch.equal(found[4], known[4])  # it lost its label
 

@@ -77,7 +77,7 @@ def stage(folder: Path, **fields: Any) -> Stage:
         data=data(),
         source=GaussianSource((2,)),
         seed=7,
-        conditional=False,
+        conditions=(),
         network={},
         build=lambda: torch.nn.Identity(),
         teacher=None,
@@ -293,7 +293,7 @@ def test_labels_travel_with_their_pairs(tmp_path: Path) -> None:
     label = np.arange(400) % 3
     x = np.random.default_rng(0).normal(size=(400, 2)) + label[:, None]
     labelled = from_array(x.astype(np.float32), label, scale="none")
-    there = stage(tmp_path, data=labelled, conditional=True)
+    there = stage(tmp_path, data=labelled, conditions=("label",))
     for direction in ("generated", "inverted"):
         store = build_pairs(there, request(direction, Shift()))
         pair = store.training_rows().columns(torch.arange(600))

@@ -62,8 +62,9 @@ class Guided(Field):
     Args:
         velocity: ``v(x, t, **cond)``.
         scale: guidance weight ``w``; 1 is the conditional field.
-        null: what replaces the condition in the unconditional call, ``{"label": None}`` by default.
-            Conditions it does not name are given to both calls.
+        null: what replaces the condition in the unconditional call, ``{"label": None}`` by default: None, a number, or
+            a tensor of one row's shape. Conditions it does not name are given to both calls.
+        combine: ``combine(v_0, v_c, w)``, for networks whose guidance has another form; the formula above by default.
 
     Raises:
         UserError: ``scale`` is not finite.
@@ -74,8 +75,15 @@ class Guided(Field):
     (tensor([4.]), 2)
     """
 
-    def __init__(self, velocity: Velocity, scale: float, null: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        velocity: Velocity,
+        scale: float,
+        null: Mapping[str, Any] | None = None,
+        combine: Callable[[Tensor, Tensor, float], Tensor] | None = None,
+    ) -> None:
         self.velocity = velocity
+        self.combine = combine
         self.scale = float(scale)
         self.null = {"label": None} if null is None else dict(null)
         self.calls = 0
@@ -96,14 +104,43 @@ class Guided(Field):
             )
         if self.scale == 1.0:
             return self._call(x, t, cond)
-        unconditional = self._call(x, t, {**cond, **self.null})
+        unconditional = self._call(x, t, {**cond, **null_rows(self.null, cond)})
         if self.scale == 0.0:
             return unconditional
-        return unconditional.lerp(self._call(x, t, cond), self.scale)
+        conditional = self._call(x, t, cond)
+        if self.combine is not None:
+            return self.combine(unconditional, conditional, self.scale)
+        return unconditional.lerp(conditional, self.scale)
 
     def _call(self, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
         self.calls += 1
         return self.velocity(x, t, **cond)
+
+
+def null_rows(nulls: Mapping[str, Any], cond: Mapping[str, Any]) -> dict[str, Any]:
+    """The nulls of the rows of a batch, by name; nulls of conditions that were not given are left out.
+
+    Args:
+        nulls: None, a number, or a tensor of one row's shape, by name.
+        cond: the conditions whose rows they replace, each (B, ...).
+
+    Returns:
+        None, or a tensor like the condition.
+
+    >>> import torch
+    >>> null_rows({"label": 10}, {"label": torch.tensor([3, 4])})
+    {'label': tensor([10, 10])}
+    """
+    found: dict[str, Any] = {}
+    for name, null in nulls.items():
+        rows = cond.get(name)
+        if null is None or rows is None:
+            found[name] = None
+        elif isinstance(null, Tensor):
+            found[name] = null.to(rows).expand_as(rows)
+        else:
+            found[name] = rows.new_full(rows.shape, null)
+    return found
 
 
 def calls_at(scale: float) -> int:

@@ -163,12 +163,17 @@ class Draws:
         generator: seeded by the caller as a function of (seed, stage, samples seen).
         batch: rows of the global batch.
         rows: this process's rows, all of them when None.
+        valid: 1 for valid entries of this process's samples and 0 for padding, in a shape that multiplies samples
+            (b, ...); None without a mask.
     """
 
-    def __init__(self, generator: torch.Generator, batch: int, rows: slice | None = None) -> None:
+    def __init__(
+        self, generator: torch.Generator, batch: int, rows: slice | None = None, valid: Tensor | None = None
+    ) -> None:
         self.generator = generator
         self.batch = batch
         self.rows = rows
+        self.valid = valid
 
     def of(self, batch: int) -> Draws:
         """Draws for rows beside the batch: ``batch`` of them in all, of which this process has an equal share."""
@@ -181,6 +186,10 @@ class Draws:
         return draw if self.rows is None else draw[self.rows]
 
     def normal(self, shape: Sequence[int]) -> Tensor:
-        """``(b, *shape)`` draws of N(0, I)."""
+        """``(b, *shape)`` draws of N(0, I) for samples of that shape; their padding is zero."""
         draw = torch.randn(self.batch, *shape, generator=self.generator)
-        return draw if self.rows is None else draw[self.rows]
+        return self.masked(draw if self.rows is None else draw[self.rows])
+
+    def masked(self, x: Tensor) -> Tensor:
+        """Samples x (b, ...) with zeros at their padding."""
+        return x if self.valid is None else x * self.valid.to(x)

@@ -27,12 +27,14 @@ class Config:
         shape: of one sample inside the network.
         rule: how the network is sampled: as a velocity or as a map, and in how many steps.
         solver, grid: how a velocity is sampled when the user names none.
-        network: resolved network configuration; None for a module that fewstep did not build.
+        network: resolved network configuration; the description of a network from outside; None where neither is known.
         scaling: from network units to data units; None when they are the same.
         class_weights: share of every class in the data; empty for an unconditional model.
+        conditions: shapes of one row of the conditions beside ``label``, by name.
+        mask: name of the condition that marks the valid entries of a sample; None for none.
         label_names: the labels as the data names them; None when they are 0 … classes - 1.
         guidance: guidance weight baked into the weights; None when there is none.
-        guidable: whether the network was also trained without labels, which guidance needs.
+        guidable: whether the network was also trained without its conditions, which guidance needs.
         path: the affine path it was trained on: ``linear``, ``cosine`` or ``vp``.
         base: ``gaussian``: x0 ~ N(0, I); ``empirical``: x0 drawn from the rows in ``base.safetensors``; ``examples``:
             x0 made from damaged data (in-painting, super-resolution), whose rows and contexts are in that file.
@@ -48,6 +50,8 @@ class Config:
     network: dict[str, Any] | None = None
     scaling: dict[str, Any] | None = None
     class_weights: tuple[float, ...] = ()
+    conditions: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    mask: str | None = None
     label_names: tuple[str | int, ...] | None = None
     guidance: float | None = None
     guidable: bool = True
@@ -138,6 +142,8 @@ def _conflict(config: Config) -> str | None:
         return f"the network has {network['classes']} classes, and class_weights {len(weights)}"
     if config.scaling is not None and Scaling.from_dict(config.scaling).shape not in (None, config.shape):
         return f"the scaling is for another shape than {list(config.shape)}"
+    if config.mask is not None and config.mask not in config.conditions:
+        return f"its mask {config.mask!r} is none of its conditions"
     if config.label_names is not None and len(config.label_names) != len(weights):
         return f"{len(config.label_names)} label_names for {len(weights)} classes"
     return None

@@ -9,6 +9,7 @@ from torch import nn
 from fewstep.errors import UserError
 from fewstep.flow.field import CountedField, Field, Guided
 from fewstep.generator.config import Config
+from fewstep.networks.foreign import Foreign
 
 
 def guided_field(module: nn.Module, config: Config, name: str, guidance: float | None) -> Field:
@@ -22,7 +23,7 @@ def guided_field(module: nn.Module, config: Config, name: str, guidance: float |
 
     Raises:
         UserError: a weight that is not finite; a model whose weights have guidance baked in, an unconditional one, a
-            map, or one that was never trained without labels.
+            map, or one that was never trained without its conditions.
     """
     if guidance is not None and not math.isfinite(guidance):
         raise UserError(f"guidance must be a finite number, got {guidance}.")
@@ -33,13 +34,23 @@ def guided_field(module: nn.Module, config: Config, name: str, guidance: float |
             f"{name!r} has guidance {config.guidance} baked into its weights: guiding it again "
             "is wrong. Leave guidance out."
         )
-    if not config.class_weights:
-        raise UserError(f"guidance needs a class-conditional model, and {name!r} takes no labels.")
+    foreign = module if isinstance(module, Foreign) else None
+    if foreign is not None and not foreign.null:
+        raise UserError(
+            "guidance compares velocities with and without conditions, and it is not known what replaces a condition "
+            f"of {name!r}: say it, fs.adapt(net, …, null={{'label': 10}}), or leave guidance out."
+        )
+    if foreign is None and not config.class_weights:
+        raise UserError(
+            f"guidance needs a class-conditional model, and {name!r} takes no labels: leave guidance out. For a "
+            "network of your own give the number of classes, fs.Generator(net, shape, classes=10), or "
+            "fs.adapt(net, …, null={'label': 10})."
+        )
     if config.rule.kind == "map":
         raise UserError(f"{name!r} is a map; guidance must be baked in when it is distilled.")
     if not config.guidable:
         raise UserError(
-            f"{name!r} never learned without labels, and guidance compares the two: guide its teacher, or "
+            f"{name!r} never learned without conditions, and guidance compares the two: guide its teacher, or "
             "bake the guidance in with 'guidance:' in the recipe."
         )
-    return Guided(module, guidance)
+    return Guided(module, guidance) if foreign is None else Guided(module, guidance, foreign.null, foreign.combine)

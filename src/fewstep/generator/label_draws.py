@@ -36,7 +36,10 @@ def draw_labels(config: Config, name: str, num: int, label: Label | None, seed: 
     """
     if not config.class_weights:
         if label is not None:
-            raise UserError(f"{name!r} takes no labels: it was trained without. Leave label out.")
+            raise UserError(
+                f"{name!r} takes no labels: it was trained without. Leave label out. For a network of your own give "
+                "the number of classes, fs.Generator(net, shape, classes=10), or pass cond={'label': …}."
+            )
         return None
     classes = len(config.class_weights)
     if label is None:

@@ -12,9 +12,10 @@ from fewstep.errors import UserError
 from fewstep.flow.noise import isolated_rng
 from fewstep.generator.config import Config, read_config
 from fewstep.generator.model import Generator
-from fewstep.generator.model_folder import BASE_FILE, read_base
+from fewstep.generator.model_folder import BASE_FILE, CONDITIONS_FILE, read_base, read_conditions
 from fewstep.generator.starts import BaseRows
 from fewstep.networks import build
+from fewstep.networks.foreign import FOREIGN, WRAPPED, Foreign
 from fewstep.store.tensors import read_tensors
 
 
@@ -52,14 +53,13 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
             f"{folder} holds features (method {config.method!r}), not a generator: there is nothing to sample. Name it "
             f"where features are asked for: 'features:' in a recipe, or fewstep compare … --features {folder}."
         )
-    if module is None:
-        module = _build(folder, config)
+    module = _build(folder, config) if module is None else _same_form(module, config)
     _fill(module, folder)
     base = None if config.base == "gaussian" else read_base(folder / BASE_FILE, config.shape)
     if config.base == "examples" and base is not None and base.scale is None:
         _warn_of_fixed_starts(folder, base)
     generator = Generator(module.to(device).requires_grad_(False), config=config)
-    generator.base = base
+    generator.base, generator.kept = base, read_conditions(folder / CONDITIONS_FILE)
     generator.name = config.stage or folder.name
     generator.folder = folder
     return generator
@@ -67,18 +67,32 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
 
 def _build(folder: Path, config: Config) -> nn.Module:
     """The network that the config describes."""
-    if config.network is None:
+    network = config.network
+    if network is None or network.get("name") == FOREIGN:
+        what = "a module" if network is None else f"a {network['module']}, a module"
         raise UserError(
-            f"{folder} holds the weights of a module fewstep did not build: pass it, "
-            f"fs.load({str(folder)!r}, module=net)."
+            f"{folder} holds the weights of {what} that fewstep did not build: pass it as it was when the model was "
+            f"saved, fs.load({str(folder)!r}, module=net); in a shell, name the function that makes it, "
+            "--module file.py:make."
         )
     with isolated_rng():
-        return build(config.network)
+        return build(network)
+
+
+def _same_form(module: nn.Module, config: Config) -> nn.Module:
+    """A copy of the module that was passed, in two-time form where the saved model has it."""
+    two_time = bool((config.network or {}).get("two_time"))
+    if not isinstance(module, Foreign) or module.two_time == two_time:
+        return module
+    with isolated_rng():
+        return module.with_interval()
 
 
 def _fill(module: nn.Module, folder: Path) -> None:
     """Put the folder's weights into the network."""
     state = read_tensors(folder / "model.safetensors")
+    own = module.state_dict()
+    state = {name if name in own else WRAPPED + name: value for name, value in state.items()}
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.dataset import LABEL
 from fewstep.data.scaling import Scaling
 from fewstep.diagnostics.pick import Choice
 from fewstep.diagnostics.tune import KINDS
@@ -18,12 +19,14 @@ from fewstep.flow.field import Field
 from fewstep.flow.grids import FROM_MODEL, GridSpec, make_grid
 from fewstep.flow.paths import make_path
 from fewstep.generator.choose import choose
+from fewstep.generator.conditions import draw_conditions, mask_starts
 from fewstep.generator.config import Config, sample_shape
 from fewstep.generator.guidance import guided_field
-from fewstep.generator.label_draws import Label, draw_labels
+from fewstep.generator.label_draws import Label
 from fewstep.generator.model_folder import save_model
 from fewstep.generator.samplers import Pilot, Samplers
 from fewstep.generator.starts import BaseRows, Starts, distinct_starts, draw_starts, given_starts
+from fewstep.networks.foreign import Foreign, spread
 from fewstep.solvers.maps import FreshNoise, run_map
 from fewstep.solvers.solve import solve
 from fewstep.solvers.tables import Table
@@ -40,21 +43,28 @@ class Draw:
     Attributes:
         x: samples, ``(num, *shape)`` float32 on the CPU.
         x0: the base samples they come from, ``(num, *shape)``.
-        label: class numbers, ``(num,)`` int64; None for an unconditional model.
+        cond: the conditions by name, each ``(num, ...)``.
         nfe: network evaluations per sample, counted.
-        context: what the network was shown of the data, ``(num, ...)``; None for a model that takes no context.
     """
 
     x: Tensor
     x0: Tensor
-    label: Tensor | None
+    cond: dict[str, Tensor]
     nfe: int
-    context: Tensor | None = None
+
+    @property
+    def label(self) -> Tensor | None:
+        """Class numbers, ``(num,)`` int64; None for a model without labels."""
+        return self.cond.get(LABEL)
+
+    @property
+    def context(self) -> Tensor | None:
+        """What the network was shown of the data, ``(num, ...)``; None for a model that takes no context."""
+        return self.cond.get("context")
 
     def conditions(self, device: torch.device) -> dict[str, Tensor]:
         """The keyword arguments that the network was called with."""
-        given = {"label": self.label, "context": self.context}
-        return {name: value.to(device) for name, value in given.items() if value is not None}
+        return {name: value.to(device) for name, value in self.cond.items()}
 
 
 @final
@@ -70,10 +80,12 @@ class Generator:
         config: everything else; see :class:`~fewstep.generator.config.Config`.
         base_rows: rows of an empirical base, or complete starts made from data, (N, *shape) in network units.
         base_context: the contexts of these starts, (N, ...).
+        classes: number of classes of a network of the user's own that takes labels; they are drawn with equal shares.
 
     Attributes:
         name: the recipe's stage, or the module's class.
         base: the rows that base samples are made of; None for a Gaussian base.
+        kept: rows of conditions to draw from, by name.
         folder: where it was loaded from; None for one that was made in memory.
 
     Raises:
@@ -95,6 +107,7 @@ class Generator:
         config: Config | None = None,
         base_rows: Tensor | None = None,
         base_context: Tensor | None = None,
+        classes: int = 0,
     ) -> None:
         if not isinstance(module, nn.Module):
             raise UserError(
@@ -108,8 +121,11 @@ class Generator:
             )
         if config is None:
             assert shape is not None
-            config = Config(shape=sample_shape(shape))
+            network = module.describe() if isinstance(module, Foreign) else None
+            shares = (1 / classes,) * classes if classes else ()
+            config = Config(shape=sample_shape(shape), network=network, class_weights=shares)
         self.module = module.eval()
+        self.kept: dict[str, Tensor] = {}
         self.config = config
         self.base = None if base_rows is None else BaseRows(base_rows, base_context)
         self.name = config.stage or type(module).__name__
@@ -127,6 +143,14 @@ class Generator:
         """The floating-point type of the weights."""
         floating = (p.dtype for p in self.module.parameters() if p.dtype.is_floating_point)
         return next(floating, torch.float32)
+
+    @property
+    def inner(self) -> nn.Module:
+        """The user's own module, with the user's own parameter names; for fewstep's own networks the network.
+
+        A two-time student also has interval weights beside it: ``generator.module.state_dict()`` holds both.
+        """
+        return self.module.inner if isinstance(self.module, Foreign) else self.module
 
     @property
     def conditional(self) -> bool:
@@ -150,6 +174,7 @@ class Generator:
         seed: int = 0,
         noise: Tensor | None = None,
         context: Tensor | None = None,
+        cond: Mapping[str, Any] | None = None,
         batch_size: int = 256,
     ) -> Tensor:
         """Draw samples in the data's own units.
@@ -166,6 +191,8 @@ class Generator:
                 super-resolution) damages example ``k_i`` with noise ``i``, and uses all examples before repeating one.
             noise: base samples ``(num, *shape)`` in network units, instead of drawing them.
             context: with ``noise``, what the network is shown of the data (in-painting, super-resolution).
+            cond: the network's conditions by name, each ``(num, ...)``; one row serves all samples. Without it they are
+                drawn from rows of the training data that are kept with the model.
             batch_size: rows per network call; it does not change the samples.
 
         Returns:
@@ -185,6 +212,7 @@ class Generator:
             seed=seed,
             noise=noise,
             context=context,
+            cond=cond,
             batch_size=batch_size,
         )
         return self.to_data(draw.x)
@@ -207,6 +235,7 @@ class Generator:
         seed: int = 0,
         noise: Tensor | None = None,
         context: Tensor | None = None,
+        cond: Mapping[str, Any] | None = None,
         batch_size: int = 256,
     ) -> Draw:
         """As :meth:`sample`, in network units, with the base samples, conditions and network evaluations."""
@@ -219,18 +248,15 @@ class Generator:
         elif isinstance(grid, str) and grid in FROM_MODEL:
             assert steps is not None, "a named grid has a number of steps"
             grid, steps = self._samplers().grid(grid, steps, guidance, self._pilot(guidance)), None
-        x0, shown = self._starts(num, noise, context, seed)
-        labels = draw_labels(self.config, self.name, len(x0), label, seed)
+        x0, conditions = self._inputs(num, noise, context, cond, label, seed)
         if batch_size < 1:
             raise UserError(f"batch_size must be at least 1, got {batch_size}.")
         parts, nfe = [], 0
         for first in range(0, len(x0), batch_size):
             rows = slice(first, first + batch_size)
-            cond = {} if labels is None else {"label": labels[rows].to(self.device)}
-            if shown is not None:
-                cond["context"] = shown[rows].to(self.device, self.dtype)
+            part = {name: self._cast(value[rows]) for name, value in conditions.items()}
             start = x0[rows].to(self.device, self.dtype)
-            x, calls = self._carry(field_, start, how, steps, grid, cond, seed, first)
+            x, calls = self._carry(field_, start, how, steps, grid, part, seed, first)
             parts.append(x.cpu())
             nfe += calls * len(start)
         x = torch.cat(parts)
@@ -240,7 +266,34 @@ class Generator:
                 f"{int((~finite).sum())} of {len(x)} samples of {self.name!r} are NaN or infinite: its "
                 "weights are damaged or its training diverged, or the guidance is too large."
             )
-        return Draw(x, x0, labels, -(-nfe // len(x)), shown)
+        return Draw(x, x0, conditions, -(-nfe // len(x)))
+
+    def _cast(self, rows: Tensor) -> Tensor:
+        """Conditions on the network's device, numbers with a fraction in the dtype of its weights."""
+        return rows.to(self.device, self.dtype) if rows.is_floating_point() else rows.to(self.device)
+
+    def _inputs(
+        self,
+        num: int | None,
+        noise: Tensor | None,
+        context: Tensor | None,
+        cond: Mapping[str, Any] | None,
+        label: Label | None,
+        seed: int,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Base samples and conditions, the user's or drawn."""
+        if num is None and noise is None and cond:
+            num = max((len(value) for value in map(torch.as_tensor, cond.values()) if value.ndim), default=None)
+        x0, shown = self._starts(num, noise, context, seed)
+        conditions = draw_conditions(self.config, self.name, self.kept, len(x0), cond, label, seed)
+        if shown is not None:
+            conditions["context"] = shown
+        return mask_starts(self._mask, x0, conditions), conditions
+
+    @property
+    def _mask(self) -> str | None:
+        """Name of the condition that marks valid entries."""
+        return self.module.mask if isinstance(self.module, Foreign) else self.config.mask
 
     def _carry(
         self,
@@ -257,7 +310,8 @@ class Generator:
         sampler = self.config.rule.sampler
         if sampler != "euler":
             rows = None if self.base is None else self.base.rows
-            fresh = FreshNoise(make_path(self.config.path), seed, row, rows)
+            valid = None if self._mask is None else spread(cond[self._mask], start)
+            fresh = FreshNoise(make_path(self.config.path), seed, row, rows, valid)
             two_time = bool((self.config.network or {}).get("two_time"))
             return run_map(sampler, field_, start, make_grid(grid, steps), cond, fresh, two_time)
         path = self.config.path
@@ -294,9 +348,8 @@ class Generator:
         """Starts and conditions as :meth:`draw` makes them, of the tuning seed."""
 
         def pilot(num: int) -> tuple[Field, Tensor, dict[str, Tensor]]:
-            x0, context = self._starts(num, None, None, TUNING_SEED)
-            labels = draw_labels(self.config, self.name, num, None, TUNING_SEED)
-            cond = Draw(x0, x0, labels, 0, context).conditions(self.device)
+            x0, conditions = self._inputs(num, None, None, None, None, TUNING_SEED)
+            cond = {name: self._cast(rows) for name, rows in conditions.items()}
             return guided_field(self.module, self.config, self.name, guidance), x0.to(self.device, self.dtype), cond
 
         return pilot
@@ -321,7 +374,7 @@ class Generator:
         Raises:
             UserError: the folder cannot be written.
         """
-        saved = save_model(folder, self.module.state_dict(), self.config, self.base)
+        saved = save_model(folder, self.module.state_dict(), self.config, self.base, self.kept)
         if self.samplers is not None and len(self.samplers):
             self.samplers.write(saved)
         return saved

@@ -11,13 +11,21 @@ from torch import Tensor
 from fewstep.errors import UserError
 from fewstep.generator.config import FORMAT, Config
 from fewstep.generator.starts import BaseRows
+from fewstep.networks.foreign import FOREIGN, WRAPPED
 from fewstep.store.files import make_folder, write_bytes, write_json, write_text
 from fewstep.store.tensors import read_tensors, unshared
 
 BASE_FILE = "base.safetensors"
+CONDITIONS_FILE = "conditions.safetensors"
 
 
-def save_model(folder: str | Path, state: Mapping[str, Tensor], config: Config, base: BaseRows | None = None) -> Path:
+def save_model(
+    folder: str | Path,
+    state: Mapping[str, Tensor],
+    config: Config,
+    base: BaseRows | None = None,
+    conditions: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write a model folder, each file atomically. ``config.json`` comes last: a folder that has it is complete.
 
     Args:
@@ -25,6 +33,7 @@ def save_model(folder: str | Path, state: Mapping[str, Tensor], config: Config, 
         state: the weights by name.
         config: everything else.
         base: the rows of a base that is kept with the model; not written where the base is Gaussian.
+        conditions: rows of conditions to draw from, by name; not written where there are none.
 
     Returns:
         The folder.
@@ -35,13 +44,20 @@ def save_model(folder: str | Path, state: Mapping[str, Tensor], config: Config, 
     from safetensors.torch import save
 
     folder = make_folder(Path(folder))
-    tensors = unshared({name: value.cpu() for name, value in state.items()})
+    tensors = unshared({name.removeprefix(WRAPPED): value.cpu() for name, value in state.items()})
     write_bytes(folder / "model.safetensors", save(tensors))
     if base is not None and config.base != "gaussian":
         write_bytes(folder / BASE_FILE, save(unshared(base.tensors())))
+    if conditions:
+        write_bytes(folder / CONDITIONS_FILE, save(unshared({name: rows.cpu() for name, rows in conditions.items()})))
     write_text(folder / "README.md", model_card(config, sum(value.numel() for value in tensors.values())))
     write_json(folder / "config.json", {"format": FORMAT, **asdict(config)})
     return folder
+
+
+def read_conditions(path: Path) -> dict[str, Tensor]:
+    """Read the rows of conditions that are kept with a model; empty where there is no such file."""
+    return dict(read_tensors(path)) if path.is_file() else {}
 
 
 def read_base(path: Path, shape: tuple[int, ...]) -> BaseRows:
@@ -77,7 +93,8 @@ def model_card(config: Config, parameters: int) -> str:
 
 def _about_flow(config: Config) -> list[str]:
     steps = words(config.rule.steps) if config.rule.steps else "any number of"
-    module = "" if config.network else ", module=net"  # a network that only the user can build
+    own = bool(config.network) and (config.network or {}).get("name") != FOREIGN
+    module = "" if own else ", module=net"  # a network that only the user can build
     lines = [f"Samples in {steps} step(s)."]
     if config.guidance is not None:
         lines.append(f"Guidance {config.guidance:g} is baked into the weights; do not guide it again.")

@@ -73,7 +73,7 @@ def given_starts(config: Config, name: str, num: int | None, noise: Tensor, cont
         raise UserError(f"noise has rows of shape {tuple(noise.shape[1:])}, the model needs {config.shape}.")
     if num not in (None, len(noise)):
         raise UserError(f"num={num} and noise of {len(noise)} rows contradict each other: leave num out.")
-    needed = (config.network or {}).get("context", 0)
+    needed = (config.network or {}).get("context", 0) if "context" not in config.conditions else 0
     if (context is None and needed) or (context is not None and len(context) != len(noise)):
         raise UserError(f"{name!r} takes a context: pass one row of it per row of noise, context=c.")
     return noise, context

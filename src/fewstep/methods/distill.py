@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Literal, final
 
 import torch
@@ -41,7 +42,7 @@ from fewstep.methods.contract.stage import Needs, Phase, Plan, Spec, Stage, pair
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.distances import find_distance
 from fewstep.methods.families.straight_line import EndpointRegression
-from fewstep.methods.training_pairs.batches import DataBatches, StoredBatches
+from fewstep.methods.training_pairs.batches import StoredBatches, stage_batches
 from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, pair_facts
 from fewstep.solvers.maps import SampleRule
 
@@ -214,9 +215,8 @@ def _halver(
         else:
             flow = previous.velocity
             student.load_state_dict(previous.state)  # its average, not its last weights
-        key = (stage.seed, stage.name, f"steps-{steps}")
-        # only the noise and the labels of these rows are used
-        batches = DataBatches(stage.data, Independent(stage.source), stage.conditional, 0.0, key)
+        # only the noise and the conditions of these rows are used
+        batches = stage_batches(replace(stage, dequantise=0.0), Independent(stage.source), f"steps-{steps}")
         return Halving(student, flow, steps, options.loss), batches
 
     return prepare

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
 import torch
@@ -26,7 +26,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fewstep.data.dataset import DataSet
+from fewstep.data.dataset import LABEL, DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Coupling, Facts, Pair
 from fewstep.flow.noise import Draws
@@ -34,7 +34,7 @@ from fewstep.methods.contract.objective import Batches, Networks, Objective, Ter
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.methods.training_pairs.batches import DataBatches
+from fewstep.methods.training_pairs.batches import stage_batches
 from fewstep.networks.extractors import is_image, resolve_features
 from fewstep.solvers.maps import SampleRule
 
@@ -208,7 +208,7 @@ def plan(options: FeaturesOptions, stage: Stage) -> Plan:
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
         objective = (Classification if learns == "labels" else Denoising)(student, blur)
-        return objective, DataBatches(data, DataAlone(), learns == "labels", stage.dequantise, (stage.seed, stage.name))
+        return objective, stage_batches(replace(stage, conditions=(LABEL,) if learns == "labels" else ()), DataAlone())
 
     rule = SampleRule(kind="features")
     return Plan(student, [Phase("train", options.samples, prepare)], rule, DataAlone().facts)

@@ -34,7 +34,7 @@ from fewstep.methods.contract.stage import Phase, Plan, Spec, Stage, velocity_ne
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.distances import ROBUST, require_many_values, robust_note
 from fewstep.methods.families.straight_line import VelocityRegression
-from fewstep.methods.training_pairs.batches import DataBatches
+from fewstep.methods.training_pairs.batches import stage_batches
 from fewstep.methods.training_pairs.semidiscrete_batches import SemidiscreteBatches
 from fewstep.solvers.maps import SampleRule
 
@@ -57,7 +57,7 @@ class FlowMatchingOptions(Options):
     path: str = Field("linear", description="affine path from noise to data, by name")
     time: str = Field("uniform", description="law of t: uniform, logit_normal:m,s, ushape:a, exponential:rate")
     loss: Literal["l2", "l1", "huber"] = Field("l2", description="distance of the prediction to its target")
-    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of null labels, which guidance needs")
+    label_dropout: float = Field(0.1, ge=0, lt=1, description="share of rows with null conditions, for guidance")
 
     @property
     def noisy_targets(self) -> bool:
@@ -92,7 +92,8 @@ def make_coupling(options: FlowMatchingOptions, stage: Stage) -> Coupling:
         raise UserError(f"coupling {options.coupling!r} makes its own base from the data: leave 'base' out.")
     if stage.conditional:
         raise UserError(
-            f"coupling {options.coupling!r} gives the network a context and no labels: set 'conditional: false'."
+            f"coupling {options.coupling!r} gives the network a context and no other condition: set "
+            "'conditional: false'."
         )
     if options.coupling == "inpainting":
         return Inpainting()
@@ -139,18 +140,17 @@ def plan(options: FlowMatchingOptions, stage: Stage) -> Plan:
             make_time_law(options.time),
             options.loss,
             label_dropout=options.label_dropout if stage.conditional else 0.0,
-            null=stage.data.classes,
+            nulls=stage.nulls,
         )
         if coupling is None:
             return objective, SemidiscreteBatches(stage)
-        key = (stage.seed, stage.name)
-        return objective, DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key)
+        return objective, stage_batches(stage, coupling)
 
     examples = None
     if coupling is not None and context_size(options, stage.data.shape):
         rows = stage.data.network_rows(stage.data.held_out[:EXAMPLES])
         examples = coupling.pair(rows, {}, generator_for(stage.seed, stage.name, "examples"))
-    null_trained = stage.conditional and options.label_dropout > 0.0
+    null_trained = bool(stage.nulls) and options.label_dropout > 0.0
     phases = [Phase("train", options.samples, prepare)]
     return Plan(student, phases, SampleRule(), facts, examples, null_trained, options.path)
 

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import nn
 
+from fewstep.data.dataset import LABEL
 from fewstep.flow.couplings import Independent
 from fewstep.flow.noise import isolated_rng, mix
 from fewstep.methods.contract.objective import Batches, Learning, Objective
@@ -32,7 +33,7 @@ from fewstep.methods.families.adversarial import find_adversarial
 from fewstep.methods.families.adversarial_distillation import AdversarialDistillation, Adversary, Real
 from fewstep.methods.families.distances import Distance, find_distance
 from fewstep.methods.guards.coverage import CoverageGuard
-from fewstep.methods.training_pairs.batches import BesideBatches, DataBatches, StoredBatches
+from fewstep.methods.training_pairs.batches import BesideBatches, StoredBatches, stage_batches
 from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, pair_facts
 from fewstep.metrics.feature_distance import FeatureDistance, find_features
 from fewstep.networks.discriminator import Discriminator
@@ -158,9 +159,7 @@ def _preparer(
         if phase == "adversarial":
             adversary = make_adversary(options, stage, samples, features)
             if options.discriminator_real != "teacher":
-                key = (stage.seed, stage.name, "real")
-                data = DataBatches(stage.data, Independent(stage.source), stage.conditional, stage.dequantise, key)
-                batches = BesideBatches(batches, data)
+                batches = BesideBatches(batches, stage_batches(stage, Independent(stage.source), "real"))
         advice = (
             f"Raise gamma (now {options.gamma:g}), or lower adversarial (now {options.adversarial:g}), adversarial_lr "
             f"(now {options.adversarial_lr:g}) or discriminator_lr (now {options.discriminator_lr:g})."
@@ -202,7 +201,8 @@ def make_adversary(
     with isolated_rng():
         torch.default_generator.manual_seed(mix(stage.seed, stage.name, "discriminator"))
         inputs = features.layers if features is not None and options.sees == "features" else None
-        discriminator = Discriminator(stage.data.shape, stage.data.classes if stage.conditional else 0, inputs)
+        shapes = {name: stage.data.conditions[name].shape[1:] for name in stage.conditions if name != LABEL}
+        discriminator = Discriminator(stage.data.shape, stage.classes, inputs, shapes)
     return Adversary(
         discriminator=discriminator,
         loss=find_adversarial(options.gan),

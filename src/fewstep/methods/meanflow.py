@@ -46,7 +46,7 @@ from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Pair
 from fewstep.flow.derivatives import Derivative, Mode
-from fewstep.flow.field import Velocity
+from fewstep.flow.field import Velocity, null_rows
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import expand_time
 from fewstep.flow.precision import full_precision, in_full
@@ -67,7 +67,7 @@ from fewstep.methods.families.flow_map import (
     weighted_square,
     where_rows,
 )
-from fewstep.methods.families.straight_line import drop_labels
+from fewstep.methods.families.straight_line import drop_conditions
 from fewstep.methods.families.velocity_source import (
     PairOfTimesOptions,
     VelocitySource,
@@ -129,33 +129,38 @@ class SelfGuidance:
     Args:
         scale: the guidance weight s.
         own: the share k.
-        null: the null label.
-        dropout: probability with which a label is replaced by the null label.
+        nulls: what replaces a condition in a row without one, by name.
+        dropout: probability with which the conditions of a row are replaced.
 
     Source: arXiv:2505.13447, sec. 4.2.
     """
 
-    def __init__(self, scale: float, own: float, null: int, dropout: float) -> None:
-        self.scale, self.own, self.null, self.dropout = scale, own, null, dropout
+    def __init__(self, scale: float, own: float, nulls: Mapping[str, Any], dropout: float) -> None:
+        self.scale, self.own, self.nulls, self.dropout = scale, own, nulls, dropout
 
     def drop(self, batch: Pair, draws: Draws) -> Pair:
-        """The batch with some of its labels replaced by the null label."""
-        return replace(batch, cond=drop_labels(batch.cond, self.null, self.dropout, draws))
+        """The batch with nulls in place of some rows' conditions; ``beside["dropped"]`` says in which, (B,)."""
+        cond, dropped = drop_conditions(batch.cond, self.nulls, self.dropout, draws)
+        assert dropped is not None, "guidance has conditions to leave out"
+        return replace(batch, cond=cond, beside={**batch.beside, "dropped": dropped})
 
-    def __call__(self, u: Velocity, v: Tensor, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> Tensor:
-        """``s (1 - k) v + (1 - s) (1 - k) u_null + k u_label``, and v in rows with the null label; (B, ...).
+    def __call__(
+        self, u: Velocity, v: Tensor, x: Tensor, t: Tensor, cond: Mapping[str, Any], dropped: Tensor
+    ) -> Tensor:
+        """``s (1 - k) v + (1 - s) (1 - k) u_null + k u_cond``, and v in rows without conditions; (B, ...).
 
         Args:
-            u: the student, ``u(x, t, r=r, label=label)``.
+            u: the student, ``u(x, t, r=r, **cond)``.
             v: velocities without guidance, (B, ...).
             x, t: the points (B, ...) and times (B,) of v.
-            cond: conditions of the rows; one of them is ``label``.
+            cond: conditions of the rows.
+            dropped: rows whose conditions are nulls, (B,).
         """
         with full_precision(x):
-            u_null = u(x, t, r=t, **{**cond, "label": None}).to(v)
-            u_label = u(x, t, r=t, **cond).to(v)
-        guided = u_null.lerp(v, self.scale).lerp(u_label, self.own)
-        return where_rows(cond["label"] == self.null, v, guided)
+            u_null = u(x, t, r=t, **{**cond, **null_rows(self.nulls, cond)}).to(v)
+            u_cond = u(x, t, r=t, **cond).to(v)
+        guided = u_null.lerp(v, self.scale).lerp(u_cond, self.own)
+        return where_rows(dropped, v, guided)
 
 
 @final
@@ -219,7 +224,7 @@ class MeanFlow(Objective):
         """
         v = self.source.velocity_at(batch, x_t, times.t)
         if self.guide is not None:
-            v = self.guide(u, v, x_t, times.t, batch.cond)
+            v = self.guide(u, v, x_t, times.t, batch.cond, batch.beside["dropped"])
         share = draws.uniform().to(x_t) if self.kind == "split" else None
 
         def make(rows: Tensor, x: Tensor, off: Times, cond: Mapping[str, Any]) -> Tensor:
@@ -245,13 +250,15 @@ def plan(options: MeanflowOptions, stage: Stage) -> Plan:
     """
     source, student = velocity_source(options, stage), stage.build()
     alone = options.teacher is None and options.guidance != 1.0
-    if alone and not stage.conditional:
+    if alone and not stage.nulls:
         raise UserError(
-            f"guidance {options.guidance:g} compares velocities with and without labels: set 'conditional: true'."
+            f"guidance {options.guidance:g} compares velocities with and without conditions, and none of this "
+            "network's conditions can be left out: set 'conditional: true' for labels, or name a null, "
+            "fs.adapt(…, null={…})."
         )
     facts = replace(source.facts, guidance=baked_in(options.guidance)) if alone else source.facts
 
-    guide = SelfGuidance(options.guidance, options.own, stage.data.classes, options.label_dropout) if alone else None
+    guide = SelfGuidance(options.guidance, options.own, stage.nulls, options.label_dropout) if alone else None
     if options.p > 0 and options.teacher is None:
         stage.world.say(f"note: p: {options.p:g} with data pairs lowers recall and raises precision; p: 0 is exact.")
 

@@ -38,7 +38,7 @@ from fewstep.methods.contract.options import Options, baked_in, require_teacher,
 from fewstep.methods.contract.stage import Needs, Phase, Plan, Spec, Stage
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.methods.families.time_windows import window_start
-from fewstep.methods.training_pairs.batches import DataBatches
+from fewstep.methods.training_pairs.batches import stage_batches
 from fewstep.methods.training_pairs.generate import PILOT, relative_error
 from fewstep.solvers.maps import SampleRule
 from fewstep.solvers.solve import solve
@@ -146,8 +146,7 @@ def plan(options: PiecewiseOptions, stage: Stage) -> Plan:
     windows = Windows(teacher.guided(options.guidance), options.segments, options.solver, options.steps)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-        key = (stage.seed, stage.name)
-        batches = DataBatches(stage.data, Independent(stage.source), stage.conditional, stage.dequantise, key)
+        batches = stage_batches(stage, Independent(stage.source))
         check_windows(options, stage, windows, path, batches)
         return PiecewiseRegression(student, windows, path, options.inner), batches
 

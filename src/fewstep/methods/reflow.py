@@ -62,7 +62,7 @@ from fewstep.methods.families.distances import (
     robust_note,
 )
 from fewstep.methods.families.straight_line import VelocityRegression
-from fewstep.methods.training_pairs.batches import DataBatches, MixedBatches, StoredBatches
+from fewstep.methods.training_pairs.batches import MixedBatches, StoredBatches, stage_batches
 from fewstep.methods.training_pairs.generate import PairRequest, build_pairs, has_base_law, pair_facts
 from fewstep.metrics.feature_distance import FeatureDistance, find_features
 from fewstep.solvers.maps import SampleRule
@@ -266,6 +266,7 @@ def make_buffer(
         return synthetic
     real: Batches
     if options.real == "inverted":
+        stage.require_random_access("'real: inverted' pairs every data row with its own noise, which")
         rows = options.real_pairs or min(len(stage.data.train), options.pairs)
         request = PairRequest("inverted", rows, options, teacher, tag)
         store = build_pairs(stage, request)
@@ -277,7 +278,7 @@ def make_buffer(
             return synthetic
         real = StoredBatches(store, facts, (*key, "inverted"))
     else:
-        real = DataBatches(stage.data, Independent(stage.source), stage.conditional, stage.dequantise, (*key, "real"))
+        real = stage_batches(stage, Independent(stage.source), *key[2:], "real")
         facts = replace(facts, deterministic=False)
     return MixedBatches(synthetic, real, law, facts)
 

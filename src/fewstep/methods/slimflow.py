@@ -174,7 +174,8 @@ class GuidedEndpoint(Objective):
             return {"loss": self.distance(one_step(student, batch.x0, batch.cond), batch.x1)}
         least, most = FIRST_STEP
         t = (least + (most - least) * draws.uniform()).to(batch.x0)
-        fresh = self.source.sample(draws.batch, draws.generator)[draws.rows or slice(None)].to(batch.x0)
+        fresh = self.source.sample(draws.batch, draws.generator)[draws.rows or slice(None)]
+        fresh = draws.masked(fresh).to(batch.x0)
         with full_precision(fresh):
             target = guided_target(self.flow, fresh, t, batch.cond)
         cond = {name: torch.cat([value, value]) for name, value in batch.cond.items()}

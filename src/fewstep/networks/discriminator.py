@@ -4,15 +4,17 @@ Vectors and small images (up to 256 values) pass a multilayer perceptron, larger
 that halve the sides down to 4. There is no batch normalisation, so that the gradient penalty of a sample depends on
 that sample alone (arXiv 1801.04406), and no other normalisation, because the penalties bound the slope. Activations
 of a frozen feature network can be inputs beside the sample (arXiv 2111.01007), averaged over positions down to at
-most 4 x 4. With classes the score is
-:math:`\psi(h) + e_{label} \cdot h` (projection, arXiv 1802.05637, eq. 3).
+most 4 x 4. With conditions the score is
+:math:`\psi(h) + \sum_c e_c \cdot h` (projection, arXiv 1802.05637, eq. 3): :math:`e_c` is a row of a table for a
+label, and a linear function of the values of any other condition, averaged over all dimensions but the last.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import final
 
 import torch
@@ -36,10 +38,15 @@ class Discriminator(nn.Module):
         classes: number of labels, 0 for none.
         features: gives the activations of a frozen network on samples, each (B, C, ...); its weights are not in
             the module's state.
+        conditions: shapes of one row of the other conditions, by name.
     """
 
     def __init__(
-        self, shape: tuple[int, ...], classes: int = 0, features: Callable[[Tensor], Sequence[Tensor]] | None = None
+        self,
+        shape: tuple[int, ...],
+        classes: int = 0,
+        features: Callable[[Tensor], Sequence[Tensor]] | None = None,
+        conditions: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     ) -> None:
         super().__init__()
         size = math.prod(shape)
@@ -58,25 +65,35 @@ class Discriminator(nn.Module):
         self.feature_layers = nn.ModuleList()
         if features is not None:
             with torch.no_grad():
-                sizes = [flat_activations(f).shape[1] for f in features(torch.zeros(1, *shape))]
+                widths = [flat_activations(f).shape[1] for f in features(torch.zeros(1, *shape))]
             self.feature_layers = nn.ModuleList(
-                nn.Sequential(nn.Linear(n, FEATURE_WIDTH), nn.LeakyReLU(NEGATIVE_SLOPE)) for n in sizes
+                nn.Sequential(nn.Linear(n, FEATURE_WIDTH), nn.LeakyReLU(NEGATIVE_SLOPE)) for n in widths
             )
-            width += FEATURE_WIDTH * len(sizes)
+            width += FEATURE_WIDTH * len(widths)
         self.head = nn.Linear(width, 1)
         self.table = nn.Embedding(classes, width) if classes else None
         if self.table is not None:
             nn.init.zeros_(self.table.weight)
+        sizes = {name: part[-1] if part else 1 for name, part in conditions.items()}
+        self.others = nn.ModuleDict({name: nn.Linear(size, width) for name, size in sizes.items()})
+        for layer in self.others.values():
+            assert isinstance(layer, nn.Linear)
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
-    def forward(self, x: Tensor, label: Tensor | None = None) -> Tensor:
-        """Scores (B,) of samples x (B, *shape), with labels (B,) where there are classes."""
+    def forward(self, x: Tensor, cond: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
+        """Scores (B,) of samples x (B, *shape) with their conditions, each (B, ...)."""
         h = self.body(x)
         if self.features is not None:
             pairs = zip(self.feature_layers, self.features(x), strict=True)
             h = torch.cat([h, *(layer(flat_activations(f)) for layer, f in pairs)], 1)
         score: Tensor = self.head(h).squeeze(1)
-        if self.table is not None and label is not None:
-            score = score + (self.table(label) * h).sum(1) / math.sqrt(h.shape[1])
+        if self.table is not None and "label" in cond:
+            score = score + (self.table(cond["label"]) * h).sum(1) / math.sqrt(h.shape[1])
+        for name, layer in self.others.items():
+            rows = cond[name].to(h.dtype)
+            mean = rows.reshape(len(rows), -1, rows.shape[-1] if rows.ndim > 1 else 1).mean(1)
+            score = score + (layer(mean) * h).sum(1) / math.sqrt(h.shape[1])
         return score
 
 

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError, unknown
 from fewstep.networks.two_time import Interval
 
+WRAPPED = "wrapped."  # prefix of the user's own parameter names in an adapter's state
 FOREIGN = "foreign"  # name of the network in a description of a module that fewstep did not build
 
 
@@ -148,8 +149,8 @@ def trainable_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
         module: the network.
         two_time: whether the copy is to take an end time; only a foreign network can be changed so.
     """
-    made = module.with_interval() if two_time and isinstance(module, Foreign) and not module.two_time else None
-    made = copy.deepcopy(module) if made is None else made
+    new_form = two_time and isinstance(module, Foreign) and not module.two_time
+    made: nn.Module = module.with_interval() if new_form and isinstance(module, Foreign) else copy.deepcopy(module)
     made.requires_grad_(True)
     for parameter in made.parameters():
         if parameter.dtype in (torch.float16, torch.bfloat16):

@@ -21,6 +21,7 @@ from torch import nn
 from fewstep.errors import UserError, unknown
 from fewstep.networks import mlp, unet
 from fewstep.networks import option_checks as options
+from fewstep.networks.foreign import FOREIGN
 
 DATA_KEYS = ("shape", "classes", "context")  # the data decide these; every other key is an option
 
@@ -104,6 +105,8 @@ def resolve(config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, c
     """
     if not isinstance(config, Mapping):
         raise UserError(f"network is {config!r}, but it must have keys and values, such as {{name: mlp}}.")
+    if config.get("name") == FOREIGN:
+        return _foreign(config)
     frame = {
         "shape": options.data_shape(list(shape)),
         "classes": options.count("network.classes", classes),
@@ -121,6 +124,19 @@ def resolve(config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, c
     checked = options.checked(name, given, kind.checkers)
     full = {"name": name, **frame, **kind.complete(options.data_shape(frame["shape"]), preset, checked)}
     return {**full, "two_time": True} if two_time else full
+
+
+def _foreign(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The description of a network from outside, which takes no options; a false ``two_time`` is left out."""
+    known = ("name", "module", "parameters", "time_embed", "null", "mask", "two_time")
+    for key in config:
+        if key not in known:
+            raise UserError(
+                f"network.{key} is an option of fewstep's own networks, and {config.get('module')} is a network from "
+                "outside: set it when you build that network, or leave it out here."
+            )
+    full = {key: value for key, value in config.items() if key != "two_time"}
+    return {**full, "two_time": True} if config.get("two_time") else full
 
 
 def build(config: Mapping[str, Any]) -> nn.Module:

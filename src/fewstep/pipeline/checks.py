@@ -91,6 +91,7 @@ def stage_inputs(run: Run, name: str) -> dict[str, Any]:
         "seed": header.seed,
         "conditional": run.recipe.conditional,
         "dequantise": run.dequantise,
+        **({"conditions": list(run.conditions)} if run.data.conditions else {}),
     }
 
 

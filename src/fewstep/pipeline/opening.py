@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from fewstep.data.dataset import DataSet
+from fewstep.data.dataset import LABEL, DataSet
 from fewstep.data.load import load_data
 from fewstep.errors import UserError
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
-from fewstep.generator import Generator, load
-from fewstep.methods.contract.stage import Spec
+from fewstep.flow.noise import isolated_rng
+from fewstep.generator import Generator, load, read_config
+from fewstep.methods.contract.stage import Spec, Stream
 from fewstep.methods.registry import find_method
 from fewstep.metrics.feature_distance import FeatureDistance, find_features
+from fewstep.networks.foreign import FOREIGN, Foreign, trainable_copy
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.recipe import Recipe
-from fewstep.pipeline.stage_networks import stage_network
+from fewstep.pipeline.stage_networks import same_weights, stage_network
 from fewstep.training.world import LocalWorld
 
 DEQUANTISE = 0.025  # default noise on discrete data, network units; chosen, not tuned
@@ -37,6 +39,9 @@ class Run:
         source: the base distribution.
         base_rows: the rows of a base that is another data set; None for N(0, I).
         world: the processes at work.
+        foreign: networks that fewstep did not build, by the name in their description.
+        given: models that were passed as objects, by the name that options have for them.
+        stream: the stream that the training rows come from; None for data with random access.
     """
 
     recipe: Recipe
@@ -45,10 +50,18 @@ class Run:
     source: Source
     base_rows: Tensor | None
     world: LocalWorld
+    foreign: Mapping[str, Foreign] = field(default_factory=dict)
+    given: Mapping[str, Generator] = field(default_factory=dict)
+    stream: Stream | None = None
     _methods: dict[str, Spec] = field(default_factory=dict)
     _networks: dict[str, dict[str, Any]] = field(default_factory=dict)
     _models: dict[Path, Generator] = field(default_factory=dict)
     _features: dict[str, FeatureDistance] = field(default_factory=dict)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions that networks are given, ``label`` first."""
+        return ((LABEL,) if self.recipe.conditional else ()) + tuple(self.data.conditions)
 
     @property
     def dequantise(self) -> float:
@@ -67,14 +80,52 @@ class Run:
         """The resolved network configuration of a stage."""
         if name not in self._networks:
             options = self.recipe.stages[name]
-            self._networks[name] = stage_network(self.recipe, self.data, options, self.method(name), self.network)
+            self._networks[name] = stage_network(
+                self.recipe, self.data, options, self.method(name), self.network_of, self.foreign
+            )
         return self._networks[name]
+
+    def network_of(self, chosen: str) -> dict[str, Any]:
+        """The network of a stage, of a model that was passed, or of a model's folder; empty where it is not known."""
+        if chosen in self.recipe.stages:
+            return self.network(chosen)
+        config = self.given[chosen].config if chosen in self.given else read_config(Path(chosen))
+        return dict(config.network or {})
+
+    def prototype(self, network: Mapping[str, Any]) -> Foreign:
+        """The network from outside that a description belongs to.
+
+        Raises:
+            UserError: it was not passed to the run, or another one of this name was.
+        """
+        name = network["module"]
+        if name not in self.foreign:
+            raise UserError(
+                f"a model of this run is a {name}, which fewstep did not build: pass the network, fs.train(…, "
+                "network=net), or name the function that makes it, --module file.py:make."
+            )
+        found = self.foreign[name]
+        if not same_weights(found.describe(), network):
+            raise UserError(
+                f"the network {name} that was passed has another form ({found.describe()}) than the model's "
+                f"({dict(network)}): pass the network that the model was made with."
+            )
+        return found
+
+    def open_model(self, folder: Path) -> Generator:
+        """The model in a folder, on this run's device; opened anew at every call."""
+        network = read_config(folder).network or {}
+        module: nn.Module | None = None
+        if network.get("name") == FOREIGN:
+            with isolated_rng():
+                module = trainable_copy(self.prototype(network), bool(network.get("two_time")))
+        return load(folder, module=module, device=self.world.device)
 
     def model(self, folder: Path) -> Generator:
         """The model in a folder, on this run's device."""
         key = folder.resolve()
         if key not in self._models:
-            self._models[key] = load(folder, device=self.world.device)
+            self._models[key] = self.open_model(folder)
         return self._models[key]
 
     def features(self, word: str) -> FeatureDistance:
@@ -86,8 +137,14 @@ class Run:
         return self._features[word]
 
 
-def open_run(recipe: Recipe, out: Path, world: LocalWorld) -> Run:
+def open_run(recipe: Recipe, out: Path, world: LocalWorld, foreign: Sequence[Foreign] = ()) -> Run:
     """Load the data and the base of a run; nothing is written.
+
+    Args:
+        recipe: the recipe.
+        out: the run folder.
+        world: the processes at work.
+        foreign: networks that fewstep did not build; the first is that of stages which name none.
 
     Raises:
         UserError: unreadable data, labels asked for that are not there, a base of another shape.
@@ -100,7 +157,23 @@ def open_run(recipe: Recipe, out: Path, world: LocalWorld) -> Run:
         )
     check_reference(data)
     source, rows = make_source(header.base, data)
-    return Run(recipe, out, data, source, rows, world)
+    return Run(recipe, out, data, source, rows, world, by_name(foreign))
+
+
+def by_name(foreign: Sequence[Foreign]) -> dict[str, Foreign]:
+    """Networks from outside by the name in their description.
+
+    Raises:
+        UserError: two different ones have the same name.
+    """
+    found: dict[str, Foreign] = {}
+    for network in foreign:
+        name = network.describe()["module"]
+        if not same_weights(found.setdefault(name, network).describe(), network.describe()):
+            raise UserError(
+                f"two different networks are called {name}: give one of them a name, fs.adapt(…, name='small')."
+            )
+    return found
 
 
 def make_source(base: str | Mapping[str, Any], data: DataSet) -> tuple[Source, Tensor | None]:

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
 from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
-from fewstep.generator import read_config
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Spec
 from fewstep.networks import build
 from fewstep.networks.extractors import NAME, build_features
+from fewstep.networks.foreign import FOREIGN, Foreign
 from fewstep.networks.registry import DATA_KEYS
 from fewstep.networks.sizes import read_size, shrink
 from fewstep.pipeline.recipe import Recipe
 
 
 def stage_network(
-    recipe: Recipe, data: DataSet, options: Options, method: Spec, network_of: Callable[[str], dict[str, Any]]
+    recipe: Recipe,
+    data: DataSet,
+    options: Options,
+    method: Spec,
+    network_of: Callable[[str], dict[str, Any]],
+    foreign: Mapping[str, Foreign] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The resolved network configuration of a stage.
 
@@ -30,7 +35,8 @@ def stage_network(
         data: fixes the shape and the number of classes.
         options: the stage's options.
         method: the stage's method.
-        network_of: gives the configuration of an earlier stage by its name.
+        network_of: gives the configuration of an earlier stage, or of a model from outside the recipe.
+        foreign: the networks from outside that were passed to the run, by name.
 
     Raises:
         UserError: as :func:`fewstep.networks.resolve`; a ``size`` that :func:`share_of_teacher` refuses.
@@ -38,8 +44,56 @@ def stage_network(
     chosen = options.network if options.network is not None else recipe.header.network
     config = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
     if "size" in config:
-        config = share_of_teacher(recipe, options, config, network_of)
+        config = share_of_teacher(options, config, network_of)
+    if not config and method.makes != "features":
+        config = foreign_default(options, foreign, network_of)
+    if config.get("name") == FOREIGN and "module" not in config:
+        config = dict(described(foreign))
+    if config.get("name") != FOREIGN and method.makes != "features":
+        refuse_conditions(data)
     return method.network(options, data, config, data.classes if recipe.conditional else 0)
+
+
+def foreign_default(
+    options: Options, foreign: Mapping[str, Foreign], network_of: Callable[[str], dict[str, Any]]
+) -> dict[str, Any]:
+    """The network of a stage that names none: that of a teacher or init from outside, else the network that was passed
+    to the run; empty for fewstep's default.
+    """
+    for source in (options.init, options.teacher):
+        if source is not None:
+            network = network_of(source)
+            return {**network, "two_time": False} if network.get("name") == FOREIGN else {}
+    return described(foreign) if foreign else {}
+
+
+def described(foreign: Mapping[str, Foreign]) -> dict[str, Any]:
+    """The description of the network that was passed to the run.
+
+    Raises:
+        UserError: there is none.
+    """
+    if not foreign:
+        raise UserError(
+            "network: foreign is a network of your own, and none was given: name the function that makes it, "
+            "--module file.py:make, or pass it, fs.train(…, network=net)."
+        )
+    return next(iter(foreign.values())).describe()
+
+
+def refuse_conditions(data: DataSet) -> None:
+    """Refuse data whose conditions fewstep's own networks do not take.
+
+    Raises:
+        UserError: a condition other than ``label`` and ``context``, or a mask.
+    """
+    others = [name for name in data.conditions if name != "context"]
+    if others:
+        raise UserError(
+            f"the data {data.name!r} have the condition {others[0]!r}, and fewstep's own networks take 'label' and "
+            "'context' only: bring a network that takes it, fs.adapt(net, …) with fs.train, or --module file.py:make; "
+            "or call the array 'context'."
+        )
 
 
 def build_network(network: Mapping[str, Any]) -> nn.Module:
@@ -59,7 +113,7 @@ def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def share_of_teacher(
-    recipe: Recipe, options: Options, config: dict[str, Any], network_of: Callable[[str], dict[str, Any]]
+    options: Options, config: dict[str, Any], network_of: Callable[[str], dict[str, Any]]
 ) -> dict[str, Any]:
     """``{size: 0.25}``: the teacher's network with about a quarter of its parameters.
 
@@ -80,11 +134,8 @@ def share_of_teacher(
             f"network.size is {size!r}, a share of the teacher's network, and method {options.method!r} has no teacher "
             "here: give name, preset and options instead."
         )
-    if options.teacher in recipe.stages:
-        network: dict[str, Any] | None = network_of(options.teacher)
-    else:
-        network = read_config(Path(options.teacher)).network
-    if not network:
+    network = network_of(options.teacher)
+    if not network or network.get("name") == FOREIGN:
         raise UserError(
             f"network.size is {size!r}, a share of the teacher's network, and {options.teacher!r} is a module that "
             "fewstep did not build: give the student's network by name, such as 'network: {name: mlp, preset: tiny}'."

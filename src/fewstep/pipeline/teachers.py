@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+from fewstep.data.dataset import LABEL
 from fewstep.errors import UserError
 from fewstep.generator import Config, Generator, weights_digest
 from fewstep.methods.contract.teacher import Teacher
+from fewstep.networks.foreign import Foreign
 from fewstep.pipeline.opening import Run
 from fewstep.pipeline.stage_networks import same_weights
 from fewstep.store.files import json_round_trip
@@ -27,8 +30,11 @@ def frozen(generator: Generator, name: str) -> Teacher:
 def as_teacher(generator: Generator, name: str) -> Teacher:
     """A generator's network, frozen, whether it is a velocity or a map: the student of an earlier phase, or an init."""
     state, coupling = generator.module.state_dict(), generator.config.coupling
+    module = generator.module
+    nulls: dict[str, Any] = {LABEL: None} if generator.conditional else {}
+    foreign = module if isinstance(module, Foreign) else None
     return Teacher(
-        velocity=generator.module,
+        velocity=module,
         digest=weights_digest(state),
         guidance=generator.config.guidance,
         guidable=generator.config.guidable,
@@ -37,6 +43,8 @@ def as_teacher(generator: Generator, name: str) -> Teacher:
         state=state,
         network=generator.config.network or {},
         independent=coupling is None or coupling.independent,
+        nulls=nulls if foreign is None else foreign.null,
+        combine=None if foreign is None else foreign.combine,
     )
 
 
@@ -72,30 +80,33 @@ def load_teacher(run: Run, chosen: str) -> Teacher:
 
 def load_model(run: Run, chosen: str) -> Generator:
     """A stage of this run, or a model's folder, which fits the data."""
-    folder = run.out / chosen if chosen in run.recipe.stages else Path(chosen)
-    generator = run.model(folder)
+    if chosen in run.given:
+        generator = run.given[chosen]
+    else:
+        generator = run.model(run.out / chosen if chosen in run.recipe.stages else Path(chosen))
     if generator.config.shape != run.data.shape:
         raise UserError(
-            f"the model {folder} has samples of shape {generator.config.shape}, and the data {run.data.shape}."
+            f"the model {chosen} has samples of shape {generator.config.shape}, and the data {run.data.shape}."
         )
     if chosen not in run.recipe.stages:
-        check_foreign(run, folder, generator.config)
+        check_outside(run, chosen, generator.config)
     return generator
 
 
-def check_foreign(run: Run, folder: Path, config: Config) -> None:
+def check_outside(run: Run, chosen: str, config: Config) -> None:
     """Refuse a model from outside the recipe whose units, classes or base are not this run's."""
     if config.scaling is not None and config.scaling != json_round_trip(run.data.scaling.as_dict()):
         raise UserError(
-            f"the model {folder} was trained on data scaled otherwise than {run.data.name!r} is here: use the same "
+            f"the model {chosen} was trained on data scaled otherwise than {run.data.name!r} is here: use the same "
             "data with the same 'scale', so that both are in the same units."
         )
     classes = run.data.classes if run.recipe.conditional else 0
-    if len(config.class_weights) != classes and (classes or not config.class_weights):
+    unknown_classes = chosen in run.given and not config.class_weights  # a network of the user's own
+    if len(config.class_weights) != classes and not unknown_classes and (classes or not config.class_weights):
         raise UserError(
-            f"the model {folder} has {len(config.class_weights)} classes, and this recipe {classes}: set "
+            f"the model {chosen} has {len(config.class_weights)} classes, and this recipe {classes}: set "
             "'conditional' and the labels as they were when it was trained."
         )
     base = "gaussian" if run.base_rows is None else "empirical"
     if config.base not in (base, "examples"):  # examples are refused as teachers, with their own reason
-        raise UserError(f"the model {folder} has a base of kind {config.base!r}, and this recipe {base!r}: set 'base'.")
+        raise UserError(f"the model {chosen} has a base of kind {config.base!r}, and this recipe {base!r}: set 'base'.")

@@ -10,12 +10,15 @@ from typing import Any, final
 import torch
 from torch import Tensor, nn
 
+from fewstep.data.dataset import LABEL
 from fewstep.flow.noise import isolated_rng, mix
-from fewstep.generator import BaseRows, Config, load, save_model
+from fewstep.generator import BaseRows, Config, save_model, weights_digest
+from fewstep.generator.conditions import kept_conditions
 from fewstep.methods.contract.objective import Collapse, Objective
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Plan, Stage
 from fewstep.methods.contract.teacher import Teacher
+from fewstep.networks.foreign import FOREIGN, trainable_copy
 from fewstep.networks.two_time import take_weights
 from fewstep.pipeline.checks import STAGE_FILE, check_inputs, read_stage, stage_inputs
 from fewstep.pipeline.feature_checks import features_config
@@ -52,6 +55,7 @@ def run_stage(run: Run, name: str, options: Options) -> Failure | None:
     weights = {
         "teacher_weights": teacher.digest if teacher else None,
         "initial_weights": initial.digest if initial else None,
+        **own_weights(run, name, initial),
     }
     inputs = stage_inputs(run, name) | weights
     if run.world.rank == 0:
@@ -82,6 +86,14 @@ def run_stage(run: Run, name: str, options: Options) -> Failure | None:
     return failure
 
 
+def own_weights(run: Run, name: str, initial: Teacher | None) -> dict[str, str]:
+    """The digest of a foreign network's own weights, where the student starts from those."""
+    network = run.network(name)
+    if initial is not None or network.get("name") != FOREIGN:
+        return {}
+    return {"network_weights": weights_digest(run.prototype(network).state_dict())}
+
+
 def best_of(folder: Path) -> Path | None:
     """The folder of the model that a collapsed stage was at its best, where it kept one."""
     return folder / "best" if (folder / "best" / "config.json").exists() else None
@@ -96,14 +108,23 @@ def make_stage(run: Run, name: str, teacher: Teacher | None, initial: Teacher | 
         data=run.data,
         source=run.source,
         seed=run.recipe.header.seed,
-        conditional=run.recipe.conditional,
+        conditions=run.conditions,
         network=network,
         build=lambda: build_student(run, name, network, initial),
         teacher=teacher,
         dequantise=run.dequantise,
         world=run.world,
         find=lambda chosen: str(run.out / chosen) if chosen in run.recipe.stages else chosen,
+        nulls=nulls_of(run, network),
+        stream=run.stream,
     )
+
+
+def nulls_of(run: Run, network: dict[str, Any]) -> Mapping[str, Any]:
+    """What replaces a condition: what a foreign network declares; the number of classes for fewstep's own."""
+    if network.get("name") == FOREIGN:
+        return run.prototype(network).null
+    return {LABEL: run.data.classes} if LABEL in run.conditions else {}
 
 
 def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Config) -> None:
@@ -121,6 +142,7 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         run.world,
         checkpoints,
         statistics.write,
+        run.data.mask,
     )
     if trainer.resume():
         run.world.say(f"  resumed at {trainer.position.total_samples:,} samples")
@@ -130,7 +152,7 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         last = number == len(plan.phases) - 1
         kept = stage.folder / "rounds" / phase.name
         if number < trainer.position.phase:
-            previous = as_teacher(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
+            previous = as_teacher(run.open_model(kept), f"{stage.name}, {phase.name}")
             continue
         objective, batches = phase.prepare(previous)
         label = stage.name if len(plan.phases) == 1 else f"{stage.name}, {phase.name}"
@@ -142,13 +164,14 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         save_student(run, stage.folder if last else kept, trainer.ema.state, plan, config)
         run.world.barrier()
         if not last:
-            previous = as_teacher(load(kept, device=run.world.device), f"{stage.name}, {phase.name}")
+            previous = as_teacher(run.open_model(kept), f"{stage.name}, {phase.name}")
 
 
 def save_student(run: Run, folder: Path, weights: Mapping[str, Tensor], plan: Plan, config: Config) -> None:
     """Write a model folder with these weights and the base it starts from; the first process does."""
     if run.world.rank == 0:
-        save_model(folder, dict(weights), config, kept_base(run, plan))
+        kept = kept_conditions(run.data, run.conditions)
+        save_model(folder, dict(weights), config, kept_base(run, plan), kept)
 
 
 def kept_base(run: Run, plan: Plan) -> BaseRows | None:
@@ -170,9 +193,17 @@ def keep_best(run: Run, stage: Stage, plan: Plan, config: Config, collapse: Coll
 
 def build_student(run: Run, name: str, network: dict[str, Any], initial: Teacher | None) -> nn.Module:
     """The student: its own seed's weights, or the initial model's EMA when they fit its network."""
+    fits = initial is not None and same_weights(initial.network, network)
     with isolated_rng():
         torch.default_generator.manual_seed(mix(run.recipe.header.seed, name, "init"))
-        student = build_network(network)
+        if network.get("name") == FOREIGN:
+            start = initial.velocity if initial is not None and fits else run.prototype(network)
+            assert isinstance(start, nn.Module), "a model's velocity is its network"
+            student = trainable_copy(start, bool(network.get("two_time")))
+        else:
+            student = build_network(network)
+    if network.get("name") == FOREIGN and fits:
+        return student
     if initial is not None and same_weights(initial.network, network):
         take_weights(student, initial.state)
     elif initial is not None:
@@ -187,7 +218,7 @@ def stage_config(
     if plan.rule.kind == "features":
         return features_config(run.data, name, options, network)
     weights: tuple[float, ...] = ()
-    if run.recipe.conditional:
+    if LABEL in run.conditions:
         labels = run.data.label_rows(run.data.train)
         assert labels is not None
         counts = torch.bincount(labels, minlength=run.data.classes)
@@ -201,7 +232,9 @@ def stage_config(
         network=network,
         scaling=run.data.scaling.as_dict(),
         class_weights=weights,
-        label_names=run.data.label_names if run.recipe.conditional else None,
+        label_names=run.data.label_names if LABEL in run.conditions else None,
+        conditions={name: tuple(map(int, run.data.conditions[name].shape[1:])) for name in run.data.conditions},
+        mask=run.data.mask,
         guidance=guidance,
         guidable=plan.null_trained,
         path=plan.path,

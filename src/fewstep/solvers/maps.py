@@ -84,12 +84,14 @@ class FreshNoise:
         seed: the samples' seed.
         row: index of the first sample.
         base_rows: rows (N, ...) that the base noise is drawn from; None: it is Gaussian.
+        valid: 1 for valid entries and 0 for padding, in a shape that multiplies samples; None without padding.
     """
 
     path: AffinePath
     seed: int
     row: int = 0
     base_rows: Tensor | None = None
+    valid: Tensor | None = None
 
     def __call__(self, y: Tensor, r: float, step: int) -> Tensor:
         """``alpha(r) y + sigma(r) eps``, with the fresh noise ``eps`` of step number ``step`` (from 0).
@@ -108,7 +110,8 @@ class FreshNoise:
         else:
             number = len(self.base_rows)
             noise = self.base_rows[integer_rows(len(y), number, seed=self.seed, start=self.row, draw=draw)]
-        return self.path.interpolate(noise.to(y), y, torch.full((len(y),), r, dtype=y.dtype, device=y.device))
+        noise = noise.to(y) if self.valid is None else noise.to(y) * self.valid.to(y)
+        return self.path.interpolate(noise, y, torch.full((len(y),), r, dtype=y.dtype, device=y.device))
 
 
 def restart(

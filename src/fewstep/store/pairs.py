@@ -26,6 +26,8 @@ HELD_OUT_EVERY = 32  # one row in 32 is held out; chosen, not tuned
 MAX_MEMORY_BYTES = 1 << 30  # stores up to 1 GiB are read into memory, larger ones stay memory-mapped; not tuned
 
 Columns = dict[str, Tensor]
+Resolve = Callable[[Tensor], Columns]  # numbers of data rows (B,) -> their conditions
+ROW = "row"  # column of row numbers, from which conditions are looked up in the data
 
 
 def held_out_mask(rows: int) -> np.ndarray:
@@ -50,10 +52,12 @@ class PairRows:
     Args:
         shards: the columns of every shard, each ``(rows of the shard, ...)``.
         index: row numbers in the store ``(N,)``.
+        resolve: gives the conditions of data rows (B,), for stores that hold row numbers in their place.
     """
 
-    def __init__(self, shards: list[Columns], index: Tensor) -> None:
+    def __init__(self, shards: list[Columns], index: Tensor, resolve: Resolve | None = None) -> None:
         self.index = index
+        self._resolve = resolve
         size = sum(column.nbytes for shard in shards for column in shard.values())
         self._whole: Columns | None = None
         self._shards = shards
@@ -64,10 +68,14 @@ class PairRows:
         return len(self.index)
 
     def columns(self, rows: Tensor) -> Columns:
-        """The columns ``x0``, ``x1`` (and ``label``) of the given rows ``(B,)``, counted in this part."""
+        """The columns ``x0``, ``x1`` and conditions of the given rows ``(B,)``, counted in this part."""
         if self._whole is not None:
-            return {name: column.index_select(0, rows) for name, column in self._whole.items()}
-        return self._gather(self.index[rows])
+            found = {name: column.index_select(0, rows) for name, column in self._whole.items()}
+        else:
+            found = self._gather(self.index[rows])
+        if self._resolve is not None and ROW in found:
+            found |= self._resolve(found.pop(ROW))
+        return found
 
     def _gather(self, rows: Tensor) -> Columns:
         """Copy rows of the store from its memory-mapped shards."""
@@ -91,10 +99,12 @@ class PairStore:
         folder: path of the folder.
         request: what the pairs are and how they are made; equal requests give equal bytes.
         rows: number of pairs.
+        resolve: gives the conditions of data rows (B,), for pairs that hold row numbers in their place.
     """
 
-    def __init__(self, folder: Path, request: Mapping[str, Any], rows: int) -> None:
+    def __init__(self, folder: Path, request: Mapping[str, Any], rows: int, resolve: Resolve | None = None) -> None:
         self.folder = folder
+        self.resolve = resolve
         self.request = dict(request)
         self.rows = rows
 
@@ -159,7 +169,7 @@ class PairStore:
 
         Args:
             number: the number of the shard.
-            columns: ``x0``, ``x1`` (and ``label``) of its rows, see :meth:`shard_range`.
+            columns: ``x0``, ``x1`` and conditions of its rows, see :meth:`shard_range`.
         """
         from safetensors.torch import save_file
 
@@ -178,7 +188,7 @@ class PairStore:
         """
         shards = [self._read_shard(number) for number in range(self.shards)]
         index = np.flatnonzero(choose(held_out_mask(self.rows)))
-        return PairRows(shards, torch.from_numpy(index))
+        return PairRows(shards, torch.from_numpy(index), self.resolve)
 
     def _read_shard(self, number: int) -> Columns:
         """Read one shard, memory-mapped; refuse a damaged or short one."""

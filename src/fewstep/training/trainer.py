@@ -24,6 +24,7 @@ from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, isolated_rng, mix
 from fewstep.methods.contract.objective import Batches, Collapse, Learning, Networks, Objective
 from fewstep.methods.contract.options import Options
+from fewstep.networks.foreign import spread
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
 from fewstep.training.sharding import check_groups, local_pair, process_rows
@@ -71,6 +72,7 @@ class Trainer:
         world: the processes that train together.
         checkpoints: store of the training state; None writes no checkpoints.
         log: called with each line of statistics.
+        mask: name of the condition that marks valid entries; random draws are zero at padding.
     """
 
     def __init__(
@@ -81,12 +83,14 @@ class Trainer:
         world: LocalWorld,
         checkpoints: Checkpoints | None = None,
         log: Log | None = None,
+        mask: str | None = None,
     ) -> None:
         self.student = student.to(world.device)
         self.options = options
         self.world = world
         self.checkpoints = checkpoints
         self.log = log or (lambda line: None)
+        self.mask = mask
         self.ema = EMA(self.student, options.ema)
         self.position = Position()
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
@@ -228,7 +232,8 @@ class Trainer:
         _seed_modules(self.world.device, mix(seed, "modules", self.world.rank))
         batch = batches.batch(position.phase_samples, options.batch_size, self._generator)
         batch = local_pair(batch, self._rows, options.batch_size, self.world.device)
-        draws = Draws(self._generator, options.batch_size, self._rows)
+        valid = None if self.mask is None or self.mask not in batch.cond else spread(batch.cond[self.mask], batch.x1)
+        draws = Draws(self._generator, options.batch_size, self._rows, None if valid is None else valid.cpu())
         for role in objective.turns(position.phase_samples // options.batch_size):
             self._turn(objective, role, batch, draws, samples)
         position.step += 1

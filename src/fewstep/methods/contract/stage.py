@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, final
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.data.dataset import DataSet
+from fewstep.data.dataset import LABEL, DataSet, Indices
 from fewstep.flow.couplings import Facts, Pair, Source
 from fewstep.methods.contract.objective import Batches, Objective
 from fewstep.methods.contract.options import Options, PairOptions
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.networks import default_network, resolve
 from fewstep.solvers.maps import SampleRule
+
+
+class Stream(Protocol):
+    """Training rows that can be read in order only."""
+
+    def rows(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rows ``start … start + count`` in network units, (count, ...), and their conditions."""
+        ...
+
+    def refuse(self, what: str) -> None:
+        """Raise the error that ``what`` needs random access."""
 
 
 class World(Protocol):
@@ -66,7 +77,7 @@ class Stage:
         data: the training data.
         source: the base distribution ``x0 ~ p0``.
         seed: the recipe's seed.
-        conditional: whether networks are given the labels.
+        conditions: names of the conditions that networks are given, ``label`` first; empty for none.
         network: the resolved network configuration of the student.
         build: makes the student, with the stage's initial weights.
         teacher: the teacher; None for a stage without one.
@@ -74,6 +85,9 @@ class Stage:
         world: the processes that train together.
         find: for options that name an earlier stage or a path: the folder of the stage of that name; a word that names
             no stage is returned unchanged.
+        nulls: what replaces a condition in an unconditional call, by name: a number, or a tensor of one row's shape.
+        stream: the stream that the training rows come from; ``data`` then holds its first rows. None for data with
+            random access.
     """
 
     name: str
@@ -81,13 +95,38 @@ class Stage:
     data: DataSet
     source: Source
     seed: int
-    conditional: bool
+    conditions: tuple[str, ...]
     network: dict[str, Any]
     build: Callable[[], nn.Module]
     teacher: Teacher | None
     dequantise: float
     world: World
     find: Callable[[str], str] = str
+    nulls: Mapping[str, Any] = field(default_factory=dict)
+    stream: Stream | None = None
+
+    @property
+    def conditional(self) -> bool:
+        """Whether networks are given any condition."""
+        return bool(self.conditions)
+
+    @property
+    def classes(self) -> int:
+        """Number of classes whose labels networks are given, 0 for none."""
+        return self.data.classes if LABEL in self.conditions else 0
+
+    def cond_rows(self, indices: Indices) -> dict[str, Tensor]:
+        """The conditions of these rows of the data, each (n, ...)."""
+        return self.data.cond_rows(indices, self.conditions)
+
+    def require_random_access(self, what: str) -> None:
+        """Refuse ``what`` for a stream, whose rows can be read in order only.
+
+        Raises:
+            UserError: the data are a stream; the message says why.
+        """
+        if self.stream is not None:
+            self.stream.refuse(what)
 
 
 @final
@@ -175,6 +214,11 @@ def pair_needs(options: PairOptions, pairs: Callable[[int], int] | None = None) 
     return Needs(guidance=options.guidance, pairs=pairs or (lambda rows: options.pairs), pair_calls=options.nfe)
 
 
+def context_size(data: DataSet) -> int:
+    """Number of values (vectors) or channels (images) of the data's condition ``context``, 0 without one."""
+    return data.conditions["context"].shape[1] if "context" in data.conditions else 0
+
+
 def velocity_network(
     options: Options, data: DataSet, config: Mapping[str, Any], classes: int, **changes: Any
 ) -> dict[str, Any]:
@@ -187,7 +231,7 @@ def velocity_network(
         classes: number of classes whose labels the network is given, 0 for none.
         changes: ``context=`` and entries of the configuration that the method sets.
     """
-    context = changes.pop("context", 0)
+    context = changes.pop("context", 0) or context_size(data)
     chosen = config or default_network(data.shape)
     return resolve({**chosen, **changes}, data.shape, classes=classes, context=context)
 

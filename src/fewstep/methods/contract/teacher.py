@@ -8,8 +8,10 @@ from typing import Any, final
 
 from torch import Tensor
 
+from fewstep.data.dataset import LABEL
 from fewstep.errors import UserError
 from fewstep.flow.field import Guided, Velocity
+from fewstep.networks.foreign import Combine
 
 
 @final
@@ -24,7 +26,9 @@ class Teacher:
         name: its name in messages.
         state: its weights by parameter name.
         network: its network's configuration.
-        guidable: whether it was also trained with the null label, which guidance needs.
+        guidable: whether it was also trained with the nulls of its conditions, which guidance needs.
+        nulls: what replaces a condition in an unconditional call, by name.
+        combine: how guidance combines ``(v_0, v_c, w)``; None for ``v_0 + w (v_c - v_0)``.
         path: name of the affine path it was trained on.
         independent: whether it was trained on noise independent of the data. Then the law of its flow at time t is that
             of the noised data ``x_t``.
@@ -39,6 +43,8 @@ class Teacher:
     guidable: bool = True
     path: str = "linear"
     independent: bool = True
+    nulls: Mapping[str, Any] = field(default_factory=lambda: {LABEL: None})
+    combine: Combine | None = None
 
     def follows_data(self, scale: float) -> bool:
         """Whether its endpoints with guidance ``scale`` have the data's law, which holds without any guidance.
@@ -71,7 +77,7 @@ class Teacher:
             scale: guidance weight.
 
         Raises:
-            UserError: the teacher already has guidance, or was never trained with the null label.
+            UserError: the teacher already has guidance, or was never trained without conditions.
 
         Source: arXiv:2207.12598.
         """
@@ -83,9 +89,10 @@ class Teacher:
                 "guiding twice gives neither weight. Leave guidance out of this stage, or learn from the unguided "
                 "teacher."
             )
-        if not self.guidable:
+        if not self.guidable or not self.nulls:
             raise UserError(
-                f"guidance {scale} asked of {self.name!r}, which never learned without labels: guidance compares the "
-                "velocities with and without the label. Learn from a teacher that was trained with label_dropout."
+                f"guidance {scale} asked of {self.name!r}, which never learned without conditions: guidance compares "
+                "the velocities with and without them. Learn from a teacher that was trained with label_dropout, or "
+                "say what replaces a condition, fs.adapt(…, null={'label': 10})."
             )
-        return Guided(self.velocity, scale)
+        return Guided(self.velocity, scale, self.nulls, self.combine)

@@ -24,6 +24,7 @@ from fewstep.methods.contract.objective import Learning, Networks, Objective, Te
 from fewstep.methods.contract.stage import World
 from fewstep.methods.families.adversarial import AdversarialLoss, slope
 from fewstep.methods.families.distances import Distance
+from fewstep.methods.families.flow_map import where_rows
 from fewstep.methods.families.gradient_balance import (
     combine_terms,
     last_layer,
@@ -43,7 +44,7 @@ class Adversary:
     """The adversarial term.
 
     Attributes:
-        discriminator: scores (B,) of samples (B, ...), called ``D(x, label)``.
+        discriminator: scores (B,) of samples (B, ...), called ``D(x, cond)``.
         loss: the losses of discriminator and generator.
         share: the norm of the term's gradient, as a share of that of the other terms together.
         gamma: the penalties R1 + R2 have the weight ``gamma / 2``.
@@ -154,10 +155,10 @@ class AdversarialDistillation(Objective):
         self, adversary: Adversary, discriminator: nn.Module, fake: Tensor, batch: Pair, draws: Draws
     ) -> Tensor:
         """The generator's adversarial loss, a scalar."""
-        real, label = real_rows(adversary.real, batch, draws)
+        real, cond = real_rows(adversary.real, batch, draws)
         with torch.no_grad():
-            on_real = discriminator(real, label)
-        return adversary.loss.generator(on_real, discriminator(fake, batch.cond.get("label")))
+            on_real = discriminator(real, cond)
+        return adversary.loss.generator(on_real, discriminator(fake, batch.cond))
 
     def _discriminator_loss(
         self, adversary: Adversary, nets: Networks, batch: Pair, draws: Draws, done: float
@@ -165,11 +166,11 @@ class AdversarialDistillation(Objective):
         """The discriminator's loss and, in the steps that have it, the penalty; ``gap`` is E D(real) - E D(fake)."""
         with torch.no_grad():
             fake = one_step(nets["student"], batch.x0, batch.cond).to(batch.x0.dtype)
-        real, label = real_rows(adversary.real, batch, draws)
+        real, cond = real_rows(adversary.real, batch, draws)
         x = torch.cat([real, fake]).detach().requires_grad_(adversary.gamma > 0)
-        labels = None if label is None else torch.cat([label, batch.cond["label"]])
+        both = {name: torch.cat([rows, batch.cond[name]]) for name, rows in cond.items()}
         with torch.autocast(x.device.type, enabled=False):
-            scores = nets["discriminator"](x, labels)
+            scores = nets["discriminator"](x, both)
             on_real, on_fake = scores.chunk(2)
             terms = {"game": adversary.loss.discriminator(on_real, on_fake)}
             total = terms["game"]
@@ -180,8 +181,8 @@ class AdversarialDistillation(Objective):
         return {"loss": total, "gap": gap.detach(), **{name: term.detach() for name, term in terms.items()}}
 
 
-def real_rows(real: Real, batch: Pair, draws: Draws) -> tuple[Tensor, Tensor | None]:
-    """The real samples of a step (B, ...), and their labels (B,) or None.
+def real_rows(real: Real, batch: Pair, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
+    """The real samples of a step (B, ...), and their conditions.
 
     Args:
         real: ``teacher`` for the endpoints ``batch.x1``, ``data`` for the data rows ``batch.beside["real"]``, ``both``
@@ -189,12 +190,11 @@ def real_rows(real: Real, batch: Pair, draws: Draws) -> tuple[Tensor, Tensor | N
         batch: the pairs.
         draws: the random numbers of ``both``.
     """
-    own = batch.cond.get("label")
     if real == "teacher":
-        return batch.x1, own
-    data, label = batch.beside["real"], batch.beside.get("real_label")
+        return batch.x1, batch.cond
+    data, cond = batch.beside["real"], {name: batch.beside[f"real_{name}"] for name in batch.cond}
     if real == "data":
-        return data, label
+        return data, cond
     half = draws.uniform().to(data.device) < 0.5
-    rows = torch.where(half.view(-1, *(1,) * (data.ndim - 1)), data, batch.x1)
-    return rows, None if own is None or label is None else torch.where(half, label, own)
+    mixed = {name: where_rows(half, rows, batch.cond[name]) for name, rows in cond.items()}
+    return where_rows(half, data, batch.x1), mixed

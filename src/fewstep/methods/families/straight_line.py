@@ -10,36 +10,44 @@ coupling ``pi``, the law of ``t`` and the distance d.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Pair
-from fewstep.flow.field import Velocity
+from fewstep.flow.field import Velocity, null_rows
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import AffinePath
 from fewstep.flow.time_laws import TimeLaw
 from fewstep.methods.contract.objective import Networks, Objective, Terms
 from fewstep.methods.families.distances import Loss, Plain, Residual, find_distance
+from fewstep.methods.families.flow_map import where_rows
 
 
-def drop_labels(cond: dict[str, Any], null: int, share: float, draws: Draws) -> dict[str, Any]:
-    """Replace labels by the null label with a given probability, for classifier-free guidance.
+def drop_conditions(
+    cond: Mapping[str, Tensor], nulls: Mapping[str, Any], share: float, draws: Draws
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Replace all conditions that have a null by it, row by row with a given probability, for classifier-free guidance.
 
     Args:
-        cond: conditions by name; without a ``label`` it is returned as it is.
-        null: the null label.
+        cond: conditions by name, each (B, ...).
+        nulls: the nulls by name, numbers or tensors of one row's shape.
         share: the probability.
         draws: the random numbers.
 
+    Returns:
+        The conditions, and which rows were replaced, (B,); None where no condition has a null or the share is 0.
+
     Source: arXiv:2207.12598, alg. 1.
     """
-    if share == 0.0 or "label" not in cond:
-        return cond
-    label = cond["label"]
-    dropped = draws.uniform().to(label.device) < share
-    return {**cond, "label": torch.where(dropped, null, label)}
+    named = [name for name in nulls if name in cond]
+    if share == 0.0 or not named:
+        return dict(cond), None
+    dropped = draws.uniform().to(cond[named[0]].device) < share
+    null = null_rows({name: nulls[name] for name in named}, cond)
+    return {**cond, **{name: where_rows(dropped, null[name], cond[name]) for name in named}}, dropped
 
 
 def one_step(velocity: Velocity, x0: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -66,8 +74,8 @@ class VelocityRegression(Objective):
         path: the affine path; the target is the derivative of ``x_t``.
         law: the law of t.
         distance: d by name, as :func:`~fewstep.methods.families.distances.find_distance`, or a loss of the residual.
-        label_dropout: probability with which a label is replaced by the null label.
-        null: the null label.
+        label_dropout: probability with which the conditions of a row are replaced by their nulls.
+        nulls: the nulls by name.
     """
 
     def __init__(
@@ -77,18 +85,18 @@ class VelocityRegression(Objective):
         law: TimeLaw,
         distance: str | Loss = "l2",
         label_dropout: float = 0.0,
-        null: int = 0,
+        nulls: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         self.modules = {"student": student}
         self.path = path
         self.law = law
         self.compare = Plain(find_distance(distance)) if isinstance(distance, str) else distance
         self.label_dropout = label_dropout
-        self.null = null
+        self.nulls = nulls
 
     def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         t = self.law.sample(draws.uniform()).to(batch.x1)
-        cond = drop_labels(batch.cond, self.null, self.label_dropout, draws)
+        cond, _ = drop_conditions(batch.cond, self.nulls, self.label_dropout, draws)
         x_t = self.path.interpolate(batch.x0, batch.x1, t)
         v = nets["student"](x_t, t, **cond)
         return self.compare(Residual(v, self.path.target(batch.x0, batch.x1, t), x_t, batch.x1, t))

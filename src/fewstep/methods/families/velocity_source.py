@@ -16,9 +16,10 @@ from fewstep.flow.field import Velocity, calls_at
 from fewstep.flow.paths import AffinePath, Linear, make_path
 from fewstep.flow.precision import full_precision
 from fewstep.flow.time_laws import make_time_law
+from fewstep.methods.contract.objective import Batches
 from fewstep.methods.contract.options import Options, baked_in
 from fewstep.methods.contract.stage import Needs, Stage, velocity_network
-from fewstep.methods.training_pairs.batches import DataBatches
+from fewstep.methods.training_pairs.batches import stage_batches
 
 
 class MapOptions(Options):
@@ -78,7 +79,7 @@ class VelocitySource:
     path: AffinePath
     velocity: Velocity | None
     facts: Facts
-    batches: Callable[..., DataBatches]
+    batches: Callable[..., Batches]
     path_name: str = "linear"
 
     def velocity_at(self, batch: Pair, x: Tensor, t: Tensor) -> Tensor:
@@ -106,9 +107,8 @@ def velocity_source(options: MapOptions, stage: Stage) -> VelocitySource:
         teacher.require_noised_data(options.method)
     coupling = Independent(stage.source)
 
-    def batches(group: int = 1) -> DataBatches:
-        key = (stage.seed, stage.name)
-        return DataBatches(stage.data, coupling, stage.conditional, stage.dequantise, key, group=group)
+    def batches(group: int = 1) -> Batches:
+        return stage_batches(stage, coupling, group=group)
 
     if teacher is None:
         return VelocitySource(Linear(), None, coupling.facts, batches)

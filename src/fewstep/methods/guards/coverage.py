@@ -57,7 +57,7 @@ class CoverageGuard:
 
         Args:
             weights: averaged weights by parameter name.
-            discriminator: scores (B,) of samples and labels; None without an adversarial term.
+            discriminator: scores (B,) of samples and their conditions; None without an adversarial term.
 
         Returns:
             ``rmse``: root mean square distance per value to the teacher's endpoints. ``precision``, ``recall``. With a
@@ -75,8 +75,8 @@ class CoverageGuard:
         scores = prdc(x1, x, NEIGHBOURS)
         found = {"rmse": rmse, "precision": scores.precision, "recall": scores.recall}
         if discriminator is not None:
-            label = cond["label"].to(x.device) if "label" in cond else None
-            found["gap"] = float((discriminator(x1, label) - discriminator(x, label)).mean())
+            moved = {name: rows.to(x.device) for name, rows in cond.items()}
+            found["gap"] = float((discriminator(x1, moved) - discriminator(x, moved)).mean())
         self._check_limits(found)
         self._student.keep(weights)
         return found

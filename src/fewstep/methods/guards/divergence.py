@@ -18,6 +18,7 @@ from fewstep.flow.noise import generator_for
 from fewstep.methods.contract.objective import Collapse
 from fewstep.methods.contract.stage import Stage
 from fewstep.methods.guards.best_weights import StudentSnapshot
+from fewstep.methods.training_pairs.batches import without_padding
 from fewstep.metrics.neighbours import prdc
 from fewstep.metrics.sample_distances import energy, energy_floor
 
@@ -47,7 +48,7 @@ class DivergenceGuard:
         advice: the options to change when training is stopped, for messages.
 
     Attributes:
-        rows: noises and data rows, with the rows' labels; the same at every check.
+        rows: noises and data rows, with the rows' conditions; the same at every check.
         checks: number of checks in a phase; 0 with fewer than 32 rows.
         state: least energy, best recall, energy at the first check, and the weights at the least energy; a checkpoint
             must keep it.
@@ -56,9 +57,9 @@ class DivergenceGuard:
     def __init__(self, student: nn.Module, stage: Stage, advice: str) -> None:
         chosen = stage.data.train[:: max(1, len(stage.data.train) // MAX_ROWS)][:MAX_ROWS]
         self._key = (stage.seed, stage.name, "watch")
-        labels = stage.data.label_rows(chosen) if stage.conditional else None
         noise = stage.source.sample(len(chosen), self.generator())
-        self.rows = Pair(noise, stage.data.network_rows(chosen), {} if labels is None else {"label": labels})
+        pair = Pair(noise, stage.data.network_rows(chosen), stage.cond_rows(chosen))
+        self.rows = without_padding(pair, stage.data.mask)
         self.checks = CHECKS if len(chosen) >= MIN_ROWS else 0
         self._student = StudentSnapshot(student)
         self.state = {"best": torch.tensor([math.inf, 0.0, 0.0], dtype=torch.float64), **self._student.state}

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, final
 
 import torch
 from torch import Tensor
 
-from fewstep.data.dataset import DataSet
+from fewstep.data.dataset import LABEL, DataSet
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Coupling, Facts, Pair
 from fewstep.flow.noise import generator_for
 from fewstep.methods.contract.objective import Batches
+from fewstep.methods.contract.stage import Stage
+from fewstep.networks.foreign import spread
 from fewstep.store.pairs import PairStore
 
 
@@ -118,7 +120,7 @@ class DataBatches:
     Args:
         data: the data set; its training split is used.
         coupling: makes x0 for the rows.
-        conditional: whether the pairs have the labels as a condition.
+        conditions: names of the conditions that the pairs have.
         dequantise: standard deviation of the Gaussian noise added to the rows, in network units.
         key: seed of the order of the rows, with any number of parts.
         group: number of consecutive rows that have one class; batches must start at multiples of it.
@@ -133,7 +135,7 @@ class DataBatches:
         self,
         data: DataSet,
         coupling: Coupling,
-        conditional: bool,
+        conditions: Sequence[str],
         dequantise: float,
         key: tuple[int | str, ...],
         group: int = 1,
@@ -143,9 +145,14 @@ class DataBatches:
         self.dequantise = dequantise
         self._data = data
         self._train = torch.as_tensor(data.train)
-        labels = data.label_rows(data.train) if conditional else None
-        self._labels = labels
+        self._conditions = tuple(conditions)
         self._order: Order = EpochOrder(len(self._train), key)
+        labels = data.label_rows(data.train) if LABEL in self._conditions else None
+        if group > 1 and self._conditions not in ((), (LABEL,)):
+            raise UserError(
+                f"this method compares rows of equal conditions with each other, and rows seldom have equal "
+                f"{', '.join(self._conditions)}: use another method, or train with labels only."
+            )
         if labels is not None and group > 1:
             self._order = GroupedOrder(labels, group, key)
         # a small data set is kept in memory in network units; a large one is converted batch by batch
@@ -162,8 +169,67 @@ class DataBatches:
         )
         if self.dequantise:
             x1 = x1 + self.dequantise * torch.randn(x1.shape, generator=generator)
-        cond = {} if self._labels is None else {"label": self._labels[index]}
-        return self.coupling.pair(x1, cond, generator)
+        cond = self._data.cond_rows(self._train[index], self._conditions)
+        return without_padding(self.coupling.pair(x1, cond, generator), self._data.mask)
+
+
+@final
+class StreamBatches:
+    """Rows of a stream, in its order, paired with base noise by a coupling.
+
+    Args:
+        stage: gives stream, conditions and noise on discrete data.
+        coupling: makes x0 for the rows.
+
+    Attributes:
+        facts: what holds for the coupling.
+    """
+
+    def __init__(self, stage: Stage, coupling: Coupling) -> None:
+        assert stage.stream is not None, "the data are a stream"
+        self.coupling, self.facts = coupling, coupling.facts
+        self._stage, self._stream = stage, stage.stream
+
+    def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
+        """The pairs of samples ``start … start + count``."""
+        x1, cond = self._stream.rows(start, count)
+        if self._stage.dequantise:
+            x1 = x1 + self._stage.dequantise * torch.randn(x1.shape, generator=generator)
+        kept = {name: cond[name] for name in self._stage.conditions}
+        return without_padding(self.coupling.pair(x1, kept, generator), self._stage.data.mask)
+
+
+def stage_batches(stage: Stage, coupling: Coupling, *tag: str, group: int = 1) -> DataBatches | StreamBatches:
+    """Training rows of a stage, paired with base noise by a coupling.
+
+    Args:
+        stage: the stage.
+        coupling: makes x0 for the rows.
+        tag: tells several orders of one stage apart.
+        group: number of consecutive rows that have one class.
+
+    Raises:
+        UserError: ``group`` > 1 for a stream with conditions, or for conditions other than labels.
+    """
+    if stage.stream is not None:
+        if group > 1 and stage.conditions:
+            stage.require_random_access("a batch of several rows of one class")
+        return StreamBatches(stage, coupling)
+    key: tuple[int | str, ...] = (stage.seed, stage.name, *tag)
+    return DataBatches(stage.data, coupling, stage.conditions, stage.dequantise, key, group)
+
+
+def without_padding(pair: Pair, mask: str | None) -> Pair:
+    """The pair with zeros at the padding of x0 and x1.
+
+    Args:
+        pair: the pairs.
+        mask: name of the condition with the valid entries; None for none.
+    """
+    if mask is None or mask not in pair.cond:
+        return pair
+    valid = spread(pair.cond[mask], pair.x1)
+    return replace(pair, x0=pair.x0 * valid, x1=pair.x1 * valid)
 
 
 @final

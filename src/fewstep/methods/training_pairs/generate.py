@@ -13,22 +13,23 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from torch import Tensor
 
+from fewstep.data.dataset import LABEL
 from fewstep.errors import UserError
-from fewstep.flow.couplings import Facts, GaussianSource
+from fewstep.flow.couplings import Facts, GaussianSource, Pair
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import BLOCK, generator_for, integer_rows, mix, noise_rows
 from fewstep.methods.contract.options import PairOptions, baked_in
 from fewstep.methods.contract.stage import Stage
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.methods.training_pairs.batches import EpochOrder
+from fewstep.methods.training_pairs.batches import EpochOrder, without_padding
 from fewstep.solvers.solve import invert, solve
 from fewstep.solvers.tables import find_solver
-from fewstep.store.pairs import Columns, PairRows, PairStore
+from fewstep.store.pairs import ROW, Columns, PairRows, PairStore
 
 PILOT = 256  # rows on which errors are measured; chosen, not tuned
 MAX_MEAN_SQUARE = 2.0  # of inverted noise; above it the pairs are refused; chosen, not tuned
@@ -72,7 +73,8 @@ def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
     """
     maker = _Maker(stage, request)
     world = stage.world
-    store = PairStore(stage.folder / "pairs" / request.tag / request.direction, maker.description(), request.rows)
+    folder = stage.folder / "pairs" / request.tag / request.direction
+    store = PairStore(folder, maker.description(), request.rows, stage.cond_rows)
     if world.rank == 0:
         store.open(maker.choose_steps)
     world.barrier()
@@ -93,6 +95,20 @@ def build_pairs(stage: Stage, request: PairRequest) -> PairStore:
     return store
 
 
+class KnownEnds(NamedTuple):
+    """The known ends of some pairs.
+
+    Attributes:
+        x: noise, or data rows, (B, ...).
+        cond: their conditions.
+        numbers: the data rows that the conditions belong to, (B,).
+    """
+
+    x: Tensor
+    cond: dict[str, Tensor]
+    numbers: Tensor
+
+
 @final
 class _Maker:
     """Computes the rows of a store, and checks a finished store."""
@@ -103,7 +119,6 @@ class _Maker:
         self.velocity: Velocity = request.teacher.guided(request.options.guidance)
         self.train = torch.as_tensor(stage.data.train)
         self.order = EpochOrder(len(self.train), (self.seed, "rows"))
-        self.labels = stage.data.label_rows(stage.data.train) if stage.conditional else None
         self.stages = find_solver(request.options.solver).calls
         self.steps = 0
 
@@ -122,6 +137,7 @@ class _Maker:
             "tag": self.request.tag,
             "shape": list(self.stage.data.shape),
             "conditional": self.stage.conditional,
+            **({"conditions": list(self.stage.conditions)} if self.by_reference else {}),
             "data": self.stage.data.fingerprint,
             "dequantise": self.stage.dequantise,
             "time": "0 is noise, 1 is data",
@@ -133,8 +149,13 @@ class _Maker:
         steps = self._choose_steps()
         return {"steps": steps, "nfe": steps * self.stages}
 
-    def known_ends(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """The known end of rows ``start … start + count``, (count, ...), and their conditions."""
+    @property
+    def by_reference(self) -> bool:
+        """Whether the store holds numbers of data rows in place of conditions; labels are as small as a number."""
+        return self.stage.conditions not in ((), (LABEL,))
+
+    def known_ends(self, start: int, count: int) -> KnownEnds:
+        """The known ends of rows ``start … start + count``."""
         if self.request.direction == "generated":
             x = base_rows(self.stage, count, seed=self.seed, start=start)
             rows = integer_rows(count, len(self.train), seed=self.seed, start=start, draw=1)
@@ -143,7 +164,8 @@ class _Maker:
             x = self.stage.data.network_rows(self.train[rows].numpy())
             if self.stage.dequantise:
                 x = x + self.stage.dequantise * noise_rows(count, x.shape[1:], seed=self.seed, start=start)
-        return x, {} if self.labels is None else {"label": self.labels[rows]}
+        cond = self.stage.cond_rows(self.train[rows])
+        return KnownEnds(without_padding(Pair(x, x, cond), self.stage.data.mask).x0, cond, self.train[rows])
 
     def solve_rows(self, x: Tensor, cond: Mapping[str, Tensor], steps: int) -> Tensor:
         """Solve the flow from the known end x (B, ...) to the other end, on the CPU."""
@@ -161,7 +183,7 @@ class _Maker:
         parts: list[Columns] = []
         for first in range(start, start + count, BLOCK):
             size = min(BLOCK, start + count - first)
-            x, cond = self.known_ends(first, size)
+            x, cond, numbers = self.known_ends(first, size)
             y = self.solve_rows(x, cond, self.steps)
             if not torch.isfinite(y).all():
                 raise UserError(
@@ -169,7 +191,7 @@ class _Maker:
                     f"infinite values ({self.request.direction} pairs): train it longer or with a lower lr."
                 )
             x0, x1 = (x, y) if self.request.direction == "generated" else (y, x)
-            parts.append({"x0": x0, "x1": x1, **cond})
+            parts.append({"x0": x0, "x1": x1, **({ROW: numbers} if self.by_reference else cond)})
             bar.update(size)
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
@@ -179,7 +201,7 @@ class _Maker:
         if options.nfe is not None:
             assert options.nfe % self.stages == 0, "the options were checked when the recipe was read"
             return options.nfe // self.stages
-        x, cond = self.known_ends(0, min(PILOT, self.request.rows))
+        x, cond, _ = self.known_ends(0, min(PILOT, self.request.rows))
         coarse = self.solve_rows(x, cond, LADDER[0] // self.stages)
         for nfe in LADDER:
             fine = self.solve_rows(x, cond, 2 * nfe // self.stages)
@@ -193,7 +215,7 @@ class _Maker:
         stored = store.training_rows()
         chosen = torch.linspace(0, len(stored) - 1, min(PILOT, len(stored))).round().long()
         rows = stored.columns(chosen)
-        cond = {"label": rows["label"]} if "label" in rows else {}
+        cond = {name: rows[name] for name in self.stage.conditions}
         known, found = ("x0", "x1") if self.request.direction == "generated" else ("x1", "x0")
         self._check_origin(store, rows[known], rows[found], cond)
         error = relative_error(rows[found], self.solve_rows(rows[known], cond, 2 * self.steps))

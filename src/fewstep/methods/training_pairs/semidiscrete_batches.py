@@ -13,6 +13,7 @@ from typing import final
 import torch
 from torch import Tensor
 
+from fewstep.data.dataset import LABEL
 from fewstep.errors import UserError
 from fewstep.flow.couplings import Facts, Pair
 from fewstep.flow.noise import generator_for
@@ -39,13 +40,19 @@ class SemidiscreteBatches:
         facts: dependent and deterministic.
 
     Raises:
-        UserError: there are too many rows, or too many values.
+        UserError: there are too many rows, or too many values; the data are a stream, or have conditions beside labels.
 
     Source: arXiv:2509.25519.
     """
 
     def __init__(self, stage: Stage) -> None:
         data = stage.data
+        stage.require_random_access("coupling 'semidiscrete'")
+        if stage.conditions not in ((), (LABEL,)):
+            raise UserError(
+                "coupling 'semidiscrete' assigns every noise to a data row, and with the conditions "
+                f"{', '.join(stage.conditions)} the noise would depend on them: use 'coupling: independent'."
+            )
         if len(data.train) > MAX_ROWS or len(data.train) * math.prod(data.shape) > MAX_VALUES:
             raise UserError(
                 f"coupling 'semidiscrete' compares every noise with all {len(data.train):,} rows of shape "
