@@ -238,7 +238,8 @@ def _open(
         name = component or component_of({key: value is not None for key, value in parts.items()})
         if parts.get(name) is None:
             raise UserError(f"this pipeline has no part {name!r}; its parts are {', '.join(parts)}.")
-        return parts[name], dict(source.scheduler.config), None
+        scheduler = source.scheduler
+        return parts[name], {**scheduler.config, "_class_name": type(scheduler).__name__}, None
     return source, None, None
 
 

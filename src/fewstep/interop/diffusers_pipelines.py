@@ -38,7 +38,8 @@ class DiffusersPipeline:
     @property
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one sample of latents, (C, H, W), at the size of the training; None where it is not recorded."""
-        config = self.network.wrapped.config
+        module: Any = self.network.wrapped
+        config = module.config
         size = config.get("sample_size")
         if size is None or self.kind.ndim != 4:
             return None
