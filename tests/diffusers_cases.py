@@ -51,13 +51,13 @@ class Case:
     def start(self, rows: int = ROWS, seed: int = 1) -> Tensor:
         return torch.randn(rows, *self.shape, generator=torch.Generator().manual_seed(seed))
 
-    def open(self, module: Any) -> Any:
-        """Its pipeline, without text encoders and VAE."""
+    def open(self, module: Any, **further: Any) -> Any:
+        """Its pipeline, without text encoders and VAE but for those that are given."""
         cls = getattr(diffusers, str(self.pipeline))
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**self.scheduler)
         parts = dict.fromkeys(list(inspect.signature(cls.__init__).parameters)[1:])
         parts = {name: value for name, value in parts.items() if name not in ("boundary_ratio", "expand_timesteps")}
-        pipe = cls(**{**parts, "transformer": module, "scheduler": scheduler})
+        pipe = cls(**{**parts, "transformer": module, "scheduler": scheduler, **further})
         pipe.set_progress_bar_config(disable=True)
         return pipe
 

@@ -93,7 +93,7 @@ def test_the_velocity_is_the_pipelines_own(name: str) -> None:
 
 
 @every_pipeline
-@pytest.mark.parametrize("steps", [1, 2, 4, 20])
+@pytest.mark.parametrize("steps", [1, 2, 4, pytest.param(20, marks=pytest.mark.slow)])
 def test_euler_is_the_pipelines_call_on_its_grid(name: str, steps: int) -> None:
     case, net, x, cond = opened(name)
     pipe = case.open(MODULES[name])
@@ -108,7 +108,7 @@ def test_euler_is_the_pipelines_call_on_its_grid(name: str, steps: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel"])
-@pytest.mark.parametrize("steps", [1, 4, 20])
+@pytest.mark.parametrize("steps", [1, 4, pytest.param(20, marks=pytest.mark.slow)])
 def test_classes_without_a_pipeline_follow_a_plain_loop_over_a_scheduler(name: str, steps: int) -> None:
     _, net, start, cond = opened(name)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
@@ -175,7 +175,7 @@ def test_a_dit_has_a_null_label_and_keeps_its_labels_in_training_mode() -> None:
 
 @every
 def test_the_two_time_form_starts_as_the_velocity(name: str) -> None:
-    case, net, x, cond = opened(name)
+    _, net, x, cond = opened(name)
     two = net.with_interval()
     v, r = net(x, TIMES, **cond), torch.tensor([0.4, 0.2, 1.0])
     assert worst(two(x, TIMES, r, **cond), v) == 0.0

@@ -25,6 +25,7 @@ from fewstep.store.tensors import read_tensors, unshared
 COMPONENTS = ("transformer", "unet")  # where pipelines keep their network
 CONVENTION = "fewstep_convention.json"  # beside saved weights: what the user said of time and sign
 INTERVALS = "fewstep_intervals.safetensors"  # beside saved weights: the functions of r - t of a two-time network
+RENAMED_DTYPE = (0, 42)  # from this version on, torch_dtype= warns
 TRAINED_TIMES = 1000  # of every scheduler, unless its configuration has another number
 
 
@@ -276,8 +277,22 @@ def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
         raise UserError(f"{folder / 'config.json'} names no class of diffusers; fs.load reads folders of fewstep.")
     if name not in CLASSES:
         raise _unknown_class(str(name))
+    return load_class(str(name), folder, dtype, variant)
+
+
+def load_class(name: str, folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
+    """``diffusers.NAME.from_pretrained(folder)``, from safetensors files of this machine.
+
+    Raises:
+        UserError: the installed version has no such class, or it cannot read the folder.
+        MissingExtra: diffusers is not installed.
+    """
     diffusers = require_extra("diffusers", "diffusers")
-    loading = {"torch_dtype": dtype, "variant": variant, "local_files_only": True, "use_safetensors": True}
+    version = diffusers.__version__
+    if name not in dir(diffusers):
+        raise UserError(f"diffusers {version} has no {name}: install a later one, pip install -U diffusers.")
+    spelling = "dtype" if tuple(int(part) for part in version.split(".")[:2]) >= RENAMED_DTYPE else "torch_dtype"
+    loading = {spelling: dtype, "variant": variant, "local_files_only": True, "use_safetensors": True}
     try:
         return getattr(diffusers, name).from_pretrained(folder, **loading)
     except (OSError, ValueError, RuntimeError) as error:

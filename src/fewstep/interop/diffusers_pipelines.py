@@ -11,9 +11,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from fewstep.errors import UserError, require_extra
+from fewstep.errors import UserError
 from fewstep.interop.diffusers_classes import CLASSES, NetworkClass
-from fewstep.interop.diffusers_networks import class_name, from_diffusers, is_pipeline
+from fewstep.interop.diffusers_networks import class_name, from_diffusers, is_pipeline, load_class
 from fewstep.networks.adapter import Adapter
 from fewstep.store.files import read_json
 
@@ -212,12 +212,7 @@ def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
                 f"the part {part!r} of {folder} is of {entry[0]!r}: loading it would run code that comes from the "
                 "folder. Load the pipeline with diffusers if you trust it, and pass the pipeline."
             )
-    diffusers = require_extra("diffusers", "diffusers")
-    loading = {"torch_dtype": dtype, "variant": variant, "local_files_only": True, "use_safetensors": True}
-    try:
-        return getattr(diffusers, name).from_pretrained(folder, **loading)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"diffusers cannot load {folder}: {error}") from error
+    return load_class(name, folder, dtype, variant)
 
 
 def _latent_units(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
