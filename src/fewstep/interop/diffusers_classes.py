@@ -75,6 +75,7 @@ def _labels(config: Config) -> dict[str, Any]:
 
 
 def _no_null(_config: Config) -> dict[str, Any]:
+    """No null is known from the configuration."""
     return {}
 
 

@@ -43,20 +43,20 @@ def from_diffusers(
 ) -> Adapter:
     """A network of diffusers as a velocity ``v(x, t, **cond)`` that every function and method here takes.
 
-    ========================== ===================== ==============================================================
-    class                      x                     conditions
-    ========================== ===================== ==============================================================
-    UNet2DModel                (B, C, H, W)          ``label`` (B,) if it embeds classes
-    DiTTransformer2DModel      (B, C, H, W)          ``label`` (B,)
-    SD3Transformer2DModel      (B, C, H, W)          ``encoder_hidden_states`` (B, L, D), ``pooled_projections`` (B, P)
-    FluxTransformer2DModel     (B, C, H, W)          the same
-    QwenImageTransformer2DModel (B, C, H, W)         ``encoder_hidden_states``; ``encoder_hidden_states_mask`` (B, L)
-    WanTransformer3DModel      (B, C, F, H, W)       ``encoder_hidden_states``
-    Lumina2Transformer2DModel  (B, C, H, W)          ``encoder_hidden_states``; ``encoder_attention_mask`` (B, L)
-    SanaTransformer2DModel     (B, C, H, W)          ``encoder_hidden_states``; ``encoder_attention_mask`` (B, L)
-    AuraFlowTransformer2DModel (B, C, H, W)          ``encoder_hidden_states``
-    ZImageTransformer2DModel   (B, C, H, W)          ``cap_feats`` (B, L, D); ``cap_mask`` (B, L)
-    ========================== ===================== ==============================================================
+    =========================== =============== ==================================================================
+    class                       x               conditions
+    =========================== =============== ==================================================================
+    UNet2DModel                 (B, C, H, W)    ``label`` (B,) if it embeds classes
+    DiTTransformer2DModel       (B, C, H, W)    ``label`` (B,)
+    SD3Transformer2DModel       (B, C, H, W)    ``encoder_hidden_states`` (B, L, D), ``pooled_projections`` (B, P)
+    FluxTransformer2DModel      (B, C, H, W)    the same
+    QwenImageTransformer2DModel (B, C, H, W)    ``encoder_hidden_states``, ``encoder_hidden_states_mask`` (B, L)
+    WanTransformer3DModel       (B, C, F, H, W) ``encoder_hidden_states``
+    Lumina2Transformer2DModel   (B, C, H, W)    ``encoder_hidden_states``, ``encoder_attention_mask`` (B, L)
+    SanaTransformer2DModel      (B, C, H, W)    ``encoder_hidden_states``, ``encoder_attention_mask`` (B, L)
+    AuraFlowTransformer2DModel  (B, C, H, W)    ``encoder_hidden_states``
+    ZImageTransformer2DModel    (B, C, H, W)    ``cap_feats`` (B, L, D), ``cap_mask`` (B, L)
+    =========================== =============== ==================================================================
 
     Masks may be left out. Flux and QwenImage take latents as the VAE has them: tokens, ids and shapes are made here. A
     user's time t is 0 for noise and 1 for data; the module gets its own (:mod:`fewstep.interop.diffusers_classes`).
@@ -295,7 +295,7 @@ def load_class(name: str, folder: Path, dtype: torch.dtype, variant: str | None)
     loading = {spelling: dtype, "variant": variant, "local_files_only": True, "use_safetensors": True}
     try:
         return getattr(diffusers, name).from_pretrained(folder, **loading)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"diffusers cannot load {folder}: {error}") from error
 
 
