@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from diffusers_cases import CASES, WIDTH, diffusers, scheduler_times
+from diffusers_cases import CASES, WIDTH, diffusers, pack, scheduler_times
 from fewstep.errors import UserError
 from fewstep.interop.diffusers_pipelines import diffusers_pipeline
 
@@ -56,6 +56,14 @@ def qwen3() -> Any:
     return transformers.Qwen3Model(
         transformers.Qwen3Config(**SMALL, intermediate_size=16, num_key_value_heads=1, head_dim=8)
     ).eval()
+
+
+def qwen_vl() -> Any:
+    rope = {"rope_type": "default", "type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
+    words = {**SMALL, "intermediate_size": 16, "num_key_value_heads": 2, "rope_parameters": rope}
+    sight = {"depth": 1, "hidden_size": WIDTH, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": WIDTH}
+    config = transformers.Qwen2_5_VLConfig(text_config=words, vision_config=sight)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 def clip(cls: str) -> Any:
@@ -120,6 +128,8 @@ def parts(name: str) -> dict[str, Any]:
     if name == "FluxTransformer2DModel":
         two = {"text_encoder": clip("CLIPTextModel"), "text_encoder_2": t5("T5EncoderModel", "T5Config")}
         return {**text, **two, "tokenizer_2": tokenizer(), "vae": image_vae(**SCALED)}
+    if name == "QwenImageTransformer2DModel":
+        return {**text, "text_encoder": qwen_vl(), "vae": video_vae("AutoencoderKLQwenImage")}
     if name == "WanTransformer3DModel":
         return {**text, "text_encoder": t5("UMT5EncoderModel", "UMT5Config"), "vae": video_vae("AutoencoderKLWan")}
     if name == "Lumina2Transformer2DModel":
@@ -135,6 +145,7 @@ def parts(name: str) -> dict[str, Any]:
 TALKING = [
     "SD3Transformer2DModel",
     "FluxTransformer2DModel",
+    "QwenImageTransformer2DModel",
     "WanTransformer3DModel",
     "Lumina2Transformer2DModel",
     "SanaTransformer2DModel",
@@ -163,9 +174,9 @@ def pictures(pipe: Any, x: Tensor, steps: int, scale: float) -> Tensor:
     given["negative_prompt"] = [NEGATIVE] * 2
     name = type(pipe).__name__
     if name == "FluxPipeline":
-        from diffusers_cases import pack
-
         given |= {"latents": pack(x), "true_cfg_scale": scale, "guidance_scale": 3.5}
+    if name == "QwenImagePipeline":
+        given |= {"latents": pack(x), "true_cfg_scale": scale, "guidance_scale": None}
     if name == "SanaPipeline":
         given |= {"use_resolution_binning": False, "negative_prompt": NEGATIVE}
     if name == "WanPipeline":
@@ -183,7 +194,7 @@ def test_prompts_become_the_pipelines_pictures(name: str) -> None:
     scale = 3.0
     theirs = pictures(pipe, x, 2, scale)
     mine = diffusers_pipeline(pipe)
-    length = 512 if name.startswith("Z") else None
+    length = {"ZImageTransformer2DModel": 512, "QwenImageTransformer2DModel": 300}.get(name)
     cond, null = mine.conditions(PROMPTS, length=length), mine.null(NEGATIVE, length=length)
     assert all(rows.shape[0] == 2 for rows in cond.values())
     assert {key: rows.shape[1:] for key, rows in cond.items()} == {key: row.shape for key, row in null.items()}
@@ -246,8 +257,6 @@ def test_qwen_pictures_are_the_pipelines_own() -> None:
     case = CASES["QwenImageTransformer2DModel"]
     pipe = case.open(case.module(), vae=video_vae("AutoencoderKLQwenImage"))
     x, mask = case.start(), "encoder_hidden_states_mask"
-    from diffusers_cases import pack
-
     cond = case.cond(7)
     theirs = pipe(
         prompt_embeds=cond["encoder_hidden_states"],
