@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
     from fewstep.generator import Generator, load
+    from fewstep.interop.diffusers_networks import from_diffusers
     from fewstep.solvers.solve import Solution, invert, solve
 
 _PUBLIC = {
@@ -34,6 +35,7 @@ _PUBLIC = {
     "UserError": "fewstep.errors",
     "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
+    "from_diffusers": "fewstep.interop.diffusers_networks",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
@@ -55,6 +57,7 @@ __all__ = [
     "closed_form",
     "dequantise",
     "diagnose",
+    "from_diffusers",
     "invert",
     "load",
     "log_likelihood",
