@@ -33,14 +33,15 @@ from numpy.typing import NDArray
 
 from fewstep.data.arrays import refuse_dtype
 from fewstep.data.lazy import LazyRows, RowSource, row_chunks
+from fewstep.data.rules import MAX_DISCRETE_RANGE
 from fewstep.data.scaling import Kind, Layout
 from fewstep.errors import UserError, unknown
 
-__all__ = ["LAYOUTS", "Arranged", "arrange_rows", "check_layout"]
+__all__ = ["LAYOUTS", "Arranged", "arrange_decoded", "arrange_rows", "check_layout"]
 
 LAYOUTS = ("raw", "image", "sequence")
 MIN_SQUARE = 8  # the smallest side of a square array of real numbers that is taken for a picture; chosen, not tuned
-_MAX_DISCRETE_RANGE = 255  # the range of 8-bit pixels
+_NUMBERS = {"image": (3, 4), "sequence": (3,)}
 _AXES = {"image": "(N, H, W) or (N, C, H, W)", "sequence": "(N, T, D)", "raw": "(N, ...)"}
 
 
@@ -92,10 +93,14 @@ def arrange_rows(array: RowSource, what: str, layout: str | None = None) -> Arra
     _refuse_empty(shape, what)
     if layout is None:
         layout = _guess(array, what)
-    elif layout == "image" and len(shape) not in (3, 4) or layout == "sequence" and len(shape) != 3:
+    elif len(shape) not in _NUMBERS.get(layout, (len(shape),)):
         raise UserError(
             f"{what} has shape {shape}, and layout {layout!r} is for {_AXES[layout]}. "
-            + ("Leave layout out: rows of one axis are vectors." if len(shape) == 2 else "layout 'raw' keeps any shape.")
+            + (
+                "Leave layout out: rows of one axis are vectors."
+                if len(shape) == 2
+                else "layout 'raw' keeps any shape."
+            )
         )
     if layout == "image" and len(shape) == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
         raise UserError(
@@ -154,7 +159,7 @@ def _small_whole_numbers(array: RowSource) -> bool:
         if part.dtype.kind == "f" and not bool((part == np.rint(part)).all()):  # also where values are NaN
             return False
         low, high = min(low, float(part.min())), max(high, float(part.max()))
-        if not high - low <= _MAX_DISCRETE_RANGE:
+        if not high - low <= MAX_DISCRETE_RANGE:
             return False
     return True
 
@@ -176,3 +181,25 @@ def _with_channel(array: RowSource) -> RowSource:
 
 def _insert_channel(block: NDArray[Any]) -> NDArray[Any]:
     return block[:, None]
+
+
+def arrange_decoded(rows: RowSource, what: str, layout: str | None) -> Arranged:
+    """Rows in the network's shape; decoded images, bytes (N, H, W, C), are brought to (N, C, H, W).
+
+    Args:
+        rows: the rows, see :func:`arrange_rows`.
+        what: how errors name them.
+        layout: what their axes mean, or None.
+
+    Raises:
+        UserError: as there.
+    """
+    shape = tuple(rows.shape)
+    images = rows.dtype == np.uint8 and layout in (None, "image") and len(shape) == 4 and shape[0] > 1
+    if images and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
+        return Arranged(LazyRows(rows, _channels_first, (shape[3], *shape[1:3])), "HWC", "image")
+    return arrange_rows(rows, what, layout)
+
+
+def _channels_first(block: NDArray[Any]) -> NDArray[Any]:
+    return np.moveaxis(block, -1, 1)

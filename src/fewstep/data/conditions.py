@@ -45,7 +45,13 @@ def as_rows(value: Any) -> RowSource:
         return value
     if isinstance(value, RowSource) and not isinstance(value, Tensor):
         return LazyRows(value)
-    return numpy_of(value)
+    try:
+        return numpy_of(value)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"a {type(value).__name__} cannot be read as one array of numbers: {error}. Give an array or a tensor "
+            "whose rows have one shape; pad them and mark the padding with a mask."
+        ) from error
 
 
 def condition_names(given: Any) -> tuple[str, ...]:
@@ -136,7 +142,9 @@ def check_conditions(conditions: Mapping[str, RowSource], num: int, what: str) -
     return found
 
 
-def check_mask(name: str | None, conditions: Mapping[str, RowSource], rows: Arranged, what: str) -> dict[str, RowSource]:
+def check_mask(
+    name: str | None, conditions: Mapping[str, RowSource], rows: Arranged, what: str
+) -> dict[str, RowSource]:
     """Check the condition that marks valid entries; return the conditions with it in the network's arrangement.
 
     Args:

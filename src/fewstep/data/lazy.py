@@ -93,8 +93,8 @@ class LazyRows:
         """The rows of a slice or of an array of indices or of flags ``(n, *shape)``; one row ``shape`` of a number."""
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
-            if step == 1:
-                return self._read(slice(start, max(start, stop)))
+            if step == 1 and start < stop:
+                return self._read(slice(start, stop))
             index = np.arange(start, stop, step)
         wanted = np.asarray(index)
         if wanted.dtype == bool:

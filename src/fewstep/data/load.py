@@ -39,6 +39,7 @@ from fewstep.data.conditions import as_rows, condition_names, read_conditions
 from fewstep.data.dataset import DataSet
 from fewstep.data.idx import is_idx, read_idx
 from fewstep.data.image_folder import IMAGE_SUFFIXES, read_folder
+from fewstep.data.lazy import RowSource
 from fewstep.data.scaling import Scaling
 from fewstep.errors import UserError, unknown, with_present_names
 
@@ -84,7 +85,7 @@ def load_data(spec: str | os.PathLike[str] | Mapping[str, Any] | NDArray[Any], *
 
 
 def from_array(
-    array: ArrayLike | Tensor,
+    array: ArrayLike | Tensor | RowSource,
     labels: ArrayLike | None = None,
     *,
     scale: str | None = None,
@@ -204,9 +205,7 @@ def _load_path(path: Path, fields: Mapping[str, Any]) -> DataSet:
     return assemble(Parts(name, rows, what, labels, label_names, labels_what, conditions, mask, scale))
 
 
-def _read_images(
-    folder: Path, layout: str | None
-) -> tuple[Arranged, NDArray[np.int64] | None, tuple[str, ...] | None]:
+def _read_images(folder: Path, layout: str | None) -> tuple[Arranged, NDArray[np.int64] | None, tuple[str, ...] | None]:
     """Read a folder of images: rows, labels and their names."""
     if layout not in (None, "image"):
         raise UserError(f"data key 'layout': {str(folder)!r} is a folder of images, not {layout!r}. Remove the key.")

@@ -47,7 +47,7 @@ __all__ = ["SCALES", "choose_scaling", "refuse_non_finite", "valid_entries"]
 
 SCALES = ("standardise", "range", "none")
 _MAX_CHUNK_VALUES = 1 << 22  # values processed at a time; chosen, not tuned
-_MAX_DISCRETE_RANGE = 255  # the range of 8-bit pixels
+MAX_DISCRETE_RANGE = 255  # the range of 8-bit pixels
 _STD = {"image": 0.5, "raw": 1.0}  # std in network units of rows with one scale; chosen, not tuned
 Floats = NDArray[np.float64]
 
@@ -122,7 +122,7 @@ class _Statistics:
     @property
     def discrete(self) -> bool:
         """Small whole numbers (see the module docstring)."""
-        return self.integer and float(self.high.max() - self.low.min()) <= _MAX_DISCRETE_RANGE
+        return self.integer and float(self.high.max() - self.low.min()) <= MAX_DISCRETE_RANGE
 
     @property
     def one_unit(self) -> bool:

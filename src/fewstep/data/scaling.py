@@ -10,7 +10,8 @@ with one number for all features, one per feature, or one per entry of the last 
 data's units allow (pixels: 0 to 255).
 
 The same object converts between the two *layouts* of a row. The network's row has the shape ``shape``:
-``(D,)`` for vectors, ``(C, H, W)`` for images, ``(T, D)`` for sequences, any for ``raw`` rows. The file's own row has ``data_shape``:
+``(D,)`` for vectors, ``(C, H, W)`` for images, ``(T, D)`` for sequences, any for ``raw`` rows. The
+file's own row has ``data_shape``:
 
 ==========  ====================  =========================================
 layout      row in the file       used for
