@@ -296,7 +296,7 @@ def test_the_fingerprint_tells_content_dtype_shape_and_labels_apart() -> None:
         from_array(rows).fingerprint,
         from_array(changed).fingerprint,
         from_array(rows.astype(np.float64)).fingerprint,
-        from_array(rows.reshape(20, 2, 2)).fingerprint,
+        from_array(rows.reshape(20, 2, 2), layout="raw").fingerprint,
         from_array(rows[::-1]).fingerprint,
         from_array(rows, labels).fingerprint,
         from_array(rows, 1 - labels).fingerprint,

@@ -63,7 +63,8 @@ def test_the_shape_of_rows(
 ) -> None:
     rows = RNG.normal(size=(6, *row_shape))
     np.save(tmp_path / "a.npy", rows)
-    data = load_data({"path": tmp_path / "a.npy", "name": "mine"})
+    layout = None if row_shape == (3,) else "image"
+    data = load_data({"path": tmp_path / "a.npy", "name": "mine", "layout": layout})
     assert (data.name, data.shape, data.data_shape) == ("mine", shape, data_shape)
     back = data.scaling.to_data(data.network_rows(slice(None))).numpy()
     assert back.shape == rows.shape
@@ -75,8 +76,8 @@ def test_the_shape_of_rows(
     [
         ({"anything": ROWS}, 0),
         ({"x": ROWS, "y": LABELS}, 3),
-        ({"data": ROWS, "labels": LABELS, "notes": np.zeros(1)}, 3),
-        ({"images": ROWS, "other": ROWS}, 0),
+        ({"data": ROWS, "labels": LABELS}, 3),
+        ({"images": ROWS}, 0),
     ],
 )
 def test_npz_keys(tmp_path: Path, arrays: dict[str, Any], classes: int) -> None:
@@ -103,7 +104,7 @@ def test_unclear_npz_keys_are_named(tmp_path: Path, keys: tuple[str, ...]) -> No
         (np.zeros((0, 3)), r"is empty: its shape is \(0, 3\)"),
         (np.zeros((3, 0)), r"is empty: its shape is \(3, 0\)"),
         (np.zeros((1, 3)), "has 1 row .* at least 2 are needed"),
-        (np.zeros((2, 1, 2, 2, 2)), "rows with 4 dimensions are not supported"),
+        (np.zeros((2, 1, 2, 2, 2)), "what rows with 4 axes mean is not known. Say 'layout: raw'"),
         (np.zeros((2, 8, 8, 3)), r"looks like \(N, H, W, C\).* x\.transpose\(0, 3, 1, 2\)"),
         (np.zeros((3, 2), complex), r"is complex \(complex128\), and a flow needs real numbers"),
         (np.array([["a", "b"]] * 3), "has dtype <U1, and numbers are needed"),
@@ -129,11 +130,12 @@ def test_nan_and_infinity_are_counted_and_placed(tmp_path: Path, monkeypatch: py
     rows[17, 2, 3], rows[17, 3, 0], rows[29, 0, 0] = np.nan, np.inf, -np.inf
     np.save(tmp_path / "a.npy", rows)
     message = r"a\.npy' holds 3 value\(s\) that are NaN or infinite; the first is nan at index \[17, 2, 3\]"
+    spec = {"path": tmp_path / "a.npy", "layout": "image"}
     with pytest.raises(UserError, match=message):
-        load_data(tmp_path / "a.npy")
+        load_data(spec)
     monkeypatch.setattr("fewstep.data.rules._MAX_CHUNK_VALUES", 100)
     with pytest.raises(UserError, match=message):
-        load_data(tmp_path / "a.npy")
+        load_data(spec)
 
 
 @pytest.mark.parametrize(

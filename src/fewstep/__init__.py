@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
+    from fewstep.data.stream import stream
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
@@ -40,6 +41,7 @@ _PUBLIC = {
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
     "solve": "fewstep.solvers.solve",
+    "stream": "fewstep.data.stream",
     "tune": "fewstep.diagnostics.tune",
     "verdict": "fewstep.diagnostics.verdict",
 }
@@ -62,6 +64,7 @@ __all__ = [
     "load",
     "log_likelihood",
     "solve",
+    "stream",
     "tune",
     "verdict",
 ]

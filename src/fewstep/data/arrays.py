@@ -1,6 +1,7 @@
 """Reads arrays from ``.npy`` and ``.npz`` files and refuses what cannot be data.
 
-Nothing is unpickled: an array of Python objects is refused. Large ``.npy`` files are memory-mapped.
+Nothing is unpickled: an array of Python objects is refused. Large ``.npy`` files are memory-mapped. What the axes of an
+array mean is decided in :mod:`fewstep.data.axes`.
 """
 
 from __future__ import annotations
@@ -8,16 +9,17 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fewstep.data.scaling import Layout
-from fewstep.errors import UserError
+from fewstep.errors import UserError, unknown
 
-__all__ = ["arrange_rows", "read_npy", "read_npz"]
+__all__ = ["Archive", "read_npy", "read_npz", "refuse_dtype"]
 
 MIN_MAPPED_BYTES = 1 << 26  # a .npy file of at least 64 MiB is memory-mapped; chosen, not tuned
 _DATA_KEYS = ("x", "data", "images")
@@ -112,29 +114,67 @@ def _choose_keys(path: Path, keys: list[str]) -> tuple[str, str | None]:
     return data[0], labels[0] if labels else None
 
 
-def read_npz(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Read the data and the labels from a ``.npz`` file.
+@final
+@dataclass(frozen=True)
+class Archive:
+    """The arrays of a file.
 
-    The data is the only array of the file, or the array called ``x``, ``data`` or ``images``. The labels are
-    the array called ``y`` or ``labels``.
+    Attributes:
+        rows: the data.
+        labels: the labels; None where the file has none.
+        conditions: the further arrays that were asked for, by name.
+    """
 
-    Returns:
-        Data and labels; None in place of labels that are not in the file.
+    rows: NDArray[Any]
+    labels: NDArray[Any] | None = None
+    conditions: dict[str, NDArray[Any]] = field(default_factory=dict)
+
+
+def read_npz(path: Path, conditions: Sequence[str] | None = ()) -> Archive:
+    """Read the data, the labels and the conditions from a ``.npz`` file.
+
+    The data is the only array of the file that is no condition, or the array called ``x``, ``data`` or ``images``. The
+    labels are the array called ``y`` or ``labels``.
+
+    Args:
+        path: the file.
+        conditions: the names of further arrays to read; every array must be data, labels or one of these. None: data
+            and labels alone are read, whatever else the file holds.
 
     Raises:
-        UserError: the file cannot be read, is not a ``.npz`` file, is truncated, or its keys do not tell which
-            array is the data.
+        UserError: the file cannot be read, is not a ``.npz`` file, is truncated, its keys do not tell which array is
+            the data, a condition is not there, or further arrays are not named.
     """
     try:
         _check_magic(path, b"PK", ".npz")
         # the file is opened here because np.load does not close a file that is not an archive
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
-            data, labels = _choose_keys(path, list(archive.files))
-            return _read_member(path, archive, data), None if labels is None else _read_member(path, archive, labels)
+            keys = list(archive.files)
+            for name in conditions or ():
+                if name not in keys:
+                    raise UserError(f"data key 'conditions': {unknown(f'array of {str(path)!r}:', name, keys)}")
+            data, labels = _choose_keys(path, [key for key in keys if key not in (conditions or ())])
+            if conditions is not None:
+                _refuse_further(path, [key for key in keys if key not in (data, labels, *conditions)], conditions)
+            return Archive(
+                _read_member(path, archive, data),
+                None if labels is None else _read_member(path, archive, labels),
+                {name: _read_member(path, archive, name) for name in conditions or ()},
+            )
     except UserError:
         raise
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"cannot read {str(path)!r}: {error}. Write it again with numpy.savez.") from error
+
+
+def _refuse_further(path: Path, further: Sequence[str], conditions: Sequence[str]) -> None:
+    """Refuse arrays that are neither data nor labels nor named as conditions."""
+    if further:
+        raise UserError(
+            f"{str(path)!r} also holds {', '.join(map(repr, further))}, and training would not see it: name it with "
+            f"'conditions: [{', '.join([*conditions, *further])}]' (and 'mask: NAME' if it marks padding), or save the "
+            "file without it."
+        )
 
 
 def _read_member(path: Path, archive: Any, key: str) -> NDArray[Any]:
@@ -150,45 +190,3 @@ def _read_member(path: Path, archive: Any, key: str) -> NDArray[Any]:
         raise UserError(f"{what} is not a NumPy array. Write the file with numpy.savez.")
     refuse_dtype(array.dtype, what)
     return array
-
-
-def arrange_rows(array: NDArray[Any], what: str) -> tuple[NDArray[Any], Layout]:
-    """Bring an array to ``(N, D)`` or ``(N, C, H, W)`` and return the layout that its rows had.
-
-    Args:
-        array: vectors ``(N, D)``, images of one channel ``(N, H, W)``, or images ``(N, C, H, W)``.
-        what: how errors name the array.
-
-    Raises:
-        UserError: another number of dimensions, fewer than 2 rows, empty rows, channels last, or a dtype
-            that is not real.
-
-    >>> rows, layout = arrange_rows(np.zeros((5, 8, 8)), "the data")
-    >>> rows.shape, layout
-    ((5, 1, 8, 8), 'HW')
-    """
-    refuse_dtype(array.dtype, what)
-    shape = tuple(array.shape)
-    if array.ndim < 2:
-        hint = f" {array.size} numbers are {array.size} rows of 1 feature: use x.reshape(-1, 1)."
-        raise UserError(
-            f"{what} has shape {shape}, and rows (N, features) or images (N, H, W) are needed."
-            + (hint if array.ndim else " Save an array of rows.")
-        )
-    if array.ndim > 4:
-        raise UserError(
-            f"{what} has shape {shape}: rows with {array.ndim - 1} dimensions are not supported. "
-            "Use (N, features), (N, H, W) or (N, C, H, W), e.g. x.reshape(len(x), -1)."
-        )
-    if array.size == 0:
-        raise UserError(f"{what} is empty: its shape is {shape}. Give at least 2 rows.")
-    if len(array) < 2:
-        raise UserError(f"{what} has 1 row (shape {shape}), and at least 2 are needed.")
-    if array.ndim == 4 and shape[3] in (1, 3, 4) and min(shape[1:3]) > 4:
-        raise UserError(
-            f"{what} has shape {shape}, which looks like (N, H, W, C), and (N, C, H, W) is expected. "
-            "Use x.transpose(0, 3, 1, 2)."
-        )
-    if not array.dtype.isnative:
-        array = array.astype(array.dtype.newbyteorder("="))
-    return (array[:, None], "HW") if array.ndim == 3 else (array, "same")

@@ -21,10 +21,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fewstep.data.lazy import RowSource
 from fewstep.data.scaling import Layout, Scaling
 from fewstep.errors import UserError
 
-__all__ = ["DataSet", "Indices", "Layout", "Scaling", "held_out_mask", "splitmix64"]
+__all__ = ["DataSet", "Indices", "Layout", "Scaling", "as_tensor", "held_out_mask", "splitmix64", "without_padding"]
 
 LABEL = "label"  # name of the class label among the conditions
 Indices = NDArray[np.integer[Any]] | Tensor | Sequence[int] | slice
@@ -61,15 +62,25 @@ def held_out_mask(num: int) -> NDArray[np.bool_]:
     return mask
 
 
-def _digest_rows(digest: Any, rows: NDArray[Any]) -> None:
+def _digest_rows(digest: Any, rows: RowSource) -> None:
     """Add the content of rows to a digest, in pieces."""
     step = max(1, _MAX_HASHED_BYTES // max(1, rows.dtype.itemsize * math.prod(rows.shape[1:])))
     for start in range(0, len(rows), step):
         digest.update(np.ascontiguousarray(rows[start : start + step]).view(np.uint8).data)
 
 
-def _as_tensor(values: NDArray[Any]) -> Tensor:
-    """A copy of condition values as a tensor."""
+def without_padding(x: Tensor, mask: NDArray[Any]) -> Tensor:
+    """Rows (n, ...) with 0 where the mask (n,), (n, T), ... is 0, whatever stands there, NaN included.
+
+    >>> without_padding(torch.tensor([[math.nan, 2.0]]), np.array([[0, 1]]))
+    tensor([[0., 2.]])
+    """
+    valid = torch.from_numpy(np.array(mask != 0))
+    return x.masked_fill(~valid.reshape(*valid.shape, *(1,) * (x.ndim - valid.ndim)), 0.0)
+
+
+def as_tensor(values: NDArray[Any]) -> Tensor:
+    """A copy of condition values as a tensor: int64 for whole numbers, bool for flags, float32 for other numbers."""
     kinds: dict[str, type[np.generic]] = {"b": np.bool_, "i": np.int64, "u": np.int64}
     return torch.from_numpy(np.array(values, dtype=kinds.get(values.dtype.kind, np.float32)))
 
@@ -87,7 +98,8 @@ class DataSet:
 
     Args:
         name: a built-in name, or the name of the file.
-        rows: ``(N, *shape)`` in the data's own units and dtype; may be memory-mapped.
+        rows: ``(N, *shape)`` in the data's own units and dtype; may be memory-mapped or any other row source
+            (:mod:`fewstep.data.lazy`).
         scaling: to network units and back; its ``shape`` is that of the rows.
         labels: int64 ``(N,)`` in ``0 .. classes - 1``, or None.
         classes: number of labels; 0 without labels.
@@ -95,19 +107,19 @@ class DataSet:
         quantum: distance between neighbouring values in *network* units when the data is discrete with
             one step for all features (digits 1/8, 8-bit pixels 2/255); None for continuous data.
         conditions: further conditions by name, each ``(N, ...)``: observations, embeddings, masks; may be
-            memory-mapped. ``label`` is not among them.
+            row sources too. ``label`` is not among them.
         mask: name of the condition that marks the valid entries of a row with 1 and padding with 0; None for none.
             Padding is zero in network units.
     """
 
     name: str
-    rows: NDArray[Any]
+    rows: RowSource
     scaling: Scaling
     labels: NDArray[np.int64] | None = None
     classes: int = 0
     label_names: tuple[str | int, ...] | None = None
     quantum: float | None = None
-    conditions: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    conditions: Mapping[str, RowSource] = field(default_factory=dict)
     mask: str | None = None
 
     def __post_init__(self) -> None:
@@ -127,7 +139,7 @@ class DataSet:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one row for the network: ``(D,)`` or ``(C, H, W)``."""
+        """Shape of one row for the network: ``(D,)``, ``(T, D)``, ``(C, H, W)``, ..."""
         return tuple(self.rows.shape[1:])
 
     @property
@@ -150,7 +162,8 @@ class DataSet:
     def fingerprint(self) -> str:
         """SHA-256 over dtype, shape, content, labels and conditions, in hexadecimal.
 
-        It is equal for equal content, whatever the file format. It does not depend on the scaling.
+        It is equal for equal content, whatever the file format. It does not depend on the scaling. All rows and
+        conditions are read once, in blocks: the first use takes as long as reading the data.
         """
         digest = hashlib.sha256()
         digest.update(f"{self.rows.dtype.str} {self.rows.shape}\n".encode())
@@ -170,11 +183,11 @@ class DataSet:
             IndexError: an index is outside the rows.
         """
         chosen = _as_index(indices)
-        x = self.scaling.normalise(self.rows[chosen])
         if self.mask is None:
-            return x
-        valid = torch.from_numpy(np.array(self.conditions[self.mask][chosen], dtype=np.float32))
-        return x * valid.reshape(*valid.shape, *(1,) * (x.ndim - valid.ndim))
+            return self.scaling.normalise(self.rows[chosen])
+        with np.errstate(over="ignore", invalid="ignore"):  # padding may hold anything
+            x = self.scaling.normalise(self.rows[chosen])
+        return without_padding(x, self.conditions[self.mask][chosen])
 
     @property
     def condition_names(self) -> tuple[str, ...]:
@@ -191,7 +204,7 @@ class DataSet:
         found: dict[str, Tensor] = {}
         for name in names:
             labels = self.label_rows(indices) if name == LABEL else None
-            found[name] = _as_tensor(self.conditions[name][_as_index(indices)]) if labels is None else labels
+            found[name] = as_tensor(self.conditions[name][_as_index(indices)]) if labels is None else labels
         return found
 
     def label_rows(self, indices: Indices) -> Tensor | None:

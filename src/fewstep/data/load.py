@@ -4,34 +4,48 @@
 
 - ``path``: ``.npy``, ``.npz``, idx (plain or ``.gz``), or a folder of images;
 - ``labels``: whole numbers, one per row, or the path of a file that holds them;
+- ``conditions``: what the network is told about each row beside its label. A list of names of further arrays of the
+  ``.npz`` file (``[obs, mask]``), or a mapping from names to ``.npy`` files (``{obs: obs.npy}``, large ones are
+  memory-mapped). Each has one row per row of the data, and its name is that of the network's argument. A ``.npz`` file
+  with further arrays that are not listed is refused: nothing in it is dropped unsaid;
+- ``mask``: which of the conditions marks the valid entries of a row with 1 and padding with 0: ``(N,)``, ``(N, T)`` or
+  of the shape of the rows. The scaling is then that of the valid entries, and padding is 0 in the network whatever the
+  file holds there, NaN included;
+- ``layout``: what the axes mean: ``image`` for ``(N, H, W)`` and ``(N, C, H, W)``, ``sequence`` for ``(N, T, D)``,
+  ``raw`` for any shape, kept as it is. Without it :mod:`fewstep.data.axes` decides, and refuses what it cannot tell;
 - ``scale``: ``standardise``, ``range`` or ``none`` (see :mod:`fewstep.data.rules`);
 - ``name``: without ``path``, the built-in name; with ``path``, the name that the data gets;
 - ``rows``: number of rows, for the built-in sets that are drawn.
+
+Arrays, tensors and data sets of other libraries come in through :func:`fewstep.data.sources.as_data`.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
 
-from fewstep.data.arrays import arrange_rows, read_npy, read_npz
+from fewstep.data.arrays import Archive, read_npy, read_npz
+from fewstep.data.assemble import Parts, assemble
+from fewstep.data.axes import Arranged, arrange_rows, check_layout
 from fewstep.data.builtin import DATA
+from fewstep.data.conditions import as_rows, condition_names, read_conditions
 from fewstep.data.dataset import DataSet
 from fewstep.data.idx import is_idx, read_idx
 from fewstep.data.image_folder import IMAGE_SUFFIXES, read_folder
-from fewstep.data.labels import check_labels
-from fewstep.data.rules import choose_scaling, refuse_non_finite
-from fewstep.data.scaling import Layout, Scaling
+from fewstep.data.lazy import RowSource
+from fewstep.data.scaling import Scaling
 from fewstep.errors import UserError, unknown, with_present_names
 
 __all__ = ["from_array", "load_data"]
 
-_KEYS = ("path", "labels", "scale", "name", "rows")
+_KEYS = ("path", "labels", "conditions", "mask", "layout", "scale", "name", "rows")
 _FORMER = {"samples": "rows"}  # former key: present key
 _FORMATS = "a .npy or .npz array (N, ...), an idx file (plain or .gz) or a folder of images"
 
@@ -71,25 +85,37 @@ def load_data(spec: str | os.PathLike[str] | Mapping[str, Any] | NDArray[Any], *
 
 
 def from_array(
-    array: ArrayLike, labels: ArrayLike | None = None, *, scale: str | None = None, name: str = "array"
+    array: ArrayLike | Tensor | RowSource,
+    labels: ArrayLike | None = None,
+    *,
+    scale: str | None = None,
+    name: str = "array",
+    conditions: Mapping[str, Any] | None = None,
+    mask: str | None = None,
+    layout: str | None = None,
 ) -> DataSet:
-    """Make a data set of an array ``(N, D)``, ``(N, H, W)`` or ``(N, C, H, W)``.
+    """Make a data set of an array of rows ``(N, ...)``.
 
     Args:
-        array: the rows, real numbers.
+        array: the rows, real numbers: an array, a tensor, a memory-mapped file or another row source, which is read
+            only where rows are asked for (:mod:`fewstep.data.lazy`).
         labels: whole numbers ``(N,)``, or None.
         scale: ``standardise``, ``range``, ``none``, or None for the automatic rule.
         name: the name that the data gets.
+        conditions: further conditions by name: arrays ``(N, ...)`` of the same kinds, or paths of ``.npy`` files.
+        mask: which condition marks valid entries with 1 and padding with 0.
+        layout: ``image``, ``sequence`` or ``raw``, see :mod:`fewstep.data.axes`.
 
     Raises:
-        UserError: the array or the labels cannot be used.
+        UserError: the array, the labels or the conditions cannot be used, or the axes are ambiguous.
 
     >>> from_array(np.arange(12.0).reshape(6, 2)).scaling.shift
     (5.0, 6.0)
     """
     what = f"the data {name!r}"
-    rows, layout = arrange_rows(np.asarray(array), what)
-    return _assemble(name, rows, layout, labels, None, scale, what, f"the labels of {name!r}")
+    rows = arrange_rows(as_rows(array), what, layout)
+    given = read_conditions(conditions, {}, what)
+    return assemble(Parts(name, rows, what, labels, None, f"the labels of {name!r}", given, mask, scale))
 
 
 def _fields(spec: Any) -> dict[str, Any]:
@@ -135,6 +161,9 @@ def _load_builtin(fields: Mapping[str, Any], seed: int) -> DataSet:
         raise UserError(f"{unknown('data', name, DATA)} Or give 'path': {_FORMATS}.")
     if "labels" in fields:
         raise UserError(f"data key 'labels' goes with a 'path'; the built-in {name!r} brings its own.")
+    for key in ("conditions", "mask", "layout"):
+        if key in fields:
+            raise UserError(f"data key {key!r} goes with a 'path'; the built-in {name!r} has none. Remove the key.")
     entry = DATA[name]
     if entry.rows is None and "rows" in fields:
         raise UserError(f"data key 'rows': {name!r} is a fixed set. Remove the key.")
@@ -151,62 +180,58 @@ def _load_builtin(fields: Mapping[str, Any], seed: int) -> DataSet:
 
 def _load_path(path: Path, fields: Mapping[str, Any]) -> DataSet:
     """Load a file or an image folder; the key 'labels' replaces labels that the file holds."""
-    name, what = str(fields.get("name", path.name)), repr(str(path))
-    labels: ArrayLike | None = None
+    name, what, layout = str(fields.get("name", path.name)), repr(str(path)), fields.get("layout")
+    check_layout(layout)
+    given = fields.get("conditions")
     label_names: tuple[str, ...] | None = None
-    labels_what = f"{what} (its labels)"
+    labels: ArrayLike | None
+    inside: dict[str, NDArray[Any]] = {}
     if path.is_dir():
-        images = read_folder(path)
-        rows, layout, labels, label_names = images.rows, images.layout, images.labels, images.label_names
+        rows, labels, label_names = _read_images(path, layout)
     else:
-        array, labels = _read_file(path)
-        if array.ndim == 1 and array.dtype.kind in "iu" and "labels" not in fields:
+        found = _read_file(path, () if isinstance(given, Mapping) else condition_names(given))
+        if found.rows.ndim == 1 and found.rows.dtype.kind in "iu" and "labels" not in fields:
             raise UserError(
-                f"{what} has shape {array.shape}: one whole number per row. If these are labels, give the "
+                f"{what} has shape {found.rows.shape}: one whole number per row. If these are labels, give the "
                 "rows as 'path' and this file as 'labels'; if they are the data, use x.reshape(-1, 1)."
             )
-        rows, layout = arrange_rows(array, what)
+        rows, labels, inside = arrange_rows(found.rows, what, layout), found.labels, found.conditions
+    labels_what = f"{what} (its labels)"
     if "labels" in fields:
         label_names = None
         labels, labels_what = _read_labels(fields["labels"])
-    return _assemble(name, rows, layout, labels, label_names, fields.get("scale"), what, labels_what)
+    conditions = read_conditions(given, inside, what)
+    mask, scale = fields.get("mask"), fields.get("scale")
+    return assemble(Parts(name, rows, what, labels, label_names, labels_what, conditions, mask, scale))
 
 
-def _assemble(
-    name: str,
-    rows: NDArray[Any],
-    layout: Layout,
-    labels: ArrayLike | None,
-    label_names: tuple[str, ...] | None,
-    scale: str | None,
-    what: str,
-    labels_what: str,
-) -> DataSet:
-    """Check rows and labels, choose the scaling, and build the data set."""
-    refuse_non_finite(rows if layout != "HW" else rows[:, 0], what)
-    scaling, quantum = choose_scaling(rows, layout, scale, what)
-    if labels is None:
-        return DataSet(name, rows, scaling, quantum=quantum)
-    numbers, values = check_labels(labels, len(rows), labels_what, what)
-    return DataSet(name, rows, scaling, numbers, int(numbers.max()) + 1, label_names or values, quantum)
+def _read_images(folder: Path, layout: str | None) -> tuple[Arranged, NDArray[np.int64] | None, tuple[str, ...] | None]:
+    """Read a folder of images: rows, labels and their names."""
+    if layout not in (None, "image"):
+        raise UserError(f"data key 'layout': {str(folder)!r} is a folder of images, not {layout!r}. Remove the key.")
+    images = read_folder(folder)
+    return Arranged(images.rows, images.layout, "image"), images.labels, images.label_names
 
 
-def _read_file(path: Path) -> tuple[NDArray[Any], NDArray[Any] | None]:
-    """Read the rows of a file, and its labels if it has any; suffix, then content decide the format."""
+def _read_file(path: Path, conditions: Sequence[str] | None = ()) -> Archive:
+    """Read the arrays of a file; suffix, then content decide the format.
+
+    Of a ``.npz`` file the named conditions are read too, and further arrays are refused; None: they are left alone.
+    """
     suffix = path.suffix.lower()
     if suffix == ".npy":
-        return read_npy(path), None
+        return Archive(read_npy(path))
     if suffix == ".npz":
-        return read_npz(path)
+        return read_npz(path, conditions)
     try:
         with open(path, "rb") as file:
             head = file.read(6)
     except OSError as error:
         raise UserError(f"cannot read {str(path)!r}: {error.strerror}.") from error
     if suffix == ".gz" or head[:2] == b"\x1f\x8b" or is_idx(head):
-        return read_idx(path), None
+        return Archive(read_idx(path))
     if head == b"\x93NUMPY":
-        return read_npy(path), None
+        return Archive(read_npy(path))
     if suffix in IMAGE_SUFFIXES:
         raise UserError(f"{str(path)!r} is one image. Give the folder that holds the images.")
     raise UserError(f"{str(path)!r} has a format that is not supported (it begins with {head!r}). Give {_FORMATS}.")
@@ -219,5 +244,5 @@ def _read_labels(source: Any) -> tuple[ArrayLike, str]:
     path = Path(os.path.expanduser(source))
     if not path.is_file():
         raise UserError(f"data key 'labels': there is no file {str(source)!r}.")
-    array, inside = _read_file(path)
-    return (array if inside is None else inside), repr(str(path))
+    found = _read_file(path, None)
+    return (found.rows if found.labels is None else found.labels), repr(str(path))

@@ -5,16 +5,18 @@ between them,
 
     network = (data - shift) / scale,        data = network * scale + shift,
 
-with one number for all features or one per feature. The conversion to data can clip values to the range that the
+with one number for all features, one per feature, or one per entry of the last axis: the D features of a sequence
+``(T, D)`` have one shift and one scale at all times. The conversion to data can clip values to the range that the
 data's units allow (pixels: 0 to 255).
 
 The same object converts between the two *layouts* of a row. The network's row has the shape ``shape``:
-``(D,)`` for vectors, ``(C, H, W)`` for images. The file's own row has ``data_shape``:
+``(D,)`` for vectors, ``(C, H, W)`` for images, ``(T, D)`` for sequences, any for ``raw`` rows. The
+file's own row has ``data_shape``:
 
 ==========  ====================  =========================================
 layout      row in the file       used for
 ==========  ====================  =========================================
-``same``    ``shape`` itself      vectors, ``(N, C, H, W)`` arrays
+``same``    ``shape`` itself      vectors, sequences, raw rows, ``(N, C, H, W)`` arrays
 ``HW``      ``(H, W)``, C = 1     idx files, ``(N, H, W)`` arrays, grey image folders
 ``HWC``     ``(H, W, C)``         colour image folders
 ==========  ====================  =========================================
@@ -34,9 +36,10 @@ from torch import Tensor
 
 from fewstep.errors import UserError, unknown
 
-__all__ = ["Layout", "Scaling"]
+__all__ = ["Kind", "Layout", "Scaling"]
 
 Layout = Literal["same", "HW", "HWC"]
+Kind = Literal["vector", "image", "sequence", "raw"]  # what a row is
 _MAX_CHUNK_VALUES = 1 << 22  # values converted through float64 at a time; chosen, not tuned
 
 
@@ -79,7 +82,7 @@ class Scaling:
     """``network = (data - shift) / scale``, and back with ``data = clip(network * scale + shift)``.
 
     Args:
-        shift: one number, or a flat list with one per feature of ``shape``, in the data's units.
+        shift: one number, or a flat list with one per entry of ``shape`` or of its last axis, in the data's units.
         scale: likewise, greater than 0.
         clip: ``(lowest, highest)`` in the data's units, applied by :meth:`to_data` only; None: no clipping.
         shape: the network's row shape; None: any shape, and rows keep the shape they have.
@@ -116,7 +119,9 @@ class Scaling:
         if self.layout == "HW" and self.shape is not None and self.shape[0] != 1:
             raise UserError(f"scaling: layout HW has one channel, and the shape {self.shape} has {self.shape[0]}.")
         for name, value in (("shift", self.shift), ("scale", self.scale)):
-            if isinstance(value, tuple) and (self.shape is None or len(value) != math.prod(self.shape)):
+            if isinstance(value, tuple) and (
+                self.shape is None or len(value) not in (math.prod(self.shape), self.shape[-1])
+            ):
                 raise UserError(f"scaling: {name} has {len(value)} numbers, and the rows have shape {self.shape}.")
 
     @property
@@ -192,7 +197,9 @@ class Scaling:
     def _array(self, value: float | tuple[float, ...]) -> NDArray[np.float64]:
         """A shift or scale as a float64 array that broadcasts over rows."""
         array = np.asarray(value, np.float64)
-        return array if isinstance(value, float) or self.shape is None else array.reshape(self.shape)
+        if isinstance(value, float) or self.shape is None or len(value) != math.prod(self.shape):
+            return array  # one number, or one per entry of the last axis
+        return array.reshape(self.shape)
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as JSON values; :meth:`from_dict` restores them exactly."""
