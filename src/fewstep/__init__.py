@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fewstep.flow.field import Guided
     from fewstep.generator import Generator, load
     from fewstep.interop.diffusers_networks import from_diffusers
+    from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
 
 _PUBLIC = {
@@ -41,6 +42,7 @@ _PUBLIC = {
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
     "solve": "fewstep.solvers.solve",
+    "train": "fewstep.pipeline.train",
     "stream": "fewstep.data.stream",
     "tune": "fewstep.diagnostics.tune",
     "verdict": "fewstep.diagnostics.verdict",
@@ -65,6 +67,7 @@ __all__ = [
     "log_likelihood",
     "solve",
     "stream",
+    "train",
     "tune",
     "verdict",
 ]

@@ -32,7 +32,9 @@ def kept_conditions(data: DataSet, names: Sequence[str]) -> dict[str, Tensor]:
     """
     if all(name == LABEL for name in names):
         return {}
-    sizes = [data.conditions[name].itemsize * math.prod(data.conditions[name].shape[1:]) for name in data.conditions]
+    sizes = [
+        data.conditions[name].dtype.itemsize * math.prod(data.conditions[name].shape[1:]) for name in data.conditions
+    ]
     count = max(1, min(KEPT_ROWS, len(data.train), KEPT_BYTES // max(1, sum(sizes))))
     chosen = data.train[torch.linspace(0, len(data.train) - 1, count).round().long().numpy()]
     return data.cond_rows(chosen, names)

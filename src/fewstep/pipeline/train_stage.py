@@ -143,7 +143,10 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         checkpoints,
         statistics.write,
         run.data.mask,
+        run.stream,
     )
+    if run.stream is not None:
+        run.world.say(f"  {run.stream.promise}")
     if trainer.resume():
         run.world.say(f"  resumed at {trainer.position.total_samples:,} samples")
     statistics.keep_until(trainer.position.total_samples)

@@ -24,6 +24,7 @@ from fewstep.flow.couplings import Pair
 from fewstep.flow.noise import Draws, isolated_rng, mix
 from fewstep.methods.contract.objective import Batches, Collapse, Learning, Networks, Objective
 from fewstep.methods.contract.options import Options
+from fewstep.methods.contract.stage import Stream
 from fewstep.networks.foreign import spread
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
@@ -73,6 +74,7 @@ class Trainer:
         checkpoints: store of the training state; None writes no checkpoints.
         log: called with each line of statistics.
         mask: name of the condition that marks valid entries; random draws are zero at padding.
+        stream: the stream that the rows come from; checkpoints keep its place.
     """
 
     def __init__(
@@ -84,13 +86,15 @@ class Trainer:
         checkpoints: Checkpoints | None = None,
         log: Log | None = None,
         mask: str | None = None,
+        stream: Stream | None = None,
     ) -> None:
         self.student = student.to(world.device)
         self.options = options
         self.world = world
         self.checkpoints = checkpoints
         self.log = log or (lambda line: None)
-        self.mask = mask
+        self.mask, self.stream = mask, stream
+        self._place: dict[str, Any] | None = None  # of the stream, in the checkpoint that was loaded
         self.ema = EMA(self.student, options.ema)
         self.position = Position()
         self.optimisers: dict[str, torch.optim.Optimizer] = {}
@@ -121,7 +125,7 @@ class Trainer:
             self.ema.load(strip(tensors, "ema."), state["ema_updates"])
         except (KeyError, TypeError) as error:
             raise self._other_version(str(error)) from error
-        self._loaded = tensors
+        self._loaded, self._place = tensors, state.get("stream")
         return True
 
     def train(self, number: int, samples: int, objective: Objective, batches: Batches, label: str) -> None:
@@ -175,11 +179,13 @@ class Trainer:
             tensors |= optimiser_tensors(role, optimiser)
         if self._objective is not None:
             tensors |= {f"state.{name}": value for name, value in self._objective.state.items()}
-        state = {
+        state: dict[str, Any] = {
             "position": vars(self.position),
             "ema_updates": self.ema.updates,
             "total_samples": self.position.total_samples,
         }
+        if self.stream is not None:
+            state["stream"] = {"position": self.stream.position, "state": self.stream.state()}
         self.checkpoints.save(tensors, state, keep=keep)
 
     def _save_between_steps(self) -> None:
@@ -221,6 +227,9 @@ class Trainer:
                 if f"state.{name}" not in loaded:
                     raise self._other_version(f"it has no state {name!r}")
                 value.copy_(loaded[f"state.{name}"])
+        if self.stream is not None and self._place is not None:
+            self.stream.restore(self._place["state"], self._place["position"])
+            self._place = None
         for module in self._modules.values():
             if module not in self._wrapped:
                 self._wrapped[module] = self.world.wrap(module)

@@ -22,8 +22,25 @@ from fewstep.solvers.maps import SampleRule
 class Stream(Protocol):
     """Training rows that can be read in order only."""
 
+    @property
+    def position(self) -> int:
+        """Rows that were handed out so far."""
+        ...
+
+    def state(self) -> dict[str, Any] | None:
+        """What a checkpoint keeps of it, as JSON values; None where it has no state of its own."""
+        ...
+
+    def restore(self, state: dict[str, Any] | None, position: int) -> None:
+        """Go to a position, by the state that was kept or by skipping rows."""
+
     def rows(self, start: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Rows ``start … start + count`` in network units, (count, ...), and their conditions."""
+        ...
+
+    @property
+    def promise(self) -> str:
+        """What a resumed training promises, in a sentence."""
         ...
 
     def refuse(self, what: str) -> None:

@@ -189,10 +189,13 @@ class StreamBatches:
         assert stage.stream is not None, "the data are a stream"
         self.coupling, self.facts = coupling, coupling.facts
         self._stage, self._stream = stage, stage.stream
+        self._origin: int | None = None  # row of the stream that is the first sample of the phase
 
     def batch(self, start: int, count: int, generator: torch.Generator) -> Pair:
-        """The pairs of samples ``start … start + count``."""
-        x1, cond = self._stream.rows(start, count)
+        """The pairs of samples ``start … start + count``; a phase goes on where the stream is at its first batch."""
+        if self._origin is None:
+            self._origin = self._stream.position - start
+        x1, cond = self._stream.rows(self._origin + start, count)
         if self._stage.dequantise:
             x1 = x1 + self._stage.dequantise * torch.randn(x1.shape, generator=generator)
         kept = {name: cond[name] for name in self._stage.conditions}
