@@ -25,6 +25,11 @@ one data pair, so these terms are a consistency loss with a robust distance. The
 no setting that was tried learned digits (64 values; precision .01 instead of .5 after 300,000 samples). They also have
 a bias, because one state has many data pairs: on a mixture of two modes in one dimension, W1 of one call was .26 times
 that of one Euler step with them, and .06 times without.
+Rows seldom have equal conditions of other kinds than labels, so with those the joint laws of samples and conditions are
+compared: the kernel's ``|a - b|^2 / D`` is the mean over the entries of sample and condition together, where the
+condition c is scaled to unit variance and to the sample's number of entries. The condition of ``y_i`` is that of
+``z_i``, and the joint laws are equal only if the laws given c are.
+
 So the default is paired, M = 4, from 50 values per sample on, and unpaired, M = 32, below.
 
 The gap starts at 1, where the target is x_r, and is halved ``halvings`` times in the first half of the training. (The
@@ -35,13 +40,16 @@ small gap, so its default is one halving; a paired one has six.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import final
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from fewstep.data.dataset import LABEL
 from fewstep.flow.couplings import Pair
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
@@ -129,6 +137,29 @@ def kernel_sums(a: Tensor, b: Tensor, smoothing: float) -> tuple[Tensor, Tensor]
     return kernel.sum((1, 2)) - own, own
 
 
+def with_conditions(x: Tensor, cond: Mapping[str, Tensor], scales: Mapping[str, float]) -> Tensor:
+    """Samples with their conditions beside them, (B, D'); the samples alone, (B, ...), where ``scales`` is empty.
+
+    Args:
+        x: samples (B, ...).
+        cond: the conditions, each (B, ...); of more than one dimension beside the batch, the mean over all but the last
+            counts.
+        scales: standard deviations of the conditions that are compared, by name.
+    """
+    if not scales:
+        return x
+    flat = x.flatten(1)
+    rows = [cond[name].to(flat).reshape(len(flat), -1, (cond[name].shape[1:] or (1,))[-1]).mean(1) for name in scales]
+    scaled = torch.cat([part / scale for part, scale in zip(rows, scales.values(), strict=True)], 1)
+    return torch.cat([flat, scaled * math.sqrt(flat.shape[1] / scaled.shape[1])], 1)
+
+
+def condition_scales(stage: Stage) -> dict[str, float]:
+    """Standard deviations of the conditions beside labels, over all entries of up to 1024 rows; 1 for a constant."""
+    rows = stage.data.cond_rows(stage.data.train[:1024], [name for name in stage.conditions if name != LABEL])
+    return {name: float(value.float().std()) or 1.0 for name, value in rows.items()}
+
+
 def squared_mmd(y: Tensor, z: Tensor, particles: int, smoothing: float = 0.01, *, paired: bool = False) -> Tensor:
     """The estimate of ``MMD^2`` between two laws in every group, (B / M,).
 
@@ -157,18 +188,26 @@ class IMM(Objective):
         law: law of both times.
         compare: how laws are compared.
         to_data: share of the groups with r = 1.
+        scales: standard deviations of the conditions that are compared with the samples, by name.
     """
 
     def __init__(
-        self, student: nn.Module, source: VelocitySource, law: TimeLaw, compare: Comparison, to_data: float = 0.25
+        self,
+        student: nn.Module,
+        source: VelocitySource,
+        law: TimeLaw,
+        compare: Comparison,
+        to_data: float = 0.25,
+        scales: Mapping[str, float] = MappingProxyType({}),
     ) -> None:
         self.modules = {"student": student}
+        self.scales = scales
         self.source, self.law, self.compare, self.to_data = source, law, compare, to_data
         self.group = compare.particles
 
     def loss(self, role: str, nets: Networks, batch: Pair, draws: Draws, done: float) -> Terms:
         times, gap = self.draw(draws, batch.x1), gap_at(done, self.compare.halvings)
-        y, z = self.ends(nets["student"], batch, times, gap)
+        y, z = (with_conditions(x, batch.cond, self.scales) for x in self.ends(nets["student"], batch, times, gap))
         rows = squared_mmd(y, z, self.group, self.compare.smoothing, paired=self.compare.paired)
         length = (times.r - times.t)[:: self.group].clamp(min=MIN_LENGTH)
         return {"loss": (rows / (gap * length)).mean(), "mmd": rows.detach().mean(), "gap": torch.tensor(gap)}
@@ -200,7 +239,8 @@ def plan(options: IMMOptions, stage: Stage) -> Plan:
     compare = comparison(options, stage.data.shape)
 
     def prepare(_: Teacher | None) -> tuple[Objective, Batches]:
-        objective = IMM(student, source, make_time_law(options.time), compare, options.to_data)
+        law = make_time_law(options.time)
+        objective = IMM(student, source, law, compare, options.to_data, condition_scales(stage))
         return objective, source.batches(group=compare.particles)
 
     rule = SampleRule(kind="map", default_steps=1, sampler="chain")

@@ -58,7 +58,8 @@ class SlimflowOptions(PairOptions):
     old_names: ClassVar[Mapping[str, str]] = {"guided": "flow_weight"}
 
     network: dict[str, Any] | str | None = Field(
-        {"size": 0.25}, description="the student's network; default: a quarter of the teacher's parameters"
+        {"size": 0.25},
+        description="the student's network; default: a quarter of the teacher's parameters, or a foreign teacher's own",
     )
     samples: int = Field(1_000_000, gt=0, description="samples seen in the stage, over all phases")
     share: float = Field(0.5, gt=0, lt=1, description="share of the samples in the first phase")

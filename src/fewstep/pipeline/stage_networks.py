@@ -43,6 +43,9 @@ def stage_network(
     """
     chosen = options.network if options.network is not None else recipe.header.network
     config = {"name": chosen} if isinstance(chosen, str) else dict(chosen)
+    if "size" in config and "network" not in options.model_fields_set and options.teacher is not None:
+        network = network_of(options.teacher)  # no size is known of a network from outside: the default is its own
+        config = {**network, "two_time": False} if network.get("name") == FOREIGN else config
     if "size" in config:
         config = share_of_teacher(options, config, network_of)
     if not config and method.makes != "features":

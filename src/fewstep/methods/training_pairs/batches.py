@@ -148,11 +148,6 @@ class DataBatches:
         self._conditions = tuple(conditions)
         self._order: Order = EpochOrder(len(self._train), key)
         labels = data.label_rows(data.train) if LABEL in self._conditions else None
-        if group > 1 and self._conditions not in ((), (LABEL,)):
-            raise UserError(
-                f"this method compares rows of equal conditions with each other, and rows seldom have equal "
-                f"{', '.join(self._conditions)}: use another method, or train with labels only."
-            )
         if labels is not None and group > 1:
             self._order = GroupedOrder(labels, group, key)
         # a small data set is kept in memory in network units; a large one is converted batch by batch
@@ -212,10 +207,10 @@ def stage_batches(stage: Stage, coupling: Coupling, *tag: str, group: int = 1) -
         group: number of consecutive rows that have one class.
 
     Raises:
-        UserError: ``group`` > 1 for a stream with conditions, or for conditions other than labels.
+        UserError: ``group`` > 1 for a stream with labels.
     """
     if stage.stream is not None:
-        if group > 1 and stage.conditions:
+        if group > 1 and LABEL in stage.conditions:
             stage.require_random_access("a batch of several rows of one class")
         return StreamBatches(stage, coupling)
     key: tuple[int | str, ...] = (stage.seed, stage.name, *tag)
