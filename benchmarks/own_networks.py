@@ -69,7 +69,7 @@ def train_unet(data: DataSet, path: Path, seed: int) -> nn.Module:
 
 
 class Policy(nn.Module):
-    """A conditional network of another convention: ``(timestep, sample, obs)``, time 1000 (noise) to 0, noise - data."""
+    """A conditional network of another convention: ``(timestep, sample, obs)``, time 1000 to 0, noise - data."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
