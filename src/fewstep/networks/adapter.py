@@ -152,9 +152,10 @@ class Adapter(Foreign):
         form = ", ".join(["x, t", *(f"{name}={name}" for name in cond)])
         named = ", ".join(["x", "t", *cond])
         shapes = ", ".join(_told(name, rows) for name, rows in {"x": x, "t": t, **cond}.items())
+        message = " ".join(str(error).split()) or "no message"
         return UserError(
-            f"the call of {self.name} failed with {type(error).__name__}: {str(error) or 'no message'} "
-            f"({_where(error)}). This library calls {how}{form}), here with {shapes}. "
+            f"the call of {self.name} failed with {type(error).__name__}: {message} ({_where(error)}). "
+            f"This library calls {how}{form}), here with {shapes}. "
             f"{self._hint(error, x)}If the module takes its arguments in another order, under other names or in "
             f"another form, say so: fs.adapt(module, lambda m, {named}: m({named.replace('x, t', 't, x', 1)})), or "
             "name its convention, such as 'torchcfm'."
@@ -225,8 +226,10 @@ def _told(name: str, rows: Any) -> str:
 
 
 def _where(error: Exception) -> str:
-    """The line that raised an error: an assertion often has no message."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
+    """The last line outside torch on the way to an error: an assertion often has no message."""
+    torch_folder = str(Path(torch.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if not frame.filename.startswith(torch_folder)][-1]
     return f"{Path(frame.filename).name}, line {frame.lineno}: {frame.line}"
 
 
