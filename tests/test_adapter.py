@@ -103,9 +103,8 @@ def test_an_untrained_two_time_form_is_the_velocity() -> None:
 @pytest.mark.parametrize("direction", ["x", "t", "r"])
 def test_forward_mode_and_double_backward_are_derivatives_of_the_two_time_form(direction: str) -> None:
     net, (x, t, r) = trained(blocks()).double(), inputs()
-    tangent = [
-        torch.ones_like(v) if name == direction else torch.zeros_like(v) for name, v in {"x": x, "t": t, "r": r}.items()
-    ]
+    at = {"x": x, "t": t, "r": r}
+    tangent = [torch.ones_like(v) if name == direction else torch.zeros_like(v) for name, v in at.items()]
     h = 1e-5
     ahead = net(*[v + h * d for v, d in zip((x, t, r), tangent, strict=True)])
     behind = net(*[v - h * d for v, d in zip((x, t, r), tangent, strict=True)])
@@ -256,6 +255,15 @@ def test_intervals_of_another_network_can_be_lent() -> None:
     assert isinstance(one.intervals, Intervals)
     assert torch.equal(base.evaluate(x, t, r, {}, two.intervals), two(x, t, r))
     assert not torch.equal(base.evaluate(x, t, r, {}, one.intervals), two(x, t, r))
+
+
+def test_the_two_time_form_can_be_exported_with_any_batch() -> None:
+    net = trained(blocks(dtype=torch.float32)).eval()
+    rows = torch.export.Dim("rows")
+    program = torch.export.export(net, inputs(torch.float32), dynamic_shapes=({0: rows}, {0: rows}, {0: rows}))
+    x, t, r = inputs(torch.float32, rows=7)
+    torch.testing.assert_close(program.module()(x, t, r), net(x, t, r), atol=1e-6, rtol=0)
+    assert set(program.state_dict) == set(net.state_dict())
 
 
 # dtypes and devices

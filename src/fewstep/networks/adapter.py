@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
-from fewstep.networks.foreign import FOREIGN, Combine, Foreign, Intervals, embedding_width, spread
+from fewstep.networks.foreign import FOREIGN, Combine, Foreign, Intervals, embedding_width, registered, spread
 
 COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # weights in float8 are only stored so
 OF_DEVICES = ("out of memory", "allocate memory", "CUDA error", "NCCL")  # in the messages of errors that memory causes
@@ -115,7 +115,7 @@ class Adapter(Foreign):
                 raise UserError("r was given, and this is a velocity network: it has no end time.")
             return self._velocity(self.wrapped, x, t, cond)
         length = torch.zeros_like(t) if r is None else r - t
-        with intervals.added(self.wrapped, length) as module:
+        with intervals.added(registered(self, "wrapped"), length) as module:
             return self._velocity(module, x, t, cond)
 
     def _velocity(self, module: nn.Module, x: Tensor, t: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
@@ -177,7 +177,7 @@ class Adapter(Foreign):
         for parameter in self.wrapped.parameters():
             if parameter.dtype in COMPUTED:
                 sizes[parameter.dtype] += parameter.numel()
-        return max(sizes, key=lambda dtype: sizes[dtype], default=torch.float32)
+        return sizes.most_common(1)[0][0] if sizes else torch.float32
 
     def train(self, mode: bool = True) -> Adapter:
         """Put the dropout and recurrent layers of the module into training mode; the rest stays in evaluation."""

@@ -102,7 +102,7 @@ class Intervals(nn.Module):
         """
         called: set[str] = set()
         hooks = {
-            module.get_submodule(place): _adder(place, layer, length, called)
+            registered(module, place): _adder(place, layer, length, called)
             for place, layer in zip(self.places, self.layers, strict=True)
         }
         yield _view(module, hooks, {})
@@ -122,21 +122,40 @@ def _view(module: nn.Module, hooks: Mapping[nn.Module, Hook], made: dict[nn.Modu
     """The module itself, or a copy with the hooks if it or a module below it has one; ``made`` holds those so far."""
     if module not in made:
         made[module] = module
-        children = module._modules.items()
+        children = _children(module).items()
         below = {name: None if child is None else _view(child, hooks, made) for name, child in children}
         if module in hooks or any(below[name] is not child for name, child in children):
-            made[module] = _shallow(module, below)
-            if module in hooks:
-                made[module].register_forward_hook(hooks[module])
+            made[module] = _shallow(module, below, hooks.get(module))
     return made[module]
 
 
-def _shallow(module: nn.Module, below: Mapping[str, nn.Module | None]) -> nn.Module:
-    """A module with other sub-modules and with hooks of its own; parameters, buffers and all else are shared."""
+def registered(module: nn.Module, place: str) -> nn.Module:
+    """The sub-module of this name itself: within torch.export, attributes of a module are stand-ins.
+
+    Args:
+        module: any module.
+        place: name of one of its sub-modules.
+    """
+    for name in place.split("."):
+        child = _children(module)[name]
+        assert child is not None, "the place exists"
+        module = child
+    return module
+
+
+def _children(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """The registered sub-modules by name, see :func:`registered`."""
+    children: Mapping[str, nn.Module | None] = module.__dict__["_modules"]
+    return children
+
+
+def _shallow(module: nn.Module, below: Mapping[str, nn.Module | None], hook: Hook | None) -> nn.Module:
+    """A module with other sub-modules and one more hook; its parameters, buffers and all else are shared."""
     copied: nn.Module = object.__new__(type(module))
     copied.__dict__.update(module.__dict__)
-    own = {"_modules": dict(below), "_forward_hooks": OrderedDict(module._forward_hooks)}
-    copied.__dict__.update(own, _compiled_call_impl=None)  # a compiled call would call the former sub-modules
+    own = OrderedDict(module._forward_hooks) if hook is None else OrderedDict({**module._forward_hooks, -1: hook})
+    # a compiled call would call the former sub-modules
+    copied.__dict__.update(_modules=dict(below), _forward_hooks=own, _compiled_call_impl=None)
     return copied
 
 
@@ -166,7 +185,7 @@ def _takes(output: Any, value: Tensor) -> bool:
     if not isinstance(output, Tensor) or output.ndim < 2:
         return False
     width = output.shape[1] if output.ndim > 3 else output.shape[-1]
-    return width == value.shape[1] and output.shape[0] in (1, len(value))
+    return width == value.shape[1] and output.shape[0] in (1, value.shape[0])
 
 
 def _plus(output: Tensor, value: Tensor) -> Tensor:
