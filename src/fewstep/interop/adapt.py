@@ -133,11 +133,13 @@ def _torchcfm_place(module: nn.Module) -> str | None:
 
 
 def _first_of(*places: str) -> Callable[[nn.Module], str | None]:
-    """The first of these sub-modules that a module has."""
+    """The first of these sub-modules that a module has and that has a linear layer."""
 
     def place(module: nn.Module) -> str | None:
-        names = {name for name, _ in module.named_modules()}
-        return next((place for place in places if place in names), None)
+        having = {
+            name for name, layer in module.named_modules() if any(isinstance(m, nn.Linear) for m in layer.modules())
+        }
+        return next((place for place in places if place in having), None)
 
     return place
 
