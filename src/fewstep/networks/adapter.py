@@ -30,7 +30,7 @@ class Adapter(Foreign):
     """A user's module, called as ``v(x, t, r=None, **cond)``.
 
     - Time: ``t`` (B,) in [0, 1] from noise to data, in float32 (float64 for float64 weights): it is never rounded to
-      half precision.
+      half precision. A ``t`` of another dtype than x's, as float64 beside float32, keeps its digits.
     - Dtype: x and floating-point conditions are cast to the dtype that most of the weights have; the result has the
       dtype of x.
     - Modes: in training mode only the dropout layers and the recurrent layers (their backward pass on GPUs needs it) of
@@ -123,7 +123,8 @@ class Adapter(Foreign):
         given = x if valid is None else x * valid
         dtype = self.dtype
         cast = {name: _cast(rows, dtype) for name, rows in cond.items()}
-        time = t.to(torch.promote_types(dtype, torch.float32))
+        least = torch.promote_types(dtype, torch.float32)
+        time = t.to(least if t.dtype == x.dtype else torch.promote_types(t.dtype, least))
         try:
             v = self.call(module, given.to(dtype), time, **cast)
         except (RuntimeError, AssertionError, TypeError, ValueError) as error:
