@@ -112,6 +112,15 @@ def test_a_limited_diagnosis_stays_within_its_rows_and_says_what_it_reduced(
         assert d.straightness == pytest.approx(SMOOTH.straightness(), rel=4 * d.straightness_error / d.straightness)
 
 
+def test_panels_are_not_halved_where_that_would_leave_too_few_noises() -> None:
+    """Data of width .001: halving panels as far as they need would leave 6 noises of 26."""
+    v = Rows(gaussian(0.001, 0.001).velocity)
+    d = fs.diagnose(v, noise(200), max_rows=8_000)
+    assert v.rows <= 8_000
+    assert d.samples > 20
+    assert d.notes[0].startswith("panels were not halved any further")
+
+
 def test_a_limit_that_is_not_reached_changes_nothing() -> None:
     x0 = noise(64)
     free, limited = fs.diagnose(FLOW.velocity, x0), fs.diagnose(FLOW.velocity, x0, max_rows=10**7)
