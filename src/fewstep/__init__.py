@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.data.stream import stream
-    from fewstep.diagnostics.diagnose import Diagnosis, diagnose
+    from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
-    from fewstep.diagnostics.tune import tune
+    from fewstep.diagnostics.tune import tune, tuning_cost
     from fewstep.diagnostics.verdict import verdict
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
@@ -39,6 +39,7 @@ _PUBLIC = {
     "adapt": "fewstep.interop.adapt",
     "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
+    "diagnosis_cost": "fewstep.diagnostics.diagnose",
     "from_diffusers": "fewstep.interop.diffusers_networks",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
@@ -47,6 +48,7 @@ _PUBLIC = {
     "train": "fewstep.pipeline.train",
     "stream": "fewstep.data.stream",
     "tune": "fewstep.diagnostics.tune",
+    "tuning_cost": "fewstep.diagnostics.tune",
     "verdict": "fewstep.diagnostics.verdict",
 }
 _MODULES = {"closed_form": "fewstep.flow.closed_form"}
@@ -64,6 +66,7 @@ __all__ = [
     "closed_form",
     "dequantise",
     "diagnose",
+    "diagnosis_cost",
     "from_diffusers",
     "invert",
     "load",
@@ -72,6 +75,7 @@ __all__ = [
     "stream",
     "train",
     "tune",
+    "tuning_cost",
     "verdict",
 ]
 
