@@ -279,5 +279,5 @@ def test_hugging_face_data_sets(tmp_path: Path) -> None:
     photos = as_data(pictures)
     assert (photos.shape, photos.data_shape, photos.classes) == ((3, 9, 7), (9, 7, 3), 2)
     assert np.array_equal(photos.rows[:], as_data(Photos()).rows[:])
-    with pytest.raises(UserError, match="an? IterableDataset, which gives rows in its own order only"):
+    with pytest.raises(UserError, match=r"an? IterableDataset, which gives rows in its own order only"):
         as_data(source.to_iterable_dataset())
