@@ -213,7 +213,9 @@ def test_masks_that_are_none_are_refused(
     mask = MASK.copy()
     mask[change[0]] = change[1]
     for values in (1 << 22, 4 * T):  # also where the row lies in a later piece
-        monkeypatch.setattr("fewstep.data.conditions.row_chunks", lambda rows, n=values: range(0, N, max(1, n // T)))
+        monkeypatch.setattr(
+            "fewstep.data.condition_arrays.row_chunks", lambda rows, n=values: range(0, N, max(1, n // T))
+        )
         with pytest.raises(UserError, match=message):
             from_array(SEQUENCES, conditions={"mask": mask}, mask="mask", layout="sequence")
 

@@ -191,7 +191,7 @@ def test_an_iterator_gives_one_pass() -> None:
     assert "a stopped run needs a new iterator" in stream.promise
     early = made(iter(Batches()))
     early.rows(0, 150)
-    with pytest.raises(UserError, match="cannot be started again: .*restart=function|cannot be started again"):
+    with pytest.raises(UserError, match=r"cannot be started again\. Give what makes it: .* or restart=function"):
         early.rows(140, 30)
     again = made(iter(Batches()), restart=lambda: iter(Batches()))
     assert numbers(again, 0, 500) == expected(0, 500)
@@ -465,7 +465,7 @@ def test_what_needs_chosen_rows_is_refused_with_the_reason() -> None:
         UserError, match=r"^pairs of real rows need chosen rows, and the stream 'mine' gives rows in its"
     ):
         stream.refuse("pairs of real rows")
-    with pytest.raises(UserError, match="data=stream.reservoir"):
+    with pytest.raises(UserError, match=r"data=stream\.reservoir"):
         as_data(stream)
     assert as_data(stream.reservoir) is stream.reservoir
 
