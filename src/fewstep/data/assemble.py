@@ -9,7 +9,7 @@ from typing import final
 from numpy.typing import ArrayLike
 
 from fewstep.data.axes import Arranged
-from fewstep.data.conditions import check_conditions, check_mask
+from fewstep.data.condition_arrays import check_conditions, check_mask
 from fewstep.data.dataset import DataSet
 from fewstep.data.labels import check_labels
 from fewstep.data.lazy import RowSource

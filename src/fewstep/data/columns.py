@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
-from fewstep.data.conditions import condition_names, numpy_of
+from fewstep.data.condition_arrays import condition_names, numpy_of
 from fewstep.errors import UserError, unknown
 
 __all__ = ["Columns", "Wanted", "choose_columns", "columns_of", "numeric"]

@@ -35,7 +35,7 @@ from fewstep.data.arrays import Archive, read_npy, read_npz
 from fewstep.data.assemble import Parts, assemble
 from fewstep.data.axes import Arranged, arrange_rows, check_layout
 from fewstep.data.builtin import DATA
-from fewstep.data.conditions import as_rows, condition_names, read_conditions
+from fewstep.data.condition_arrays import as_rows, condition_names, read_conditions
 from fewstep.data.dataset import DataSet
 from fewstep.data.idx import is_idx, read_idx
 from fewstep.data.image_folder import IMAGE_SUFFIXES, read_folder

@@ -33,7 +33,7 @@ from fewstep.data.assemble import Parts, assemble
 from fewstep.data.axes import arrange_decoded
 from fewstep.data.builtin import DATA
 from fewstep.data.columns import Columns, Key, Wanted, choose_columns, columns_of
-from fewstep.data.conditions import as_rows, numpy_of
+from fewstep.data.condition_arrays import as_rows, numpy_of
 from fewstep.data.dataset import DataSet
 from fewstep.data.lazy import LazyRows, RowSource, row_chunks
 from fewstep.data.load import from_array, load_data

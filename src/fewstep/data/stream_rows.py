@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fewstep.data.axes import Arranged
 from fewstep.data.columns import Columns, Key, Wanted, choose_columns, columns_of
-from fewstep.data.conditions import check_conditions, check_mask, numpy_of
+from fewstep.data.condition_arrays import check_conditions, check_mask, numpy_of
 from fewstep.data.dataset import LABEL, DataSet, as_tensor, held_out_mask, splitmix64, without_padding
 from fewstep.data.lazy import row_chunks
 from fewstep.data.loaders import Loader

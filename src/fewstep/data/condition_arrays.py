@@ -159,6 +159,11 @@ def check_mask(
     """
     if name is None:
         return dict(conditions)
+    if not isinstance(name, str):
+        raise UserError(
+            f"data key 'mask' must be the name of a condition, got a {type(name).__name__}. Give the values as a "
+            "condition and its name here: conditions={'mask': values}, mask='mask'."
+        )
     if name not in conditions:
         raise UserError(
             f"data key 'mask': {unknown('condition', name, conditions)} The mask is one of the conditions: name it in "
