@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fewstep.flow.field import Guided
     from fewstep.generator import Generator, load
     from fewstep.interop.diffusers_networks import from_diffusers
+    from fewstep.interop.lora import lora
     from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
 
@@ -41,6 +42,7 @@ _PUBLIC = {
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
+    "lora": "fewstep.interop.lora",
     "solve": "fewstep.solvers.solve",
     "train": "fewstep.pipeline.train",
     "stream": "fewstep.data.stream",
@@ -65,6 +67,7 @@ __all__ = [
     "invert",
     "load",
     "log_likelihood",
+    "lora",
     "solve",
     "stream",
     "train",
