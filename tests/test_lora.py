@@ -244,7 +244,7 @@ def train_on(method: str, teacher: nn.Module, folder: Path, steps: int = 16, sto
     world = LocalWorld(quiet=True)
     torch.manual_seed(1)
     stage = Stage(
-        name="stage", folder=folder, data=from_array(data), source=GaussianSource(SHAPE), seed=0, conditional=False,
+        name="stage", folder=folder, data=from_array(data), source=GaussianSource(SHAPE), seed=0, conditions=(),
         network={}, build=lambda: trainable_copy(teacher, two_time=method in TWO_TIME),
         teacher=Teacher(teacher, digest="0"), dequantise=0.0, world=world,
     )  # fmt: skip
@@ -291,6 +291,34 @@ def test_sixteen_steps_equal_training_with_whole_networks(method: str, tmp_path:
 
 def strip_ema(trainer: Trainer) -> dict[str, Tensor]:
     return {k.replace(".default", "").replace("net.", "adapter.", 1): v for k, v in trainer.ema.state.items()}
+
+
+def test_fs_train_takes_a_role_for_the_teacher(tmp_path: Path) -> None:
+    """Equal calls write equal bytes, though the online model's adapter is drawn anew; another base is refused."""
+    net, other = sd3_net(), sd3_net()
+    data = np.random.default_rng(0).uniform(-1, 1, (48, *SHAPE)).astype(np.float32)
+    fields: dict[str, Any] = {"data": data, "samples": 32, "batch_size": 4, "lr": 5e-3, "quiet": True}
+    made = []
+    for seed, name in enumerate(("first", "second")):
+        torch.manual_seed(seed)
+        made.append(fs.train("dmd", teacher=fs.lora(net, rank=RANK), out=tmp_path / name / "few", **fields))
+    files = [(tmp_path / name / "few/model.safetensors").read_bytes() for name in ("first", "second")]
+    assert files[0] == files[1]
+    few = made[0].module
+    assert isinstance(few, Role)
+    assert few.has_adapter
+    again = fs.load(tmp_path / "first/few", module=fs.lora(net, rank=RANK))
+    x0 = torch.randn(4, *SHAPE)
+    assert torch.equal(again.sample(noise=x0), made[0].sample(noise=x0))
+    whole = made[0].inner
+    assert whole.state_dict().keys() == net.wrapped.state_dict().keys()
+    torch.testing.assert_close(call_sd3(whole, x0, torch.zeros(4)), few(x0, torch.zeros(4)))
+    assert not torch.allclose(few(x0, torch.zeros(4)), few.base(x0, torch.zeros(4)))
+    with pytest.raises(UserError, match="_weights"):
+        fs.train("dmd", teacher=fs.lora(other, rank=RANK), out=tmp_path / "first/few", **fields)
+    fields |= {"samples": 16, "pairs": 32, "nfe": 4, "tolerance": 1e6}
+    init = fs.train("distill", teacher=fs.lora(net, rank=RANK), init=made[0], out=tmp_path / "next", **fields)
+    assert isinstance(init.module, Role)
 
 
 @pytest.mark.slow
@@ -521,7 +549,8 @@ def test_a_state_is_loaded_by_any_role_on_the_base() -> None:
     x, t = rows()
     assert torch.equal(fresh(x, t), student(x, t))
     assert fresh.has_adapter
-    assert fresh.describe() == student.describe() != teacher.describe()
+    assert fresh.describe() == student.describe() == teacher.describe()
+    assert fs.lora(policy(), rank=RANK + 1).describe() != teacher.describe()
     with pytest.raises(RuntimeError, match="size mismatch"):
         fs.lora(policy(), rank=RANK + 1).load_state_dict(student.state_dict())
 
@@ -529,7 +558,6 @@ def test_a_state_is_loaded_by_any_role_on_the_base() -> None:
 def test_a_saved_generator_holds_the_adapter_and_is_loaded_on_the_base(tmp_path: Path) -> None:
     net = policy()
     student = student_of(fs.lora(net, rank=RANK))
-    student.describe()
     fs.Generator(student, shape=(5, 3)).save(tmp_path)
     again = fs.load(tmp_path, module=fs.lora(net, rank=RANK))
     x0 = torch.randn(4, 5, 3)

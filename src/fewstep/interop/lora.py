@@ -168,15 +168,21 @@ class Role(Foreign):
         made.intervals = Intervals(self.base.places, self.base.widths).to(device_of(self.base))
         return made
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """The base's tensors and the role's own, by name."""
+        return {**{f"base.{name}": value for name, value in self.base.state_dict().items()}, **self.state_dict()}
+
     def describe(self) -> dict[str, Any]:
-        """The base's description, and rank, alpha and layers of the adapter, for JSON files."""
+        """The base's description, and rank, alpha and layers of the adapters on it, for JSON files.
+
+        It is the same with and without an adapter, because either loads the state of a role that has one.
+        """
         declared = self.settings.targets if isinstance(self.settings.targets, str | None) else [*self.settings.targets]
         adapter = {
             "rank": self.settings.rank,
             "alpha": self.settings.alpha,
             "targets": declared,
             "layers": len(self.settings.places),
-            "adapter": self.has_adapter,
         }
         made = {**self.base.describe(), "lora": adapter}
         return {**made, "two_time": True} if self.two_time else made
