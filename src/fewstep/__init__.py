@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from fewstep.generator import Generator, load
     from fewstep.interop.adapt import adapt
     from fewstep.interop.diffusers_networks import from_diffusers
+    from fewstep.interop.lora import lora
     from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
 
@@ -44,6 +45,7 @@ _PUBLIC = {
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
+    "lora": "fewstep.interop.lora",
     "solve": "fewstep.solvers.solve",
     "train": "fewstep.pipeline.train",
     "stream": "fewstep.data.stream",
@@ -71,6 +73,7 @@ __all__ = [
     "invert",
     "load",
     "log_likelihood",
+    "lora",
     "solve",
     "stream",
     "train",

@@ -92,7 +92,8 @@ def _fill(module: nn.Module, folder: Path) -> None:
     """Put the folder's weights into the network."""
     state = read_tensors(folder / "model.safetensors")
     own = module.state_dict()
-    state = {name if name in own else WRAPPED + name: value for name, value in state.items()}
+    inside = {name for name in state if name not in own and WRAPPED + name in own}
+    state = {WRAPPED + name if name in inside else name: value for name, value in state.items()}
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -27,7 +27,7 @@ from fewstep.generator.label_draws import Label
 from fewstep.generator.model_folder import save_model
 from fewstep.generator.samplers import Pilot, Samplers
 from fewstep.generator.starts import BaseRows, Starts, distinct_starts, draw_starts, given_starts
-from fewstep.networks.foreign import Foreign, spread
+from fewstep.networks.foreign import Foreign, spread, whole_state
 from fewstep.solvers.maps import FreshNoise, run_map
 from fewstep.solvers.solve import solve
 from fewstep.solvers.tables import Table
@@ -361,7 +361,7 @@ class Generator:
 
     def _samplers(self) -> Samplers:
         if self.samplers is None:
-            digest = weights_digest(self.module.state_dict())
+            digest = weights_digest(whole_state(self.module))
             self.samplers = Samplers(digest, self.config.path, self.folder)
         return self.samplers
 

@@ -69,6 +69,10 @@ class Foreign(nn.Module, ABC):
     def describe(self) -> dict[str, Any]:
         """What is recorded of it in JSON files; equal descriptions have weights of the same names and shapes."""
 
+    def whole_state(self) -> dict[str, Tensor]:
+        """All tensors that its calls depend on, by name: its state, and what it shares with others and does not own."""
+        return self.state_dict()
+
 
 @final
 class Intervals(nn.Module):
@@ -252,3 +256,8 @@ def trainable_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
             if buffer is not None and buffer.dtype in HALF:
                 owner._buffers[name] = buffer.float()
     return made
+
+
+def whole_state(module: nn.Module) -> dict[str, Tensor]:
+    """All tensors that a network's calls depend on, by name: :meth:`Foreign.whole_state`, or its state."""
+    return module.whole_state() if isinstance(module, Foreign) else module.state_dict()

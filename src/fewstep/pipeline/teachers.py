@@ -9,7 +9,7 @@ from fewstep.data.dataset import LABEL
 from fewstep.errors import UserError
 from fewstep.generator import Config, Generator, weights_digest
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.networks.foreign import Foreign
+from fewstep.networks.foreign import Foreign, whole_state
 from fewstep.pipeline.opening import Run
 from fewstep.pipeline.stage_networks import same_weights
 from fewstep.store.files import json_round_trip
@@ -35,7 +35,7 @@ def as_teacher(generator: Generator, name: str) -> Teacher:
     foreign = module if isinstance(module, Foreign) else None
     return Teacher(
         velocity=module,
-        digest=weights_digest(state),
+        digest=weights_digest(whole_state(module)),
         guidance=generator.config.guidance,
         guidable=generator.config.guidable,
         path=generator.config.path,

@@ -91,7 +91,7 @@ def own_weights(run: Run, name: str, initial: Teacher | None) -> dict[str, str]:
     network = run.network(name)
     if initial is not None or network.get("name") != FOREIGN:
         return {}
-    return {"network_weights": weights_digest(run.prototype(network).state_dict())}
+    return {"network_weights": weights_digest(run.prototype(network).whole_state())}
 
 
 def best_of(folder: Path) -> Path | None:
@@ -157,7 +157,9 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         if number < trainer.position.phase:
             previous = as_teacher(run.open_model(kept), f"{stage.name}, {phase.name}")
             continue
-        objective, batches = phase.prepare(previous)
+        with isolated_rng(run.world.device):  # copies of networks may draw initial weights
+            torch.default_generator.manual_seed(mix(stage.seed, stage.name, phase.name, "prepare"))
+            objective, batches = phase.prepare(previous)
         label = stage.name if len(plan.phases) == 1 else f"{stage.name}, {phase.name}"
         try:
             trainer.train(number, phase.samples, objective, batches, label)
