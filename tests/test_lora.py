@@ -293,6 +293,7 @@ def strip_ema(trainer: Trainer) -> dict[str, Tensor]:
     return {k.replace(".default", "").replace("net.", "adapter.", 1): v for k, v in trainer.ema.state.items()}
 
 
+@pytest.mark.slow
 def test_fs_train_takes_a_role_for_the_teacher(tmp_path: Path) -> None:
     """Equal calls write equal bytes, though the online model's adapter is drawn anew; another base is refused."""
     net, other = sd3_net(), sd3_net()
@@ -316,9 +317,10 @@ def test_fs_train_takes_a_role_for_the_teacher(tmp_path: Path) -> None:
     assert not torch.allclose(few(x0, torch.zeros(4)), few.base(x0, torch.zeros(4)))
     with pytest.raises(UserError, match="_weights"):
         fs.train("dmd", teacher=fs.lora(other, rank=RANK), out=tmp_path / "first/few", **fields)
-    fields |= {"samples": 16, "pairs": 32, "nfe": 4, "tolerance": 1e6}
-    init = fs.train("distill", teacher=fs.lora(net, rank=RANK), init=made[0], out=tmp_path / "next", **fields)
-    assert isinstance(init.module, Role)
+    later = fs.train("dmd", teacher=fs.lora(net, rank=RANK), init=made[0], out=tmp_path / "later", **fields)
+    begun = [p for name, p in later.module.named_parameters() if "lora_A" in name]
+    before = [p for name, p in few.named_parameters() if "lora_A" in name]
+    assert max(float((p - q).abs().max()) for p, q in zip(begun, before, strict=True)) < 0.1  # A is about 0.3
 
 
 @pytest.mark.slow
