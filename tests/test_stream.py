@@ -161,6 +161,13 @@ def test_held_out_rows_never_come_back_in_another_order() -> None:
     assert len(set(seen)) == N - len(held)
 
 
+def test_held_out_places_are_skipped_where_values_change_at_random() -> None:
+    """Augmentation in a fixed order: no row equals one of the reservoir, and the places tell."""
+    rng = np.random.default_rng(1)
+    stream = made(lambda: ({**batch, "x": batch["x"] + rng.normal()} for batch in Batches()))
+    assert numbers(stream, 0, 700) == expected(0, 700)
+
+
 def test_repeated_rows_of_the_data_stay() -> None:
     """Of data with few different rows, every row equals a held-out one."""
     few = torch.tensor([[0.0], [1.0]]).repeat(100, 1)
