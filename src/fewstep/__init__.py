@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
+    from fewstep.diagnostics.check_velocity import check_velocity
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
@@ -33,6 +34,7 @@ _PUBLIC = {
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
     "dequantise": "fewstep.diagnostics.likelihood",
+    "check_velocity": "fewstep.diagnostics.check_velocity",
     "diagnose": "fewstep.diagnostics.diagnose",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
@@ -52,6 +54,7 @@ __all__ = [
     "Solution",
     "UserError",
     "__version__",
+    "check_velocity",
     "closed_form",
     "dequantise",
     "diagnose",
