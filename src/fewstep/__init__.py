@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.data.stream import stream
+    from fewstep.diagnostics.check_velocity import check_velocity
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
@@ -39,6 +40,7 @@ _PUBLIC = {
     "UserError": "fewstep.errors",
     "adapt": "fewstep.interop.adapt",
     "dequantise": "fewstep.diagnostics.likelihood",
+    "check_velocity": "fewstep.diagnostics.check_velocity",
     "diagnose": "fewstep.diagnostics.diagnose",
     "diagnosis_cost": "fewstep.diagnostics.diagnose",
     "from_diffusers": "fewstep.interop.diffusers_networks",
@@ -65,6 +67,7 @@ __all__ = [
     "UserError",
     "__version__",
     "adapt",
+    "check_velocity",
     "closed_form",
     "dequantise",
     "diagnose",

@@ -77,6 +77,7 @@ class Header(BaseModel):
     seed: int = Field(0, ge=0, lt=2**63)
     conditional: bool | None = Field(None, description="use the labels; default: when the recipe names a label file")
     dequantise: float | None = Field(None, ge=0, description="noise added to discrete data, network units")
+    check: bool = Field(True, description="check networks from outside on a few rows before training from them")
     compare: CompareOptions = CompareOptions()
 
     @field_validator("data", "base", "network", mode="before")

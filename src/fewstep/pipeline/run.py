@@ -14,6 +14,7 @@ from fewstep.methods.contract.options import Options
 from fewstep.pipeline.checks import check_begun, check_precision, check_run
 from fewstep.pipeline.environment import environment
 from fewstep.pipeline.feature_checks import named_features
+from fewstep.pipeline.network_checks import check_foreign
 from fewstep.pipeline.opening import Run, open_run
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.train_stage import Failure, run_stage
@@ -52,6 +53,8 @@ def run_recipe(recipe: Recipe, out: Path, world: LocalWorld | None = None) -> li
 def run_stages(run: Run) -> Outcome:
     """Check the whole run, then run its stages in order; those that depend on a collapsed one are left out."""
     check_run(run)
+    if run.recipe.header.check:
+        check_foreign(run)
     if run.world.rank == 0:
         check_begun(run)
         make_folder(run.out)

@@ -21,6 +21,7 @@ from fewstep.pipeline.checks import check_networks, check_precision
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.environment import environment
 from fewstep.pipeline.feature_checks import NO_VELOCITY
+from fewstep.pipeline.network_checks import check_foreign
 from fewstep.pipeline.opening import Run, by_name, make_source
 from fewstep.pipeline.recipe import STAGE_NAME, Header, Recipe, validated
 from fewstep.pipeline.train_stage import run_stage
@@ -42,6 +43,7 @@ def train(
     conditional: bool | None = None,
     dequantise: float | None = None,
     seed: int = 0,
+    check: bool = True,
     quiet: bool = False,
     **options: Any,
 ) -> Generator:
@@ -65,6 +67,8 @@ def train(
             teacher where labels were given with the data. Other conditions are always given.
         dequantise: standard deviation of the noise on discrete data, in network units.
         seed: of data order, noise and initial weights.
+        check: evaluate a network from outside on a few rows first, and refuse one that does not fit the data or the
+            convention.
         quiet: print nothing.
         options: of the method, as in a recipe: ``samples``, ``batch_size``, ``lr``, …
 
@@ -97,6 +101,7 @@ def train(
         seed=seed,
         conditional=_conditional(conditional, rows, words["teacher"], given, _labels_named(data)),
         dequantise=dequantise,
+        check=check,
     )
     check_reference(rows)
     source, base_rows = make_source(base, rows)
@@ -108,6 +113,8 @@ def train(
 def _run(run: Run, out: Path) -> Generator:
     """Train the only stage of a run, and load its model."""
     check_networks(run)
+    if run.recipe.header.check:
+        check_foreign(run)
     check_precision(run)
     if run.world.rank == 0:
         make_folder(out)

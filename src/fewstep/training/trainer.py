@@ -28,6 +28,7 @@ from fewstep.methods.contract.stage import Stream
 from fewstep.networks.foreign import spread
 from fewstep.training.checkpoint import KEEP, Checkpoints
 from fewstep.training.ema import EMA
+from fewstep.training.schedule import learning_rate
 from fewstep.training.sharding import check_groups, local_pair, process_rows
 from fewstep.training.state import load_module, load_optimiser, optimiser_tensors, strip
 from fewstep.training.world import LocalWorld
@@ -379,21 +380,6 @@ class Trainer:
         position.sums, position.skipped = {}, 0
         self.log(line)
         return f"loss {means['loss']:.4g}" if "loss" in means else ""
-
-
-def learning_rate(options: Options, seen: int, samples: int) -> float:
-    """The learning rate of a step: ``lr s / w`` for s < w, then ``lr (1 + cos(pi (s - w) / (S - w))) / 2``.
-
-    Args:
-        options: ``lr``, and ``warmup`` with ``w = warmup S``.
-        seen: samples seen before the step; s is the middle of the step's batch.
-        samples: S.
-    """
-    w = options.warmup * samples
-    s = seen + options.batch_size / 2
-    if s < w:
-        return options.lr * s / w
-    return options.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, (s - w) / max(1.0, samples - w))))
 
 
 def _seed_modules(device: torch.device, seed: int) -> None:
