@@ -189,6 +189,13 @@ class Adapter(Foreign):
                 layer.train(mode)
         return self
 
+    def requires_grad_(self, requires_grad: bool = True) -> Adapter:
+        """Give all parameters gradients, or none; integer parameters, as quantised networks have, never have them."""
+        for parameter in self.parameters():
+            if parameter.is_floating_point() or parameter.is_complex():
+                parameter.requires_grad_(requires_grad)
+        return self
+
     def with_interval(self) -> Adapter:
         """A copy in two-time form.
 

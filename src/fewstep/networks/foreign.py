@@ -246,11 +246,10 @@ def trainable_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
         made = module.with_interval()
     else:
         made = copy.deepcopy(module)
+    made.requires_grad_(True)  # a network may have its own rule: a role leaves its base frozen
     for parameter in made.parameters():
         if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
-        # an integer parameter, as quantised networks have, cannot have a gradient
-        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
     for owner in made.modules():
         for name, buffer in owner._buffers.items():
             if buffer is not None and buffer.dtype in HALF:
