@@ -242,10 +242,16 @@ def train_on(method: str, teacher: nn.Module, folder: Path, steps: int = 16, sto
     fields = {"samples": steps * 4, "batch_size": 4, "lr": 5e-3, "ema": 0.9, **small}
     options = METHODS[method].options(method=method, teacher="t", **fields)
     world = LocalWorld(quiet=True)
+
+    def build() -> nn.Module:
+        if isinstance(teacher, Alone):  # only its adapter is to be trained
+            return copy.deepcopy(teacher).requires_grad_(True)
+        return trainable_copy(teacher, two_time=method in TWO_TIME)
+
     torch.manual_seed(1)
     stage = Stage(
         name="stage", folder=folder, data=from_array(data), source=GaussianSource(SHAPE), seed=0, conditions=(),
-        network={}, build=lambda: trainable_copy(teacher, two_time=method in TWO_TIME),
+        network={}, build=build,
         teacher=Teacher(teacher, digest="0"), dequantise=0.0, world=world,
     )  # fmt: skip
     plan = METHODS[method].plan(options, stage)
