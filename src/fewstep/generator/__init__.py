@@ -7,9 +7,10 @@ made of data, ``base.safetensors`` too.
 from __future__ import annotations
 
 from fewstep.generator.config import FORMAT, Config, read_config
+from fewstep.generator.draw import Draw
 from fewstep.generator.label_draws import Label
 from fewstep.generator.loading import load
-from fewstep.generator.model import Draw, Generator
+from fewstep.generator.model import Generator
 from fewstep.generator.model_folder import model_card, save_model
 from fewstep.generator.starts import BaseRows
 from fewstep.store.tensors import read_tensors, weights_digest

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
 
-from fewstep.data.dataset import LABEL
 from fewstep.data.scaling import Scaling
 from fewstep.diagnostics.cost import Watch
 from fewstep.diagnostics.pick import Choice
@@ -22,6 +20,7 @@ from fewstep.flow.paths import make_path
 from fewstep.generator.choose import choose
 from fewstep.generator.conditions import draw_conditions, mask_starts
 from fewstep.generator.config import Config, sample_shape
+from fewstep.generator.draw import Draw
 from fewstep.generator.guidance import guided_field
 from fewstep.generator.label_draws import Label
 from fewstep.generator.model_folder import save_model
@@ -34,38 +33,6 @@ from fewstep.solvers.tables import Table
 from fewstep.store.tensors import weights_digest
 
 TUNING_SEED = 0x7E57  # of the noises that samplers are tuned on; a user's seeds are seldom this number
-
-
-@final
-@dataclass(frozen=True)
-class Draw:
-    """Samples in network units.
-
-    Attributes:
-        x: samples, ``(num, *shape)`` float32 on the CPU.
-        x0: the base samples they come from, ``(num, *shape)``.
-        cond: the conditions by name, each ``(num, ...)``.
-        nfe: network evaluations per sample, counted.
-    """
-
-    x: Tensor
-    x0: Tensor
-    cond: dict[str, Tensor]
-    nfe: int
-
-    @property
-    def label(self) -> Tensor | None:
-        """Class numbers, ``(num,)`` int64; None for a model without labels."""
-        return self.cond.get(LABEL)
-
-    @property
-    def context(self) -> Tensor | None:
-        """What the network was shown of the data, ``(num, ...)``; None for a model that takes no context."""
-        return self.cond.get("context")
-
-    def conditions(self, device: torch.device) -> dict[str, Tensor]:
-        """The keyword arguments that the network was called with."""
-        return {name: value.to(device) for name, value in self.cond.items()}
 
 
 @final
