@@ -304,8 +304,7 @@ class Generator:
             calls: evaluations per sample; a guided one is two network calls.
             kind: ``auto`` or ``fitted``.
             guidance: guidance weight it is to be sampled with.
-            max_rows, progress: as for :func:`fewstep.tune`. A sampler that was found within a limit is kept and sampled
-                with too; it is found again when this is called without a limit.
+            max_rows, progress: as for :func:`fewstep.tune`; what was found within a limit is found again without one.
 
         Returns:
             The solver's table of numbers, with the error that it was chosen by.
@@ -315,8 +314,8 @@ class Generator:
         """
         if self.config.rule.kind == "map":
             raise UserError(f"{self.name!r} is a map with its own sampler: tune the flow it was distilled from.")
-        pilot = self._pilot(guidance)
-        return self._samplers().tuned(kind, calls, guidance, self.config.shape, pilot, max_rows, progress)
+        found = self._samplers()
+        return found.tuned(kind, calls, guidance, self.config.shape, self._pilot(guidance), max_rows, progress)
 
     def known_sampler(self, calls: int, kind: str = "auto", guidance: float | None = None) -> Choice | None:
         """The sampler that :meth:`tune` has found before with these arguments, or None."""
