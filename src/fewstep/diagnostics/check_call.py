@@ -20,7 +20,7 @@ from fewstep.diagnostics.check_rows import Network, Rows
 from fewstep.flow.noise import isolated_rng
 
 TRIED = 5  # rows of a trial call; a number that no dimension of the samples has is better, see trial_rows
-REDRAWS, SHORT_REDRAWS = 48, 16  # rows whose output is compared in training mode, .1 of them redrawn by most networks
+REDRAWS, SHORT_REDRAWS = 48, 12  # rows whose output is compared in training mode, .1 of them redrawn by most networks
 SAME = (
     1e-3  # two calls with equal arguments differ by at most so much of the output's size; kernels on GPUs vary by 1e-6
 )

@@ -26,7 +26,7 @@ from fewstep.flow.noise import generator_for
 
 BLIND = 1e-5  # change over spread below which an input is not seen; see the module's docstring
 ROUNDINGS = 4  # of the dtype of the weights that count as nothing
-SEEN_ROWS = 16  # rows that the time and the structure are tested on
+SEEN_ROWS = 12  # rows that the time and the structure are tested on
 STEPS = (0.1, 0.02, 0.005, 0.001, 0.0002)  # differences of time that a network with rounded times does not see
 EQUAL = 0.4  # share of rows with exactly equal output from which times are taken to be rounded
 COARSE = 200  # rounded to more levels than this is a note, not a fault

@@ -7,9 +7,11 @@ prediction or the noise prediction, the last two converted to a velocity. A trai
 
 .. math:: q = \frac{E|v_a - u|^2 - E|v_b - u|^2}{E|v_a - v_b|^2} = 1.
 
-A repair is named where it lowers the loss by more than 5 standard errors and 10 %, where q lies in [.5, 2], and
-where it beats zero velocity in the same sense. The second condition is what a straightened, distilled or untrained network does not
-meet by chance: it is no expectation under independent pairs in any convention.
+A repair is named where it lowers the loss by more than 5 standard errors and 5 %, where q lies in [.8, 2.1], and
+where it beats zero velocity in the same sense. The second condition is what a straightened, distilled or untrained
+network does not meet by chance: it is no expectation under independent pairs in any convention. Measured over 660
+networks with a fault of convention (digits and data in the plane, three paths), q was .86 to 1.08, and 2.0 for one kind
+trained for 60 steps; for networks that a consistency loss had changed, .2 to .73.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from fewstep.diagnostics.check_report import Finding
 from fewstep.diagnostics.check_rows import Network, Rows, Setting
 from fewstep.flow.affine_path import AffinePath
 
-SIGNIFICANT, MATERIAL = 5.0, 0.1  # standard errors, and share of the smaller loss
-LOWEST, HIGHEST = 0.5, 2.0  # of q; measured .93-1.5 for right repairs
+SIGNIFICANT, MATERIAL = 5.0, 0.05  # standard errors, and share of the smaller loss
+SHORT_SIGNIFICANT = 3.0  # standard errors in the short form, where rows are few
+LOWEST, HIGHEST = 0.8, 2.1  # of q; see the module's docstring
 POOR = 1.6  # loss of a repaired network, in units of the best linear velocity's, above which nothing is named
 SIMPLER = 1.03  # the simplest repair is taken among those whose loss is within this factor of the least
 CAP = 30.0  # a row's loss counts at most so much in standard errors, in the same unit
@@ -61,7 +64,7 @@ TIMES = (
     TimeMap("1 - 1000 * (1 - t)", lambda t: 1 - 1000 * (1 - t), (MISSING,)),
     TimeMap("1 - 1000 * t", lambda t: 1 - 1000 * t, (FLIP, MISSING)),
 )
-SHORT_TIMES = 2  # of them are tried always; two more where the loss is not that of a good velocity
+SHORT_TIMES = 3  # of them are tried in the short form; one more where the loss is not that of a good velocity
 
 Reading = Callable[[AffinePath, Tensor, Tensor, Tensor], Tensor]
 READINGS: dict[str, Reading] = {
@@ -123,7 +126,7 @@ def repairs(network: Network, rows: Rows, path: AffinePath, short: bool) -> list
     """The network under every hypothesis; the first is the network as given."""
     found: list[Repair] = []
     for number, time in enumerate(TIMES):
-        if short and (number >= SHORT_TIMES + 2 or (number >= SHORT_TIMES and found[0].loss < 1)):
+        if short and (number > SHORT_TIMES or (number >= SHORT_TIMES and found[0].loss < 1)):
             break
         try:
             out = network(rows.x, time.at(rows.t), **rows.cond)
@@ -149,19 +152,26 @@ def calibration(rows: Rows, worse: Tensor, better: Tensor) -> float:
     return float((one - two) / rows.squares(worse - better).mean().clamp(min=1e-30))
 
 
+def beats_zero(rows: Rows, v: Tensor) -> bool:
+    """Whether a velocity is better than zero velocity, and by as much as an expectation is."""
+    zero = torch.zeros_like(v)
+    return LOWEST <= calibration(rows, zero, v) <= HIGHEST and significance(rows, zero, v) >= SIGNIFICANT / 2
+
+
 def best_repair(found: list[Repair]) -> Repair:
     """The simplest among the repairs whose loss is nearly the least."""
     least = min(repair.loss for repair in found)
     return next(repair for repair in found if repair.loss <= SIMPLER * least)
 
 
-def find_convention(found: list[Repair], rows: Rows, linear: bool) -> tuple[Repair, list[Finding]]:
+def find_convention(found: list[Repair], rows: Rows, linear: bool, short: bool) -> tuple[Repair, list[Finding]]:
     """The repair that the network needs, and its faults.
 
     Args:
         found: all hypotheses, first the network as given.
         rows: what they were evaluated on.
         linear: whether the path is the straight line.
+        short: whether this is the short form.
 
     Returns:
         The repair (the network as given if there is no fault), and findings.
@@ -169,14 +179,12 @@ def find_convention(found: list[Repair], rows: Rows, linear: bool) -> tuple[Repa
     given, best = found[0], best_repair(found)
     if best is given:
         return given, []
-    zero = torch.zeros_like(rows.x)
     z, q = significance(rows, given.v, best.v), calibration(rows, given.v, best.v)
     gained = given.loss - best.loss
-    if z < SIGNIFICANT or gained < MATERIAL * best.loss:
+    if z < (SHORT_SIGNIFICANT if short else SIGNIFICANT) or gained < MATERIAL * best.loss:
         return given, []
     evidence = {"loss": given.loss, "repaired": best.loss, "standard_errors": z, "q": q}
-    zero_z, zero_q = significance(rows, zero, best.v), calibration(rows, zero, best.v)
-    right = LOWEST <= q <= HIGHEST and LOWEST <= zero_q <= HIGHEST and zero_z >= SIGNIFICANT / 2
+    right = LOWEST <= q <= HIGHEST and beats_zero(rows, best.v)
     numbers = (
         f"its loss is {given.loss:.3g} as given and {best.loss:.3g} as {best.words(linear)} ({z:.0f} standard errors)"
     )
@@ -268,12 +276,12 @@ def find_units(network: Network, setting: Setting, rows: Rows, repair: Repair) -
         return []
     candidates = [units for units in USUAL if _agrees(units, fitted, rows.x1, float(samples.std()))]
     tried = [(units, *_loss_in(units, network, setting, repair)) for units in (*candidates, fitted)]
-    least = min(loss for _, loss, _ in tried)
-    units, loss, errors = next(entry for entry in tried if entry[1] <= SIMPLER * least)
+    least = min(loss for _, loss, _, _ in tried)
+    units, loss, errors, beats = next(entry for entry in tried if entry[1] <= SIMPLER * least)
     given = rows.squares(repair.v - rows.u).div(rows.unit)
     gained = given.clamp(max=CAP) - errors.clamp(max=CAP)
     z = float(gained.mean() / (gained.std() / math.sqrt(len(rows)) + 1e-12))
-    if z < SIGNIFICANT or loss > UNITS_GAIN * float(given.mean()) or loss > POOR:
+    if not beats or z < SIGNIFICANT or loss > UNITS_GAIN * float(given.mean()) or loss > POOR:
         return []
     evidence = {"loss": float(given.mean()), "repaired": loss, "standard_errors": z, "a": units.a, "b": units.b}
     text = (
@@ -289,9 +297,9 @@ def _agrees(units: Units, fitted: Units, x1: Tensor, spread: float) -> bool:
     return abs(math.log(units.a / fitted.a)) < ACCORD and away < ACCORD
 
 
-def _loss_in(units: Units, network: Network, setting: Setting, repair: Repair) -> tuple[float, Tensor]:
+def _loss_in(units: Units, network: Network, setting: Setting, repair: Repair) -> tuple[float, Tensor, bool]:
     rows = setting.rows(units)
     out = network(rows.x, repair.time.at(rows.t), **rows.cond)
     v = READINGS[repair.reading](setting.path, out, rows.x, rows.t)
     errors = rows.squares(v - rows.u) / rows.unit
-    return float(errors.mean()), errors
+    return float(errors.mean()), errors, beats_zero(rows, v)
