@@ -53,7 +53,7 @@ from fewstep.diagnostics.sensitivity import (
 from fewstep.diagnostics.stiffness import eigenvalues
 from fewstep.errors import UserError
 from fewstep.flow.derivatives import Derivative
-from fewstep.flow.field import Velocity, as_field
+from fewstep.flow.field import Velocity, as_field, check_conditions
 from fewstep.solvers.solve import check_start, solve
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -110,11 +110,7 @@ def diagnose(
     if not isinstance(nodes, int) or nodes < 4 or nodes % 2:
         raise UserError(f"nodes must be an even number of at least 4, got {nodes}.")
     cond = dict(cond or {})
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.shape[:1] != x0.shape[:1]:
-            raise UserError(
-                f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per sample."
-            )
+    check_conditions(cond, len(x0))
     measurement = _Measurement(v, x0, cond, sensitivity, stiffness)
     return measurement.run(nodes, adaptive)
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from fewstep.diagnostics.jacobian_trace import QuadraticForms, chunk, rademacher
 from fewstep.errors import UserError, unknown
 from fewstep.flow.derivatives import rows_of
-from fewstep.flow.field import Velocity, as_field
+from fewstep.flow.field import Velocity, as_field, check_conditions
 from fewstep.flow.grids import Grid, GridSpec, explicit_times, make_grid
 from fewstep.flow.noise import BLOCK, block_rows, generator_for
 from fewstep.solvers.solve import check_start, solve
@@ -334,11 +334,7 @@ def _check(x1: Tensor, cond: dict[str, Any], solver: str, divergence: str, probe
         raise UserError(f"probes must be a whole number of at least 1, got {probes!r}.")
     if find_solver(solver).stochastic:
         raise UserError(f"solver {solver!r} adds noise, and the likelihood follows the ODE: take 'rk4'.")
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.shape[:1] != x1.shape[:1]:
-            raise UserError(
-                f"condition {name!r} has shape {tuple(value.shape)} for {len(x1)} samples: give one row per sample."
-            )
+    check_conditions(cond, len(x1))
     return cond
 
 

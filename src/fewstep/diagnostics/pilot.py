@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError
-from fewstep.flow.field import Field, Velocity, as_field
+from fewstep.flow.derivatives import rows_of
+from fewstep.flow.field import Field, Velocity, as_field, check_conditions
 from fewstep.solvers.solve import check_start, solve
 from fewstep.solvers.tables import Table
 
@@ -41,13 +42,14 @@ class Pilot:
         nfe: network evaluations per sample spent so far.
 
     Raises:
-        UserError: a start that :func:`fewstep.solve` refuses; endpoints that are not finite.
+        UserError: a start that :func:`fewstep.solve` refuses; conditions of another length; endpoints that are not finite.
     """
 
     def __init__(
         self, v: Velocity, x0: Tensor, cond: Mapping[str, Any] | None = None, *, steps: int | None = None
     ) -> None:
         check_start(x0)
+        check_conditions(cond or {}, len(x0))
         self.field: Field = as_field(v)
         self._before = self.field.calls
         self.x0, self.cond = x0, dict(cond or {})
@@ -79,7 +81,7 @@ class Pilot:
         smaller = object.__new__(Pilot)
         smaller.field, smaller._before = self.field, self._before
         smaller.x0, smaller.x1 = self.x0[rows], self.x1[rows]
-        smaller.cond = {name: value[rows] if self._per_row(value) else value for name, value in self.cond.items()}
+        smaller.cond = rows_of(self.cond, len(self.x0), rows)
         smaller.steps, smaller.spread = self.steps, self.spread
         smaller._evaluated, smaller._velocities = [], []
         return smaller
@@ -147,9 +149,7 @@ class Pilot:
     def repeated(self, number: int) -> dict[str, Any]:
         """The conditions of ``number`` copies of the pilot, one after the other."""
         return {
-            name: value.repeat(number, *(1,) * (value.ndim - 1)) if self._per_row(value) else value
+            name: value.repeat(number, *(1,) * (value.ndim - 1)) if isinstance(value, Tensor) else value
             for name, value in self.cond.items()
         }
 
-    def _per_row(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.shape[:1] == self.x0.shape[:1]
