@@ -110,7 +110,7 @@ def likelihood(model: Generator, source: str, seed: int) -> tuple[list[str], dic
     cond = {} if labels is None else {"label": labels.to(model.device)}
     found = log_likelihood(model.module, x.to(model.device, model.dtype), cond=cond, seed=seed)
     bits = None if data.quantum is None else found.bits_per_dim(data.quantum)
-    nats, error = float(found.nats_per_dim.mean()), found.mean_error / found.dimensions
+    nats, error = float(found.nats_per_dim.mean()), found.nats_per_dim_error
     lines = [f"log-likelihood   {nats:.4f} ± {error:.2g} nats per dimension, {len(rows)} held-out rows, network units"]
     if bits is not None:
         lines.append(

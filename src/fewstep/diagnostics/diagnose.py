@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diagnostics.diagnosis import Diagnosis, require_finite
+from fewstep.diagnostics.masks import mask_name, masked_field, valid_entries, without_padding
 from fewstep.diagnostics.profiles import (
     Path,
     RowCount,
@@ -53,7 +54,7 @@ from fewstep.diagnostics.sensitivity import (
 from fewstep.diagnostics.stiffness import eigenvalues
 from fewstep.errors import UserError
 from fewstep.flow.derivatives import Derivative
-from fewstep.flow.field import Velocity, as_field, check_conditions
+from fewstep.flow.field import Velocity, check_conditions
 from fewstep.solvers.solve import check_start, solve
 
 __all__ = ["Diagnosis", "diagnose"]
@@ -89,7 +90,8 @@ def diagnose(
     Args:
         v: ``v(x, t, **cond)``.
         x0: base samples, (M, ...); a few hundred give S to a few per cent.
-        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
+        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is. Where an adapted
+            network declares a mask among them, padded entries of ``x0`` are set to zero and contribute nothing.
         nodes: RK4 steps and quadrature nodes of the starting grid, even.
         adaptive: put more nodes where 32 pilot trajectories need them, at most four times as many.
         sensitivity: also measure the effect of local errors at t = 1, and Euler's endpoint errors.
@@ -106,12 +108,14 @@ def diagnose(
     >>> round(diagnose(lambda x, t: 0 * x + 2, torch.zeros(4, 1), nodes=8).displacement, 6)
     4.0
     """
+    mask = mask_name(v)
+    x0 = without_padding(x0, cond or {}, mask)
     check_start(x0)
     if not isinstance(nodes, int) or nodes < 4 or nodes % 2:
         raise UserError(f"nodes must be an even number of at least 4, got {nodes}.")
     cond = dict(cond or {})
     check_conditions(cond, len(x0))
-    measurement = _Measurement(v, x0, cond, sensitivity, stiffness)
+    measurement = _Measurement(v, x0, cond, sensitivity, stiffness, mask)
     return measurement.run(nodes, adaptive)
 
 
@@ -119,8 +123,11 @@ def diagnose(
 class _Measurement:
     """The state of one diagnosis: the field, its derivative, and how many samples are used for which measure."""
 
-    def __init__(self, v: Velocity, x0: Tensor, cond: dict[str, Any], sensitivity: bool, stiffness: bool) -> None:
-        self.field = RowCount(as_field(v))
+    def __init__(
+        self, v: Velocity, x0: Tensor, cond: dict[str, Any], sensitivity: bool, stiffness: bool, mask: str | None
+    ) -> None:
+        self.field = RowCount(masked_field(v, mask))
+        self.mask = mask
         self.derivative = Derivative(self.field)
         self.x0, self.cond = x0, cond
         self.sensitivity, self.stiffness = sensitivity, stiffness
@@ -175,6 +182,7 @@ class _Measurement:
         few = min(self.stiff, part.stop) - part.start
         own = rows(self.cond, slice(part.start, part.start + few))
         start = self.directions[part.start : part.start + few]
+        valid = None if self.mask is None else valid_entries(start, own, self.mask)
         nodes, values = stiffness_nodes(times), []
         for some in pieces(len(nodes), at_once(start.numel())):
             chosen = nodes[some]
@@ -188,7 +196,8 @@ class _Measurement:
                     refuse_infinite(values, "derivative in a random direction", k)
                 return along
 
-            values.extend(eigenvalues(product, torch.cat([start] * len(chosen))).split(few))
+            inside = None if valid is None else torch.cat([valid] * len(chosen))
+            values.extend(eigenvalues(product, torch.cat([start] * len(chosen)), valid=inside).split(few))
         ritz = torch.stack(values, 1)
         return {
             "modulus": ritz.abs().amax(-1).numpy(),

@@ -10,10 +10,11 @@ from typing import Any
 from torch import Tensor
 
 from fewstep.diagnostics.fit import can_start, fit
+from fewstep.diagnostics.masks import mask_name, masked_field, without_padding
 from fewstep.diagnostics.pick import FITTED, Choice, pick, scan
 from fewstep.diagnostics.pilot import Pilot
 from fewstep.errors import UserError, unknown
-from fewstep.flow.field import Velocity, as_field
+from fewstep.flow.field import Velocity
 from fewstep.flow.grids import check_steps
 from fewstep.flow.paths import AffinePath, make_path
 from fewstep.solvers.solve import check_start
@@ -59,7 +60,8 @@ def tune(
         x0: base samples, (M, ...): 512 for ``auto``; for ``fitted`` more in few dimensions (:func:`noises_for`).
         calls: evaluations of ``v`` per sample (one guided evaluation is two network calls).
         kind: ``auto`` or ``fitted``.
-        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
+        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is. Where an adapted
+            network declares a mask among them, padded entries of ``x0`` are set to zero.
         path: the path that ``v`` was trained on, or its name.
 
     Returns:
@@ -75,12 +77,14 @@ def tune(
     """
     if kind not in KINDS:
         raise unknown("kind of tuning", kind, KINDS)
+    mask = mask_name(v)
+    x0 = without_padding(x0, cond or {}, mask)
     check_start(x0)
     if len(x0) < 2 * MIN_NOISES:
         raise UserError(f"tuning needs at least {2 * MIN_NOISES} noises, half of them to judge by, got {len(x0)}.")
     calls = check_steps(calls)
     path = make_path(path) if isinstance(path, str) else path
-    field, half = as_field(v), len(x0) // 2
+    field, half = masked_field(v, mask), len(x0) // 2
     before = field.calls
     whole = Pilot(field, x0, cond)
     pilot, held_out = whole.split(half)
