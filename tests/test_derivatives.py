@@ -189,7 +189,9 @@ def test_rows_of_conditions_are_cut_and_what_is_no_tensor_belongs_to_all() -> No
 def test_a_constant_tensor_is_no_condition_and_is_refused_by_name(constant: Tensor) -> None:
     """One with as many rows as samples by chance could not be told from a condition."""
     given = {"label": torch.arange(5), "table": constant}
-    with pytest.raises(UserError, match=r"condition 'table' has shape .* for 5 samples: .*inside the network's adapter"):
+    with pytest.raises(
+        UserError, match=r"condition 'table' has shape .* for 5 samples: .*inside the network's adapter"
+    ):
         rows_of(given, 5, slice(2))
 
 

@@ -178,7 +178,8 @@ def log_likelihood(
 
     Raises:
         UserError: a start or a grid that :func:`fewstep.solve` refuses, conditions of another length, an unknown base
-            or divergence, a mask that is not among the conditions or does not fit, a stochastic solver, a velocity that is not finite, ``grad`` with a network that lets no
+            or divergence, a mask that is not among the conditions or does not fit, a stochastic solver, a velocity that
+            is not finite, ``grad`` with a network that lets no
             gradient through.
 
     >>> round(log_likelihood(lambda x, t: 0 * x, torch.zeros(1, 2), steps=4).mean, 4)  # log N(0; 0, I)
@@ -291,7 +292,7 @@ class _Problem:
             return terms.mean(1), torch.cat([x0 for _, x0 in parts]), error
 
     def _solve(self, x1: Tensor, first: int, cond: dict[str, Any], times: Grid) -> tuple[Tensor, Tensor]:
-        """``log p_0(z(0)) + l(0)``, a column per probe, (b, M) or (b, 1), and ``z(0)``; x1 begins with row ``first``."""
+        """``log p_0(z(0)) + l(0)``, a column per probe, (b, M) or (b, 1), and ``z(0)``; x1 begins at row ``first``."""
         dimensions = x1[0].numel()
         if self.exact:
             w = torch.eye(dimensions, dtype=x1.dtype, device=x1.device).expand(len(x1), -1, -1)

@@ -42,7 +42,8 @@ class Pilot:
         nfe: network evaluations per sample spent so far.
 
     Raises:
-        UserError: a start that :func:`fewstep.solve` refuses; conditions of another length; endpoints that are not finite.
+        UserError: a start that :func:`fewstep.solve` refuses; conditions of another length; endpoints that are not
+            finite.
     """
 
     def __init__(
@@ -152,4 +153,3 @@ class Pilot:
             name: value.repeat(number, *(1,) * (value.ndim - 1)) if isinstance(value, Tensor) else value
             for name, value in self.cond.items()
         }
-

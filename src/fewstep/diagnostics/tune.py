@@ -68,7 +68,8 @@ def tune(
         A :class:`Choice`; ``fs.solve(v, x0, solver=choice.table)`` samples with it.
 
     Raises:
-        UserError: fewer than 64 noises, conditions of another length, calls below 1, an unknown kind, a flow that is not finite.
+        UserError: fewer than 64 noises, conditions of another length, calls below 1, an unknown kind, a flow
+            that is not finite.
 
     >>> import torch
     >>> choice = tune(lambda x, t: 0 * x + 2, torch.randn(64, 1, generator=torch.Generator()), calls=1)
