@@ -14,10 +14,10 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
-    from fewstep.diagnostics.diagnose import Diagnosis, diagnose
+    from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
-    from fewstep.diagnostics.tune import tune
+    from fewstep.diagnostics.tune import tune, tuning_cost
     from fewstep.diagnostics.verdict import verdict
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
@@ -34,11 +34,13 @@ _PUBLIC = {
     "UserError": "fewstep.errors",
     "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
+    "diagnosis_cost": "fewstep.diagnostics.diagnose",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
     "solve": "fewstep.solvers.solve",
     "tune": "fewstep.diagnostics.tune",
+    "tuning_cost": "fewstep.diagnostics.tune",
     "verdict": "fewstep.diagnostics.verdict",
 }
 _MODULES = {"closed_form": "fewstep.flow.closed_form"}
@@ -55,11 +57,13 @@ __all__ = [
     "closed_form",
     "dequantise",
     "diagnose",
+    "diagnosis_cost",
     "invert",
     "load",
     "log_likelihood",
     "solve",
     "tune",
+    "tuning_cost",
     "verdict",
 ]
 

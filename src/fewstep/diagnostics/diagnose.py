@@ -77,7 +77,7 @@ from fewstep.flow.derivatives import TRIED_ROWS, Derivative
 from fewstep.flow.field import Velocity, check_conditions
 from fewstep.solvers.solve import check_start, solve
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "diagnosis_cost"]
 
 NODES = 64  # RK4 steps of the starting grid; chosen, not tuned
 CHUNK = 256  # samples measured at a time, fewer where they are large

@@ -47,7 +47,7 @@ def reference_rows(steps: int, noises: int) -> int:
 
 
 def reference_steps(
-    field: Field, x0: Tensor, cond: Mapping[str, Any], affordable: Callable[[int], bool] | None = None
+    field: Field, x0: Tensor, cond: Mapping[str, Any], affordable: Callable[[int, int], bool] | None = None
 ) -> tuple[int, bool]:
     """The fewest steps whose endpoints agree with those of twice as many.
 
@@ -55,22 +55,24 @@ def reference_steps(
         field: ``v(x, t, **cond)``.
         x0: noises to try them on, (B, ...).
         cond: their conditions.
-        affordable: whether so many steps may be tried too; None for all.
+        affordable: whether a first number of steps may be tried, and a second one be the reference's; None for always.
 
     Returns:
-        The number of RK4 steps, and whether no further ones were left out.
+        The number of RK4 steps, and whether it was not the last that could be afforded.
 
     Raises:
         UserError: endpoints that are not finite.
     """
     coarse = _solved(field, x0, cond, REFERENCE[0])
     for steps in REFERENCE[:-1]:
-        if affordable is not None and not affordable(2 * steps):
+        if affordable is not None and not affordable(2 * steps, steps):
             return steps, False
         fine = _solved(field, x0, cond, 2 * steps)
         spread = (fine.double() - fine.double().mean(0)).square().mean().sqrt().clamp_min(1e-12)
         if float((fine - coarse).double().square().mean().sqrt() / spread) <= CONVERGED:
             return steps, True
+        if affordable is not None and not affordable(0, 2 * steps):
+            return steps, False
         coarse = fine
     return REFERENCE[-1], True
 

@@ -206,15 +206,15 @@ class _Search:
         self.allowance.expect(cost(count))
         few = min(TRIED, count)
 
-        def affordable(steps: int) -> bool:
-            return self.each * RK4_CALLS * few * steps + solving(least, steps) <= self.allowance.left
+        def affordable(tried: int, used: int) -> bool:
+            return self.each * RK4_CALLS * few * tried + solving(least, used) <= self.allowance.left
 
         steps, settled = reference_steps(self.field, x0[:few], rows_of(cond, given, slice(few)), affordable)
         count = most_that_fits(least, count, partial(solving, steps=steps), self.allowance.left) or least
         if count < given:
             self.allowance.note(f"{count} of {given} noises were used")
         if not settled:
-            self.allowance.note(f"the reference has {steps} RK4 steps, and whether it has converged is not known")
+            self.allowance.note(f"the reference was not refined beyond {steps} RK4 steps")
         self.allowance.expect(solving(count, steps))
         return Pilot(self.field, x0[:count], rows_of(cond, given, slice(count)), steps=steps)
 
