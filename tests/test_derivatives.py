@@ -177,15 +177,22 @@ def test_the_built_in_networks_work_in_forward_mode_and_conditions_travel(
         torch.testing.assert_close(alone, v[i : i + 1], rtol=1e-10, atol=1e-10)
 
 
-def test_rows_of_conditions_are_cut_where_there_is_one_per_sample() -> None:
-    given = {"label": torch.arange(5), "table": torch.zeros(3, 5), "scalar": torch.tensor(2.0), "word": "a"}
-    assert {k: getattr(v, "shape", v) for k, v in rows_of(given, 5, torch.tensor([4, 4])).items()} == {
-        "label": (2,),
-        "table": (3, 5),
-        "scalar": (),
-        "word": "a",
-    }
-    assert rows_of(given, 5, torch.tensor([4, 4]))["label"].tolist() == [4, 4]
+def test_rows_of_conditions_are_cut_and_what_is_no_tensor_belongs_to_all() -> None:
+    given = {"label": torch.arange(5), "text": torch.arange(10.0).reshape(5, 2), "word": "a", "none": None}
+    found = rows_of(given, 5, torch.tensor([4, 4]))
+    assert found["label"].tolist() == [4, 4]
+    assert found["text"].tolist() == [[8.0, 9.0]] * 2
+    assert (found["word"], found["none"]) == ("a", None)
+
+
+@pytest.mark.parametrize("constant", [torch.zeros(3, 5), torch.tensor(2.0), torch.zeros(1, 5), torch.zeros(0)])
+def test_a_constant_tensor_is_no_condition_and_is_refused_by_name(constant: Tensor) -> None:
+    """One with as many rows as samples by chance could not be told from a condition."""
+    given = {"label": torch.arange(5), "table": constant}
+    with pytest.raises(
+        UserError, match=r"condition 'table' has shape .* for 5 samples: .*inside the network's adapter"
+    ):
+        rows_of(given, 5, slice(2))
 
 
 class Cube(torch.autograd.Function):

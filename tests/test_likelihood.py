@@ -384,7 +384,7 @@ def test_mistakes_are_named() -> None:
         ({"divergence": "trace"}, "hutchinson"),
         ({"probes": 0}, "probes"),
         ({"solver": "rk5"}, "rk4"),
-        ({"cond": {"label": torch.zeros(3)}}, "label"),
+        ({"cond": {"label": torch.zeros(3)}}, "'label' .* inside the network's adapter"),
         ({"steps": 0}, "steps"),
     ]:
         with pytest.raises(UserError, match=words):

@@ -120,6 +120,7 @@ def test_reading_the_unknowns_and_making_the_table_of_them_gives_the_same_table(
         ({"kind": "best"}, "unknown kind of tuning 'best'"),
         ({"x0": torch.zeros(10, 2)}, "at least 64 noises"),
         ({"v": lambda x, t: x * torch.nan}, "NaN or infinite"),
+        ({"cond": {"table": torch.zeros(3, 2)}}, r"condition 'table' has shape \(3, 2\) for 128 samples"),
     ],
 )
 def test_what_cannot_be_tuned_is_refused(arguments: dict[str, object], message: str) -> None:

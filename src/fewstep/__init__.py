@@ -15,10 +15,10 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.data.stream import stream
-    from fewstep.diagnostics.diagnose import Diagnosis, diagnose
+    from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
-    from fewstep.diagnostics.tune import tune
+    from fewstep.diagnostics.tune import tune, tuning_cost
     from fewstep.diagnostics.verdict import verdict
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
@@ -38,6 +38,7 @@ _PUBLIC = {
     "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
     "from_diffusers": "fewstep.interop.diffusers_networks",
+    "diagnosis_cost": "fewstep.diagnostics.diagnose",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
@@ -45,6 +46,7 @@ _PUBLIC = {
     "train": "fewstep.pipeline.train",
     "stream": "fewstep.data.stream",
     "tune": "fewstep.diagnostics.tune",
+    "tuning_cost": "fewstep.diagnostics.tune",
     "verdict": "fewstep.diagnostics.verdict",
 }
 _MODULES = {"closed_form": "fewstep.flow.closed_form"}
@@ -62,6 +64,7 @@ __all__ = [
     "dequantise",
     "diagnose",
     "from_diffusers",
+    "diagnosis_cost",
     "invert",
     "load",
     "log_likelihood",
@@ -69,6 +72,7 @@ __all__ = [
     "stream",
     "train",
     "tune",
+    "tuning_cost",
     "verdict",
 ]
 

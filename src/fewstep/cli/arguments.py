@@ -102,6 +102,8 @@ class Sample:
     """seed; sample i depends on the seed and i only"""
     batch_size: Annotated[int, WHOLE, option("N")] = 256
     """rows per network call; does not change the samples"""
+    minutes: Annotated[float | None, NUMBER, option("M", "no limit")] = None
+    """with --solver auto or fitted: spend about so long at most on finding the sampler"""
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Diagnose:
     """also compute the log-likelihood of the held-out rows of this data"""
     seed: Annotated[int, WHOLE] = 0
     """seed of the noise samples"""
+    minutes: Annotated[float | None, NUMBER, option("M", "no limit")] = None
+    """spend about so long at most on the measures and on choosing solvers, with fewer noises and coarser references"""
 
 
 @dataclass(frozen=True)

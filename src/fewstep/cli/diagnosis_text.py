@@ -35,6 +35,7 @@ def measures(d: Diagnosis) -> list[str]:
         lines.append(f"  at the end     {profile(d.times, 2 * d.weighted_error)}")
     if d.stiffness is not None and d.stiffness_times is not None:
         lines.append(f"stiffness        {profile(d.stiffness_times, d.stiffness)}")
+    lines += [f"note             {note}" for note in d.notes]
     return [*lines, f"derivatives      {d.derivatives.replace('_', ' ')}, {d.derivative_samples} samples"]
 
 
@@ -44,21 +45,18 @@ def profile(times: np.ndarray, values: np.ndarray) -> str:
     return "  ".join(f"t={times[k]:.2f}: {values[k]:.3g}" for k in chosen)
 
 
-def choices(model: Generator, calls: Sequence[int]) -> list[Choice]:
-    """Choose the best solver and grid for every number of calls; the model stores them."""
-    return [model.tune(number) for number in calls]
-
-
 def advice(choice: Choice) -> str:
     """The lines with a chosen solver, its grid and its error."""
     grid = ",".join(f"{t:.3f}" for t in choice.grid)
     gain = (
         "no better than" if choice.error >= choice.euler else f"{choice.euler / choice.error:.1f} × more accurate than"
     )
-    return (
-        f"{choice.calls} calls: {choice.solver} on {grid}\n"
-        f"                 error {choice.error / choice.spread:.2%} of the spread, {gain} uniform Euler steps"
-    )
+    lines = [
+        f"{choice.calls} calls: {choice.solver} on {grid}",
+        f"                 error {choice.error / choice.spread:.2%} of the spread, {gain} uniform Euler steps",
+        *(f"                 note: {note}" for note in choice.notes),
+    ]
+    return "\n".join(lines)
 
 
 def conclusions(model: Generator, d: Diagnosis, found: Sequence[Choice]) -> list[str]:
@@ -110,7 +108,7 @@ def likelihood(model: Generator, source: str, seed: int) -> tuple[list[str], dic
     cond = {} if labels is None else {"label": labels.to(model.device)}
     found = log_likelihood(model.module, x.to(model.device, model.dtype), cond=cond, seed=seed)
     bits = None if data.quantum is None else found.bits_per_dim(data.quantum)
-    nats, error = float(found.nats_per_dim.mean()), found.mean_error / found.dimensions
+    nats, error = float(found.nats_per_dim.mean()), found.nats_per_dim_error
     lines = [f"log-likelihood   {nats:.4f} ± {error:.2g} nats per dimension, {len(rows)} held-out rows, network units"]
     if bits is not None:
         lines.append(

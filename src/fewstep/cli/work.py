@@ -88,13 +88,19 @@ def closing_lines(out: Path, outcome: Outcome, report: Path | None) -> Sequence[
 def sample(options: arguments.Sample) -> int:
     """Draw samples and write them to a file."""
     from fewstep.cli import diagnosis_text as diagnosis
+    from fewstep.cli.estimates import find_sampler
     from fewstep.diagnostics.tune import KINDS
     from fewstep.generator import load
-    from fewstep.generator.choose import TUNED_CALLS
+    from fewstep.generator.choose import TUNED_CALLS, choose
 
     set_threads()
     write = writer(options.out)
     model = load(options.model, device=default_device())
+    if options.solver in KINDS:
+        choose(model.config, model.name, options.solver, options.grid, options.steps)  # refuses before it costs time
+        find_sampler(model, options.steps or TUNED_CALLS, options.solver, options.guidance, options.minutes)
+    elif options.minutes is not None:
+        raise UserError("--minutes limits the search for a sampler: give it with --solver auto or --solver fitted.")
     x = model.sample(
         options.num,
         steps=options.steps,
@@ -108,7 +114,8 @@ def sample(options: arguments.Sample) -> int:
     write(x, model)
     print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
     if options.solver in KINDS:
-        choice = model.tune(options.steps or TUNED_CALLS, options.solver, options.guidance)  # the one just used
+        choice = model.known_sampler(options.steps or TUNED_CALLS, options.solver, options.guidance)
+        assert choice is not None, "it was just used"
         print(f"{options.solver}, {diagnosis.advice(choice)}")
     print(f"next  fewstep compare {options.model} --data {model.config.data.get('name') or 'DATA'}")
     return 0
@@ -148,6 +155,7 @@ def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
 def diagnose(options: arguments.Diagnose) -> int:
     """Measure a velocity model along its trajectories, and choose its best solvers and grids."""
     from fewstep.cli import diagnosis_text as diagnosis
+    from fewstep.cli.estimates import find_samplers, of_diagnosis
     from fewstep.diagnostics.diagnose import diagnose as measure
     from fewstep.generator import load
 
@@ -163,13 +171,17 @@ def diagnose(options: arguments.Diagnose) -> int:
     if options.out is not None:
         check_writable(options.out)
     draw = model.draw(options.num, steps=1, solver="euler", grid="uniform", seed=options.seed)
-    d = measure(model.module, draw.x0.to(model.device), cond=draw.conditions(model.device))
+    x0, cond = draw.x0.to(model.device), draw.conditions(model.device)
     print(f"model            {options.model}")
+    estimates = of_diagnosis(model, x0, cond, calls, options.minutes)
+    print(f"cost             {estimates}", flush=True)
+    with estimates.next() as limits:
+        d = measure(model.module, x0, cond=cond, **limits)
     print("\n".join(diagnosis.measures(d)), flush=True)
     lines, values = diagnosis.likelihood(model, options.data, options.seed) if options.data else ([], None)
     for line in lines:
         print(line, flush=True)
-    found = diagnosis.choices(model, calls)
+    found = find_samplers(model, calls, estimates)
     for choice in found:
         print(f"best at          {diagnosis.advice(choice)}")
     conclusions = diagnosis.conclusions(model, d, found)

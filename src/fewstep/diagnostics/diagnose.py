@@ -17,22 +17,44 @@ scale-free.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.diagnostics.diagnosis import Diagnosis, require_finite
-from fewstep.diagnostics.profiles import (
-    Path,
+from fewstep.diagnostics.cost import (
+    TRIES,
+    Allowance,
+    Cost,
     RowCount,
+    Watch,
+    check_shape,
+    most_that_fits,
+    sensitivities,
+    trajectories,
+    tried_rows,
+)
+from fewstep.diagnostics.diagnosis import Diagnosis, require_finite
+from fewstep.diagnostics.masks import mask_name, masked_field, valid_entries, without_padding
+from fewstep.diagnostics.measures import (
+    STIFF_TIMES,
+    Rows,
+    acceleration_rows,
+    sensitivity_fields,
+    spectrum,
+    stiffness_fields,
+    stiffness_nodes,
+    velocity_rows,
+)
+from fewstep.diagnostics.profiles import (
+    at,
     at_once,
     follow,
     pieces,
-    refuse_infinite,
-    repeated,
     resolved_times,
     root_mean,
     rows,
@@ -46,27 +68,24 @@ from fewstep.diagnostics.sensitivity import (
     MAX_EULER_STEPS,
     adjoint_weights,
     endpoint_errors,
-    jump_squares,
     root_mean_square,
     unit_error,
 )
-from fewstep.diagnostics.stiffness import eigenvalues
+from fewstep.diagnostics.stiffness import VECTORS
 from fewstep.errors import UserError
-from fewstep.flow.derivatives import Derivative
-from fewstep.flow.field import Velocity, as_field
+from fewstep.flow.derivatives import TRIED_ROWS, Derivative
+from fewstep.flow.field import Velocity, check_conditions
 from fewstep.solvers.solve import check_start, solve
 
-__all__ = ["Diagnosis", "diagnose"]
+__all__ = ["Diagnosis", "diagnose", "diagnosis_cost"]
 
 NODES = 64  # RK4 steps of the starting grid; chosen, not tuned
 CHUNK = 256  # samples measured at a time, fewer where they are large
 CHUNK_NUMBERS = 1 << 24  # most velocity components kept at a time
 PILOT = 32  # samples that place the nodes
 DERIVED, DERIVED_NUMBERS = 64, 1 << 15  # samples for derivatives: the least, and as many as make so many numbers
+LEAST_NOISES, LEAST_NODES = 32, 16  # a limited diagnosis gets by with so many before it takes fewer noises still
 STIFF, STIFF_NUMBERS, STIFF_MOST = 16, 1 << 12, 256  # samples for eigenvalues: likewise, and the most
-STIFF_TIMES = 16  # equal intervals of [0, 1] between whose ends eigenvalues are taken
-
-Rows = dict[str, np.ndarray]
 
 
 def diagnose(
@@ -78,6 +97,8 @@ def diagnose(
     adaptive: bool = True,
     sensitivity: bool = True,
     stiffness: bool = True,
+    max_rows: int | None = None,
+    progress: Watch | None = None,
 ) -> Diagnosis:
     """Measure a velocity field along the trajectories that start at ``x0``.
 
@@ -89,58 +110,139 @@ def diagnose(
     Args:
         v: ``v(x, t, **cond)``.
         x0: base samples, (M, ...); a few hundred give S to a few per cent.
-        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is.
+        cond: conditions, tensors with one row per sample; what is no tensor is handed on as it is. Where an adapted
+            network declares a mask among them, padded entries of ``x0`` are set to zero and contribute nothing.
         nodes: RK4 steps and quadrature nodes of the starting grid, even.
         adaptive: put more nodes where 32 pilot trajectories need them, at most four times as many.
         sensitivity: also measure the effect of local errors at t = 1, and Euler's endpoint errors.
         stiffness: also measure eigenvalues.
+        max_rows: most network rows (calls times samples, see :func:`diagnosis_cost`) to spend. Where it needs be, fewer
+            noises are measured, from a coarser starting grid, and panels are halved less; the result's ``notes`` say
+            what was reduced. None for no limit.
+        progress: called as ``progress(done, total)`` after every network call, in network rows. The total is known when
+            the nodes are placed, and is estimated as for a smooth flow until then.
 
     Returns:
         A :class:`Diagnosis`.
 
     Raises:
         UserError: a start that :func:`fewstep.solve` refuses, conditions of another length, an odd number of
-            nodes, a callable that returns no velocity; a velocity, a derivative or a measure that is not finite, with
-            its name and the time.
+            nodes, a callable that returns no velocity, ``max_rows`` below what the smallest diagnosis takes; a
+            velocity, a derivative or a measure that is not finite, with its name and the time.
 
     >>> round(diagnose(lambda x, t: 0 * x + 2, torch.zeros(4, 1), nodes=8).displacement, 6)
     4.0
     """
+    mask = mask_name(v)
+    x0 = without_padding(x0, cond or {}, mask)
     check_start(x0)
     if not isinstance(nodes, int) or nodes < 4 or nodes % 2:
         raise UserError(f"nodes must be an even number of at least 4, got {nodes}.")
     cond = dict(cond or {})
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.shape[:1] != x0.shape[:1]:
-            raise UserError(
-                f"condition {name!r} has shape {tuple(value.shape)} for {len(x0)} samples: give one row per sample."
-            )
-    measurement = _Measurement(v, x0, cond, sensitivity, stiffness)
-    return measurement.run(nodes, adaptive)
+    check_conditions(cond, len(x0))
+    field = RowCount(masked_field(v, mask))
+    allowance = Allowance(field, max_rows, progress)
+    return _Measurement(field, x0, cond, mask, allowance, sensitivity, stiffness).run(nodes, adaptive)
+
+
+def diagnosis_cost(
+    shape: Sequence[int],
+    *,
+    nodes: int = NODES,
+    adaptive: bool = True,
+    sensitivity: bool = True,
+    stiffness: bool = True,
+    evaluations: int = 1,
+) -> Cost:
+    """The network rows that :func:`diagnose` takes for a smooth flow, counted before it runs.
+
+    This many, where the network is differentiated in forward mode, no panel needs halving and Euler's errors with 16
+    steps are of first order. Other flows take more: up to four times as many nodes, three rows for a derivative by
+    finite differences, and Euler runs of up to 128 steps.
+
+    Args:
+        shape: of the noises, (M, ...).
+        nodes, adaptive, sensitivity, stiffness: as for :func:`diagnose`.
+        evaluations: network calls of one evaluation: 2 with guidance.
+
+    Returns:
+        A :class:`~fewstep.diagnostics.cost.Cost`; its ``rows`` is the number that a diagnosis is limited by.
+
+    Raises:
+        UserError: a shape of fewer than two sizes.
+
+    >>> diagnosis_cost((256, 2)).rows // 256
+    663
+    """
+    noises, *sample = check_shape(shape)
+    size = math.prod(sample)
+    even = with_middles(np.linspace(0.0, 1.0, nodes // 2 + 1))
+    found = _measured(noises, size, nodes, len(stiffness_nodes(even)) if stiffness else 0, sensitivity)
+    few = min(PILOT, noises)
+    found += trajectories(nodes, few, few) if adaptive else Cost()
+    first = few if adaptive else _derived(noises, size)
+    tried = tried_rows(first * min(nodes + 1, at_once(first * size)))
+    return (found + Cost(1 + (TRIES - 1) * tried, tried)) * evaluations
+
+
+def _measured(noises: int, size: int, nodes: int, spectra: int, sensitivity: bool) -> Cost:
+    """The cost of measuring once the nodes are placed; eigenvalues are taken at ``spectra`` of them."""
+    derived = _derived(noises, size)
+    found = trajectories(nodes, noises, derived) + Cost(0, _stiff(derived, size) * spectra * min(VECTORS, size))
+    return found + sensitivities(nodes, derived) + Cost(noises * sum(EULER_STEPS)) if sensitivity else found
+
+
+def _derived(noises: int, size: int) -> int:
+    """For how many samples of so many numbers derivatives are taken."""
+    return min(noises, max(DERIVED, DERIVED_NUMBERS // size))
+
+
+def _stiff(derived: int, size: int) -> int:
+    """For how many of them eigenvalues are taken."""
+    return min(derived, max(STIFF, min(STIFF_NUMBERS // size, STIFF_MOST)))
 
 
 @final
 class _Measurement:
     """The state of one diagnosis: the field, its derivative, and how many samples are used for which measure."""
 
-    def __init__(self, v: Velocity, x0: Tensor, cond: dict[str, Any], sensitivity: bool, stiffness: bool) -> None:
-        self.field = RowCount(as_field(v))
+    def __init__(
+        self,
+        field: RowCount,
+        x0: Tensor,
+        cond: dict[str, Any],
+        mask: str | None,
+        allowance: Allowance,
+        sensitivity: bool,
+        stiffness: bool,
+    ) -> None:
+        self.field, self.allowance = field, allowance
         self.derivative = Derivative(self.field)
-        self.x0, self.cond = x0, cond
-        self.sensitivity, self.stiffness = sensitivity, stiffness
-        size = x0[0].numel()
-        self.derived = min(len(x0), max(DERIVED, DERIVED_NUMBERS // size))
-        self.stiff = min(self.derived, max(STIFF, min(STIFF_NUMBERS // size, STIFF_MOST))) if stiffness else 0
+        self.given, self.x0, self.cond = len(x0), x0, cond
+        self.sensitivity, self.stiffness, self.mask = sensitivity, stiffness, mask
+        self.evaluations = 1  # network calls of one evaluation
+        self.take(len(x0))
+
+    def take(self, count: int) -> None:
+        """Measure the first ``count`` noises."""
+        self.x0, self.cond = self.x0[:count], rows(self.cond, slice(count))
+        size = self.x0[0].numel()
+        self.derived = _derived(count, size)
+        self.stiff = _stiff(self.derived, size) if self.stiffness else 0
         generator = torch.Generator().manual_seed(0)
-        few = (self.derived, *x0.shape[1:])
+        few = (self.derived, *self.x0.shape[1:])
         # drawn for all samples at once, so that they do not depend on how samples are cut
-        self.signs = (torch.randint(0, 2, few, generator=generator) * 2 - 1).to(x0)
-        self.directions = torch.randn((self.stiff, *x0.shape[1:]), generator=generator).to(x0)
+        self.signs = (torch.randint(0, 2, few, generator=generator) * 2 - 1).to(self.x0)
+        self.directions = torch.randn((self.stiff, *self.x0.shape[1:]), generator=generator).to(self.x0)
 
     def run(self, nodes: int, adaptive: bool) -> Diagnosis:
         """Place the nodes, measure piece by piece, and sum up."""
         solve(self.field, self.x0[:1], steps=1, cond=rows(self.cond, slice(0, 1)))  # refuses a callable of another kind
+        self.evaluations = self.field.rows
+        asked, nodes = nodes, self.reduced(nodes, adaptive) if self.allowance.limited else nodes
+        self.allowance.expect(self.placing(len(self.x0), nodes, adaptive) + self.measuring(len(self.x0), nodes))
         times = self.nodes(nodes) if adaptive else with_middles(np.linspace(0.0, 1.0, nodes // 2 + 1))
+        self.fit(times, nodes, asked)
         size = max(1, min(CHUNK, CHUNK_NUMBERS // (len(times) * self.x0[0].numel())))
         parts = pieces(len(self.x0), size)
         ends, tables = zip(*(self.measure(part, times) for part in parts), strict=True)
@@ -148,20 +250,81 @@ class _Measurement:
         euler = self.euler(torch.cat(ends), parts, table["unit"]) if self.sensitivity else {}
         diagnosis = self.summary(table, times, nodes, euler)
         require_finite(diagnosis)
+        self.allowance.finish()
         return diagnosis
+
+    def rows_of(self, cost: Cost) -> int:
+        """Network rows of a cost in evaluations, a derivative by finite differences counted as the three it takes."""
+        each = 3 if self.derivative.used == "finite_difference" else 1
+        return self.evaluations * (cost.velocities + each * cost.derivatives)
+
+    def measuring(self, noises: int, nodes: int, spectra: int = STIFF_TIMES + 1) -> int:
+        """Network rows of measuring so many noises on placed nodes, with eigenvalues at ``spectra`` of them."""
+        cost = _measured(noises, self.x0[0].numel(), nodes, spectra if self.stiffness else 0, self.sensitivity)
+        return self.rows_of(cost)
+
+    def placing(self, noises: int, nodes: int, adaptive: bool) -> int:
+        """Network rows of one pass of the pilot over the starting nodes."""
+        few = min(PILOT, noises)
+        return self.rows_of(trajectories(nodes, few, few)) if adaptive else 0
+
+    def reduced(self, nodes: int, adaptive: bool) -> int:
+        """Take as many noises as the limit allows, on as many nodes: the number of nodes to start with."""
+        few = self.x0[:TRIED_ROWS]
+        t, some = at(0.0, few), rows(self.cond, slice(TRIED_ROWS))
+        # rows of a derivative depend on how it is taken
+        self.derivative(few, t, self.field(few, t, **some).detach(), torch.ones_like(t), **some)
+
+        def cost(noises: int, nodes: int) -> int:
+            return self.placing(noises, nodes, adaptive) + self.measuring(noises, nodes)
+
+        choices = [nodes]
+        while choices[-1] % 4 == 0 and choices[-1] // 2 >= LEAST_NODES:
+            choices.append(choices[-1] // 2)
+        fewest = min(2, self.given)
+        for tried, least in [*((n, min(LEAST_NOISES, self.given)) for n in choices), (choices[-1], fewest)]:
+            fits = most_that_fits(least, self.given, partial(cost, nodes=tried), self.allowance.left)
+            if fits is not None:
+                self.take(fits)
+                return tried
+        needed = self.field.rows + cost(fewest, choices[-1])
+        raise UserError(
+            f"max_rows={self.allowance.limit} is less than the {needed} network rows that a diagnosis of {fewest} "
+            "noises takes: give more, or leave out sensitivity and stiffness."
+        )
 
     def nodes(self, nodes: int) -> np.ndarray:
         """Times that resolve a few of the trajectories."""
-        pilot = slice(0, PILOT)
-        return resolved_times(self.field, self.derivative, self.x0[pilot], rows(self.cond, pilot), nodes // 2)
+        few, some = self.x0[:PILOT], rows(self.cond, slice(PILOT))
+        least = min(LEAST_NOISES, len(self.x0))
+
+        def affordable(again: int, panels: int) -> bool:
+            follow_up = self.rows_of(trajectories(2 * again, len(few), len(few)))
+            return follow_up + self.measuring(least, 2 * panels, 2 * STIFF_TIMES + 1) <= self.allowance.left
+
+        found, resolved = resolved_times(self.field, self.derivative, few, some, nodes // 2, affordable)
+        if not resolved:
+            self.allowance.note("panels were not halved any further")
+        return found
+
+    def fit(self, times: np.ndarray, nodes: int, asked: int) -> None:
+        """Leave out noises that the limit no longer allows on these times, and note the number of rows to come."""
+        number, spectra = len(times) - 1, len(stiffness_nodes(times))
+        if self.allowance.limited:
+            cost = partial(self.measuring, nodes=number, spectra=spectra)
+            self.take(most_that_fits(1, len(self.x0), cost, self.allowance.left) or 1)
+            if (len(self.x0), nodes) != (self.given, asked):
+                grid = "" if nodes == asked else f" from a grid of {nodes} instead of {asked} nodes"
+                self.allowance.note(f"{len(self.x0)} of {self.given} noises were measured{grid}")
+        self.allowance.expect(self.measuring(len(self.x0), number, spectra))
 
     def measure(self, part: slice, times: np.ndarray) -> tuple[Tensor, Rows]:
         """End points, and per-sample quantities, (B,) or (B, N + 1); fewer rows where derivatives are needed."""
         derived = max(0, min(self.derived - part.start, part.stop - part.start))
         path = follow(self.field, self.derivative, self.x0[part], times, rows(self.cond, part), derived)
-        found = _velocity_rows(path)
+        found = velocity_rows(path)
         if derived:
-            found |= _acceleration_rows(path, derived)
+            found |= acceleration_rows(path, derived)
             own = rows(self.cond, slice(part.start, part.start + derived))
             if self.sensitivity:
                 e = unit_error(self.derivative, path, own)
@@ -171,34 +334,11 @@ class _Measurement:
                 if weights is not None:
                     found["weighted"] = weights
             if part.start < self.stiff:
-                found |= self.spectrum(path, part, times)
+                few = slice(part.start, min(self.stiff, part.stop))
+                own, start = rows(self.cond, few), self.directions[few]
+                valid = None if self.mask is None else valid_entries(start, own, self.mask)
+                found |= spectrum(self.derivative, path, start, times, own, valid)
         return path.states[-1], found
-
-    def spectrum(self, path: Path, part: slice, times: np.ndarray) -> Rows:
-        """Largest modulus, smallest and largest real part of the eigenvalues, (B, K) each."""
-        few = min(self.stiff, part.stop) - part.start
-        own = rows(self.cond, slice(part.start, part.start + few))
-        start = self.directions[part.start : part.start + few]
-        nodes, values = stiffness_nodes(times), []
-        for some in pieces(len(nodes), at_once(start.numel())):
-            chosen = nodes[some]
-            x = torch.cat([path.states[k][:few] for k in chosen])
-            t = torch.as_tensor(times[chosen], dtype=x.dtype, device=x.device).repeat_interleave(few)
-            conditions = repeated(own, len(chosen))
-
-            def product(q: Tensor, x: Tensor = x, t: Tensor = t, given: dict[str, Any] = conditions) -> Tensor:
-                along = self.derivative(x, t, q, **given)[1].to(x.dtype)
-                for values, k in zip(along.split(few), t[::few].tolist(), strict=True):
-                    refuse_infinite(values, "derivative in a random direction", k)
-                return along
-
-            values.extend(eigenvalues(product, torch.cat([start] * len(chosen))).split(few))
-        ritz = torch.stack(values, 1)
-        return {
-            "modulus": ritz.abs().amax(-1).numpy(),
-            "lowest": ritz.real.amin(-1).numpy(),
-            "highest": ritz.real.amax(-1).numpy(),
-        }
 
     def euler(self, x1: Tensor, parts: list[slice], unit: np.ndarray) -> Rows:
         """Norms of Euler's endpoint errors by number of steps, (M, K), and those numbers."""
@@ -208,8 +348,14 @@ class _Measurement:
             if number == steps[-1] < MAX_EULER_STEPS:
                 here = number * root_mean_square(norms[-1][: len(unit)], trimmed=True)
                 first = root_mean_square(unit, trimmed=True)
-                if max(here, first) > AGREED * min(here, first):
+                if max(here, first) <= AGREED * min(here, first):
+                    continue
+                further = 2 * number * len(self.x0) * self.evaluations
+                if further <= self.allowance.left:
                     steps.append(2 * number)
+                    self.allowance.add(further)
+                else:
+                    self.allowance.note(f"Euler's method, of no clear order at {number} steps, was run with no more")
         return {"steps": np.array(steps), "norms": np.stack(norms, 1)}
 
     def summary(self, table: Rows, times: np.ndarray, nodes: int, euler: Rows) -> Diagnosis:
@@ -240,8 +386,8 @@ class _Measurement:
             normal_curvature_error=normal_error,
             local_error=curvature / 2,
             doubling_error=root_mean(table["doubled"])[0],
-            **_sensitivity_fields(table, euler, len(self.x0)),
-            **_stiffness_fields(table, times),
+            **sensitivity_fields(table, euler, len(self.x0)),
+            **stiffness_fields(table, times),
             derivatives=self.derivative.used,
             samples=len(self.x0),
             derivative_samples=self.derived,
@@ -249,70 +395,5 @@ class _Measurement:
             dimensions=self.x0[0].numel(),
             nfe=round(self.field.rows / len(self.x0)),
             solver=f"rk4, {len(times) - 1} steps on {panels}, Simpson quadrature",
+            notes=tuple(self.allowance.notes),
         )
-
-
-def _velocity_rows(path: Path) -> Rows:
-    """The measures that need velocities alone; the chord is known only after the whole trajectory."""
-    chord = (path.states[-1] - path.states[0]).flatten(1).cpu().double()
-    deviation, speed, doubled = [], [], []
-    for v, d in zip(path.velocities, path.doubled, strict=True):
-        flat = v.flatten(1).cpu().double()
-        deviation.append((chord - flat).square().sum(1))
-        speed.append(flat.norm(dim=1))
-        doubled.append(d.flatten(1).cpu().double().square().sum(1))
-    return {
-        "deviation": torch.stack(deviation, 1).numpy(),
-        "speed": torch.stack(speed, 1).numpy(),
-        "doubled": torch.stack(doubled, 1).numpy(),
-        "displacement": chord.square().sum(1).numpy(),
-        "gap": deviation[0].numpy(),
-    }
-
-
-def _acceleration_rows(path: Path, derived: int) -> Rows:
-    """Squares of the acceleration and of its part normal to the velocity."""
-    total, normal = [], []
-    for v, a in zip(path.velocities, path.accelerations, strict=True):
-        speed, bend = v[:derived].flatten(1).cpu().double(), a.flatten(1).cpu().double()
-        along = (bend * speed).sum(1, keepdim=True) / speed.square().sum(1, keepdim=True).clamp_min(1e-30)
-        total.append(bend.square().sum(1))
-        normal.append((bend - along * speed).square().sum(1))
-    return {"total": torch.stack(total, 1).numpy(), "normal": torch.stack(normal, 1).numpy()}
-
-
-def stiffness_nodes(times: np.ndarray) -> list[int]:
-    """Nodes nearest to multiples of 1/16, and as many more where panels were halved."""
-    even = [int(np.abs(times - k / STIFF_TIMES).argmin()) for k in range(STIFF_TIMES + 1)]
-    inner = np.flatnonzero(np.diff(times)[1:] < 0.75 * np.diff(times).max()) + 1
-    more = inner[:: max(1, -(-len(inner) // STIFF_TIMES))]
-    return sorted({*even, *map(int, more)})
-
-
-def _sensitivity_fields(table: Rows, euler: Rows, samples: int) -> dict[str, Any]:
-    names = ("weighted_error", "unit_error", "unit_error_trimmed", "euler_steps", "euler_error", "euler_error_trimmed")
-    if not euler:
-        return dict.fromkeys((*names, "euler_jumps"))
-    weighted = np.sqrt(table["weighted"].mean(0)) / 2 if "weighted" in table else None
-    few = len(table["unit"])
-    found: list[Any] = []
-    for trimmed in (False, True):
-        errors = np.array([root_mean_square(column, trimmed=trimmed) for column in euler["norms"].T])
-        unit = root_mean_square(table["unit"], trimmed=trimmed)
-        if few < samples:  # the ratio to a run of the same few samples is less uncertain than the value itself
-            run = root_mean_square(euler["norms"][:few, -1], trimmed=trimmed)
-            unit *= float(errors[-1]) / max(run, 1e-30)
-        found += [unit, errors]
-    unit, errors, unit_trimmed, errors_trimmed = found
-    jumps = jump_squares(euler["norms"][:few], table["unit"], euler["steps"])
-    values = (weighted, unit, unit_trimmed, euler["steps"], errors, errors_trimmed)
-    return {**dict(zip(names, values, strict=True)), "euler_jumps": jumps}
-
-
-def _stiffness_fields(table: Rows, times: np.ndarray) -> dict[str, Any]:
-    names = ("stiffness_times", "stiffness", "stiffness_error", "contraction", "expansion")
-    if "modulus" not in table:
-        return dict.fromkeys(names)
-    modulus = table["modulus"]
-    values = (times[stiffness_nodes(times)], modulus.mean(0), standard_error(modulus))
-    return dict(zip(names, (*values, table["lowest"].mean(0), table["highest"].mean(0)), strict=True))

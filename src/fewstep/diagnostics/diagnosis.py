@@ -69,6 +69,7 @@ class Diagnosis:
         dimensions: of one sample.
         nfe: network evaluations per sample spent, a derivative counted as the calls it makes.
         solver: how the trajectories were solved.
+        notes: what was reduced to stay within the network rows that were allowed.
 
     >>> import torch
     >>> from fewstep.diagnostics.diagnose import diagnose
@@ -111,6 +112,7 @@ class Diagnosis:
     dimensions: int
     nfe: int
     solver: str
+    notes: tuple[str, ...] = ()
 
     def grid(self, steps: int, weighted: bool = False) -> Grid:
         """Times that give every Euler step the same local error.
@@ -184,7 +186,8 @@ class Diagnosis:
 
     def as_dict(self) -> dict[str, Any]:
         """The measures by name, as values that JSON can hold."""
-        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in vars(self).items()}
+        plain = vars(self) | {"notes": list(self.notes)}
+        return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in plain.items()}
 
 
 def require_finite(d: Diagnosis) -> None:
@@ -196,7 +199,7 @@ def require_finite(d: Diagnosis) -> None:
         UserError: it names the measure and the times, or the numbers of Euler steps, at which it is not finite.
     """
     for name, value in vars(d).items():
-        if value is None or isinstance(value, str) or (name in STANDARD_ERRORS and d.samples == 1):
+        if value is None or isinstance(value, (str, tuple)) or (name in STANDARD_ERRORS and d.samples == 1):
             continue
         bad = ~np.isfinite(np.asarray(value, dtype=float))
         if bad.any():

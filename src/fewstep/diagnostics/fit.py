@@ -18,6 +18,7 @@ batch. The last row needs none: the end point is linear in it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import final
 
@@ -207,3 +208,21 @@ def levenberg_marquardt(pilot: Pilot, table: Table, most: int) -> Iterator[Table
             yield table
         if error > (1 - STOP) * before:
             return
+
+
+def fit_rows(noises: int, held_out: int, calls: int) -> int:
+    """Evaluations, summed over noises, that :func:`fit` takes at most: with all iterations, and all dampings tried."""
+    few = min(FIRST, noises)
+    on_pilot = few * _iterations(calls, ITERATIONS) + noises * _iterations(calls, LAST_ITERATIONS)
+    return on_pilot + held_out * (calls + (ITERATIONS + LAST_ITERATIONS) * (calls - 1))
+
+
+def _iterations(calls: int, most: int) -> int:
+    """Evaluations per noise of so many iterations: each has a Jacobian, and at most one of its tries succeeds.
+
+    A try that fails multiplies the damping by 4, one that succeeds divides it by 5, and none is made above the limit.
+    """
+    unknowns = Unknowns(calls)
+    tangents = sum(unknowns.row(p) <= j for j in range(1, calls) for p in range(len(unknowns.entries)))
+    failed = math.ceil(math.log(DAMPING_LIMIT / DAMPING, 4) + most * math.log(5, 4))
+    return calls + most * tangents + (most + failed) * (calls - 1)

@@ -20,6 +20,9 @@ inequality gives ``E log p(y) <= log int p(x_k + delta u) du = log(P(k) / delta^
 is on average an upper bound of the code length ``-log2 P(k) / D``, and equal to it where the density is constant on
 every cell (arXiv:1511.01844, section 3.1). Without the noise it bounds nothing: the density of discrete data can be
 made arbitrarily large.
+
+**Padding.** With a mask, a sample is its valid entries: ``log p_0`` is that of the valid entries alone, and padded
+ones neither move nor count in the divergence (:mod:`.masks`).
 """
 
 from __future__ import annotations
@@ -33,9 +36,10 @@ import torch
 from torch import Tensor
 
 from fewstep.diagnostics.jacobian_trace import QuadraticForms, chunk, rademacher
+from fewstep.diagnostics.masks import mask_name, masked_field, valid_entries, without_padding
 from fewstep.errors import UserError, unknown
 from fewstep.flow.derivatives import rows_of
-from fewstep.flow.field import Velocity, as_field
+from fewstep.flow.field import Velocity, check_conditions
 from fewstep.flow.grids import Grid, GridSpec, explicit_times, make_grid
 from fewstep.flow.noise import BLOCK, block_rows, generator_for
 from fewstep.solvers.solve import check_start, solve
@@ -60,7 +64,8 @@ class Likelihood:
         nfe: network evaluations per sample, counted, the differentiated ones of every direction included; the
             checks are not.
         directions: directions in which every evaluation was differentiated: D, or the number of probes.
-        dimensions: D.
+        dimensions: D, padded entries included.
+        valid: number of valid entries of every sample, (B,) like ``log_prob``; None without a mask.
         solver: solver and steps.
         divergence: how it was computed.
         dtype: of the solve.
@@ -83,6 +88,7 @@ class Likelihood:
     nfe: int
     directions: int
     dimensions: int
+    valid: Tensor | None
     solver: str
     divergence: str
     dtype: torch.dtype
@@ -105,8 +111,14 @@ class Likelihood:
 
     @property
     def nats_per_dim(self) -> Tensor:
-        """``log_prob / D``, (B,)."""
-        return self.log_prob / self.dimensions
+        """``log_prob / D``, (B,); with a mask D is each sample's own number of valid entries."""
+        return self.log_prob / (self.dimensions if self.valid is None else self.valid)
+
+    @property
+    def nats_per_dim_error(self) -> float:
+        """Standard error over the samples of the mean of :attr:`nats_per_dim`; NaN for one sample."""
+        values = self.nats_per_dim.detach()
+        return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.nan
 
     def bits_per_dim(self, quantum: float) -> Tensor:
         """``-log_prob / (D ln 2) + log2(1 / quantum)``, (B,), of data with :func:`dequantise`'s noise.
@@ -137,6 +149,7 @@ def log_likelihood(
     seed: int = 0,
     row: int = 0,
     base: str = "gaussian",
+    mask: str | None = None,
     grad: bool = False,
     check: bool = True,
 ) -> Likelihood:
@@ -154,6 +167,8 @@ def log_likelihood(
         probes: Rademacher probes per sample, for ``hutchinson``.
         seed, row: probes are a function of ``seed`` and of the sample's number, which is ``row`` for the first.
         base: law of the noise; ``gaussian``, N(0, I), is the only one.
+        mask: name of the condition that is 1 at the valid entries of ``x1`` and 0 at padded ones, (B,), (B, T) or of
+            the shape of ``x1``; by default the mask that an adapted network declares. Only valid entries count.
         grad: build the autograd graph, to ``x1`` and to the network's parameters (the whole solve is kept in memory).
         check: solve forward again, and the first 64 samples with half the steps.
 
@@ -163,12 +178,15 @@ def log_likelihood(
 
     Raises:
         UserError: a start or a grid that :func:`fewstep.solve` refuses, conditions of another length, an unknown base
-            or divergence, a stochastic solver, a velocity that is not finite, ``grad`` with a network that lets no
+            or divergence, a mask that is not among the conditions or does not fit, a stochastic solver, a velocity that
+            is not finite, ``grad`` with a network that lets no
             gradient through.
 
     >>> round(log_likelihood(lambda x, t: 0 * x, torch.zeros(1, 2), steps=4).mean, 4)  # log N(0; 0, I)
     -1.8379
     """
+    mask = mask_name(v) if mask is None else mask
+    x1 = without_padding(x1, cond or {}, mask)
     check_start(x1)
     given = _check(x1, dict(cond or {}), solver, divergence, probes, base)
     times = make_grid(grid, STEPS if steps is None and explicit_times(grid) is None else steps)
@@ -177,9 +195,10 @@ def log_likelihood(
         raise UserError(f"the likelihood needs a grid from 0 to 1, got {times[-1]:g} to {times[0]:g}.")
     dimensions = x1[0].numel()
     exact = divergence == "exact" or (divergence == "auto" and dimensions <= EXACT_UP_TO)
-    forms = QuadraticForms(as_field(v), grad)
+    forms = QuadraticForms(masked_field(v, mask), grad)
     forms.choose(x1.detach(), given)
-    problem = _Problem(forms, solver, dimensions if exact else probes, exact, seed, row)
+    valid = None if mask is None else valid_entries(x1, given, mask).flatten(1).sum(1).to(x1)
+    problem = _Problem(forms, solver, dimensions if exact else probes, exact, seed, row, valid)
     log_prob, x0, error = problem.solve(x1, given, times)
     bad = int((~torch.isfinite(log_prob)).sum())
     if bad:
@@ -196,6 +215,7 @@ def log_likelihood(
         nfe=nfe,
         directions=problem.directions,
         dimensions=dimensions,
+        valid=valid,
         solver=f"{solver}, {len(times) - 1} steps",
         divergence=problem.name(),
         dtype=x1.dtype,
@@ -252,6 +272,7 @@ class _Problem:
     exact: bool
     seed: int
     row: int
+    valid: Tensor | None  # number of valid entries of all samples, (B,)
 
     def name(self) -> str:
         """The divergence in words, such as ``exact, 2 directions, reverse``."""
@@ -259,24 +280,24 @@ class _Problem:
         return f"{kind}, {self.directions} {unit}{'s' * (self.directions != 1)}, {self.forms.used}"
 
     def solve(self, x1: Tensor, cond: dict[str, Any], times: Grid) -> tuple[Tensor, Tensor, Tensor | None]:
-        """``log_prob`` (B,), the noise (B, ...), and the standard error over probes (B,)."""
+        """``log_prob`` (B,), the noise (B, ...), and the standard error over probes (B,); x1 begins with sample 0."""
         size = chunk(x1, self.directions)
         with torch.set_grad_enabled(self.forms.grad):
             parts = [
-                self._solve(x1[i : i + size], self.row + i, rows_of(cond, len(x1), slice(i, i + size)), times)
+                self._solve(x1[i : i + size], i, rows_of(cond, len(x1), slice(i, i + size)), times)
                 for i in range(0, len(x1), size)
             ]
             terms = torch.cat([term for term, _ in parts])
             error = None if self.exact else _standard_error(terms.detach())
             return terms.mean(1), torch.cat([x0 for _, x0 in parts]), error
 
-    def _solve(self, x1: Tensor, row: int, cond: dict[str, Any], times: Grid) -> tuple[Tensor, Tensor]:
-        """``log p_0(z(0)) + l(0)``, one column for every probe, (b, M) or (b, 1), and ``z(0)``."""
+    def _solve(self, x1: Tensor, first: int, cond: dict[str, Any], times: Grid) -> tuple[Tensor, Tensor]:
+        """``log p_0(z(0)) + l(0)``, a column per probe, (b, M) or (b, 1), and ``z(0)``; x1 begins at row ``first``."""
         dimensions = x1[0].numel()
         if self.exact:
             w = torch.eye(dimensions, dtype=x1.dtype, device=x1.device).expand(len(x1), -1, -1)
         else:
-            w = rademacher(len(x1), dimensions, self.directions, seed=self.seed, row=row).to(x1)
+            w = rademacher(len(x1), dimensions, self.directions, seed=self.seed, row=self.row + first).to(x1)
         start = torch.cat([x1.flatten(1), x1.new_zeros(len(x1), 1 if self.exact else self.directions)], 1)
 
         def augmented(state: Tensor, t: Tensor) -> Tensor:
@@ -286,7 +307,8 @@ class _Problem:
 
         end = solve(augmented, start, solver=self.solver, grid=times, grad=self.forms.grad).x
         z, change = end[:, :dimensions], end[:, dimensions:]
-        log_base = -0.5 * (z.square().sum(1, keepdim=True) + dimensions * math.log(2 * math.pi))
+        sizes = dimensions if self.valid is None else self.valid[first : first + len(x1), None]
+        log_base = -0.5 * (z.square().sum(1, keepdim=True) + sizes * math.log(2 * math.pi))
         return log_base + change, z.reshape(x1.shape)
 
     @torch.no_grad()
@@ -309,7 +331,8 @@ class _Problem:
         again = replace(self, forms=self.forms.without_graph())
         few, some = x1[:CHECKED], rows_of(cond, len(x1), slice(CHECKED))
         coarse = again.solve(few, some, (*times[:-1:2], times[-1]))[0]
-        bits = float((log_prob[:CHECKED] - coarse).abs().mean()) / (x1[0].numel() * math.log(2.0))
+        sizes = x1[0].numel() if self.valid is None else self.valid[:CHECKED]
+        bits = float(((log_prob[:CHECKED] - coarse).abs() / sizes).mean()) / math.log(2.0)
         if bits <= CONVERGED:
             return _Checks(trip, coarse, bits, True, ())
         note = (
@@ -334,11 +357,7 @@ def _check(x1: Tensor, cond: dict[str, Any], solver: str, divergence: str, probe
         raise UserError(f"probes must be a whole number of at least 1, got {probes!r}.")
     if find_solver(solver).stochastic:
         raise UserError(f"solver {solver!r} adds noise, and the likelihood follows the ODE: take 'rk4'.")
-    for name, value in cond.items():
-        if isinstance(value, Tensor) and value.shape[:1] != x1.shape[:1]:
-            raise UserError(
-                f"condition {name!r} has shape {tuple(value.shape)} for {len(x1)} samples: give one row per sample."
-            )
+    check_conditions(cond, len(x1))
     return cond
 
 

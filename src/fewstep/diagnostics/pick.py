@@ -12,11 +12,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from typing import Any, final
 
 import numpy as np
 
-from fewstep.diagnostics.pilot import Pilot
+from fewstep.diagnostics.pilot import Evaluation, Pilot, evaluations_of, shared
 from fewstep.errors import UserError
 from fewstep.flow.grids import Grid, check_steps, make_grid
 from fewstep.flow.paths import AffinePath
@@ -54,6 +55,7 @@ class Choice:
         euler: the same of Euler on the uniform grid.
         spread: root mean square deviation of the endpoints from their mean, per dimension.
         nfe: network evaluations per sample spent on the choice.
+        notes: what was reduced to stay within the network rows that were allowed.
     """
 
     table: Table
@@ -67,11 +69,12 @@ class Choice:
     euler: float
     spread: float
     nfe: int
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values, from which :func:`restore` makes the choice again."""
         values = {name: value for name, value in vars(self).items() if name != "table"}
-        values["grid"] = list(self.grid)
+        values |= {"grid": list(self.grid), "notes": list(self.notes)}
         if self.solver == FITTED:
             a, b = self.table.dense
             values |= {"a": a.tolist(), "b": b.tolist()}
@@ -85,7 +88,8 @@ def restore(values: Mapping[str, Any], path: AffinePath = LINEAR) -> Choice:
         UserError: missing values or values of another type, as in a damaged file.
     """
     try:
-        known = {field.name: values[field.name] for field in fields(Choice) if field.name != "table"}
+        known = {field.name: values[field.name] for field in fields(Choice) if field.name not in ("table", "notes")}
+        known["notes"] = tuple(str(note) for note in values.get("notes", ()))  # absent in files of earlier versions
         known["grid"] = tuple(float(t) for t in values["grid"])
         if known["solver"] == FITTED:
             made = numeric_table(FITTED, known["grid"][:-1], np.array(values["a"]), np.array(values["b"]))
@@ -128,10 +132,21 @@ def candidates(calls: int, path: AffinePath = LINEAR) -> Iterator[tuple[str, str
             yield name, grid, table(name, make_grid(grid, calls // solver.calls), path)
 
 
+@lru_cache(maxsize=16)
+def distinct(calls: int, path: AffinePath = LINEAR) -> tuple[tuple[str, str, Table], ...]:
+    """The candidates without repetition.
+
+    Tables that are equal (DDIM and Euler on the line, ...) are kept once, under the name that comes first.
+    """
+    found: dict[tuple[bytes, bytes, tuple[float, ...]], tuple[str, str, Table]] = {}
+    for solver, grid, made in candidates(calls, path):
+        a, b = made.dense
+        found.setdefault((np.round(a, 10).tobytes(), np.round(b, 10).tobytes(), made.times), (solver, grid, made))
+    return tuple(found.values())
+
+
 def scan(pilot: Pilot, calls: int, path: AffinePath = LINEAR) -> list[Candidate]:
     """The candidates of the second round with their errors on the whole pilot, best first.
-
-    Tables that are equal (DDIM and Euler on the line, ...) are run once, under the name that comes first.
 
     Args:
         pilot: noises the candidates are run on.
@@ -139,14 +154,7 @@ def scan(pilot: Pilot, calls: int, path: AffinePath = LINEAR) -> list[Candidate]
         path: the path the field was trained on.
     """
     first = pilot.part(FIRST) if len(pilot) > FIRST else pilot
-    seen: dict[tuple[bytes, bytes, tuple[float, ...]], None] = {}
-    found = []
-    for solver, grid, made in candidates(calls, path):
-        a, b = made.dense
-        key = (np.round(a, 10).tobytes(), np.round(b, 10).tobytes(), made.times)
-        if key not in seen:
-            seen[key] = None
-            found.append(Candidate(first.error(made), solver, grid, made))
+    found = [Candidate(first.error(made), solver, grid, made) for solver, grid, made in distinct(calls, path)]
     found.sort(key=lambda c: c.error)
     if first is pilot:
         return found
@@ -246,3 +254,26 @@ def _choice(pilot: Pilot, held_out: Pilot, kept: Candidate, error: float, calls:
         spread=held_out.spread,
         nfe=pilot.nfe,
     )
+
+
+def scan_rows(noises: int, calls: int, path: AffinePath = LINEAR) -> int:
+    """Evaluations, summed over noises, that :func:`scan` takes at most; its first round is exact."""
+    first, before, tables = 0, list[Evaluation](), distinct(calls, path)
+    for _, _, made in tables:
+        rows = evaluations_of(made.times, *made.dense)
+        first, before = first + len(rows) - shared(rows, before), rows
+    if noises <= FIRST:
+        return noises * first
+    return FIRST * first + noises * (1 + min(KEPT, len(tables)) * (calls - 1))
+
+
+def pick_rows(noises: int, held_out: int, calls: int, path: AffinePath = LINEAR, refined: int = REFINED) -> int:
+    """Evaluations, summed over noises, that :func:`pick` takes at most.
+
+    The first evaluation, at the noise itself, is common to all tables. Moving time i of a solver with one call a step
+    leaves the i evaluations before it, and other solvers evaluate less. Between sweeps all but the first are repeated.
+    """
+    again = calls - 1
+    sweeps = SWEEPS * calls * again + (SWEEPS - 1) * max(0, calls - 2)
+    on_pilot = refined * (again + sweeps) + again
+    return scan_rows(noises, calls, path) + noises * on_pilot + held_out * (1 + (3 * refined + 2) * again)

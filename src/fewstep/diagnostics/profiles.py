@@ -17,7 +17,7 @@ and the others keep their length.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -33,32 +33,6 @@ TOLERANCE = 5e-4  # largest difference on a panel, as a share of the whole chang
 MIN_CHANGE = 1e-3  # of the velocity: a smaller change over the whole time counts as this; chosen, not tuned
 MIN_PANEL = 2.0**-14  # shortest panel, whose nodes are still different numbers in single precision
 MAX_PANEL_RATIO = 4  # panels at the end, in panels of the starting grid; chosen, not tuned
-
-
-@final
-class RowCount(Field):
-    """Count network evaluations of single samples: calls times rows.
-
-    Attributes:
-        field: the field whose calls are counted.
-        rows: evaluations so far, summed over samples.
-    """
-
-    def __init__(self, field: Field) -> None:
-        self.field = field
-        self.rows = 0
-
-    @property
-    def calls(self) -> int:  # type: ignore[override]
-        """Network calls of the field so far."""
-        return self.field.calls
-
-    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """The field's velocity in the dtype of ``x``."""
-        before = self.field.calls
-        v = self.field(x, t, **cond)
-        self.rows += (self.field.calls - before) * len(x)
-        return v.to(x.dtype)
 
 
 DERIVED_AT_ONCE = 1 << 17
@@ -196,7 +170,14 @@ def with_middles(edges: np.ndarray) -> np.ndarray:
     return times
 
 
-def resolved_times(field: Field, derivative: Derivative, x: Tensor, cond: Mapping[str, Any], panels: int) -> np.ndarray:
+def resolved_times(
+    field: Field,
+    derivative: Derivative,
+    x: Tensor,
+    cond: Mapping[str, Any],
+    panels: int,
+    affordable: Callable[[int, int], bool],
+) -> tuple[np.ndarray, bool]:
     """Nodes that resolve the acceleration of these trajectories, by the criterion of the module's docstring.
 
     Every pass starts at the first panel that was halved in the pass before.
@@ -207,9 +188,10 @@ def resolved_times(field: Field, derivative: Derivative, x: Tensor, cond: Mappin
         x: starts of the pilot trajectories at t = 0, (B, ...).
         cond: conditions of these rows.
         panels: number of equal panels to begin with; at most four times as many are made.
+        affordable: whether a further pass over so many panels, of so many in all, may be made.
 
     Returns:
-        Ends and middles of the panels, (2 N + 1,).
+        Ends and middles of the panels, (2 N + 1,), and whether no pass was left out.
     """
     edges, done = np.linspace(0.0, 1.0, panels + 1), np.empty(0)
     scale = None
@@ -222,8 +204,11 @@ def resolved_times(field: Field, derivative: Derivative, x: Tensor, cond: Mappin
         if bad.sum() > room:
             bad &= defect >= np.sort(defect[bad])[::-1][max(room, 1) - 1]
         if room <= 0 or not bad.any():
-            return with_middles(np.concatenate([done, edges]))
+            return with_middles(np.concatenate([done, edges])), True
         first = int(np.argmax(bad))
+        again = len(bad) - first + int(bad.sum())
+        if not affordable(again, len(done) + first + again):
+            return with_middles(np.concatenate([done, edges])), False
         x, done = path.states[2 * first], np.concatenate([done, edges[:first]])
         middles = ((edges[1:] + edges[:-1]) / 2)[bad]
         edges = np.sort(np.concatenate([edges[first:], middles]))

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, unknown
-from fewstep.flow.field import Velocity
+from fewstep.flow.field import Velocity, check_conditions
 from fewstep.flow.noise import isolated_rng
 
 Mode = Literal["auto", "forward", "double_vjp", "finite_difference"]
@@ -303,11 +303,12 @@ def rows_of(cond: Mapping[str, Any], batch: int, rows: slice | Tensor) -> dict[s
     """The conditions of some samples.
 
     Args:
-        cond: conditions; a tensor whose first dimension is ``batch`` has one row per sample, others belong to all.
+        cond: conditions, tensors with one row per sample; what is no tensor belongs to all samples.
         batch: number of samples.
         rows: which samples.
+
+    Raises:
+        UserError: a tensor that does not have one row per sample.
     """
-    return {
-        name: value[rows] if isinstance(value, Tensor) and value.shape[:1] == (batch,) else value
-        for name, value in cond.items()
-    }
+    check_conditions(cond, batch)
+    return {name: value[rows] if isinstance(value, Tensor) else value for name, value in cond.items()}

@@ -148,6 +148,28 @@ def calls_at(scale: float) -> int:
     return 1 if scale in (0.0, 1.0) else 2
 
 
+def check_conditions(cond: Mapping[str, Any], batch: int) -> None:
+    """Refuse a tensor condition that does not have one row per sample.
+
+    Conditions are cut, repeated and put in another order together with their samples. A tensor that belongs to all
+    samples could have as many rows as there are samples by chance, and would then be cut as if it had one row each.
+
+    Args:
+        cond: conditions by name; what is no tensor belongs to all samples.
+        batch: number of samples.
+
+    Raises:
+        UserError: the first size of a tensor is not ``batch``; the condition is named.
+    """
+    for name, value in cond.items():
+        if isinstance(value, Tensor) and value.shape[:1] != (batch,):
+            raise UserError(
+                f"condition {name!r} has shape {tuple(value.shape)} for {batch} samples: give one row per sample. "
+                "A constant that belongs to all samples is no condition: keep it inside the network's adapter "
+                "(fs.adapt), or repeat it for every sample."
+            )
+
+
 def as_field(velocity: Velocity) -> Field:
     """Return ``velocity`` itself if it counts its calls, else a counting wrapper."""
     return velocity if isinstance(velocity, Field) else CountedField(velocity)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.data.dataset import LABEL
 from fewstep.data.scaling import Scaling
+from fewstep.diagnostics.cost import Watch
 from fewstep.diagnostics.pick import Choice
 from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError
@@ -244,7 +245,8 @@ class Generator:
         how: str | Table = chosen
         if chosen in KINDS:
             assert steps is not None, "tuned samplers have a number of calls"
-            how, grid, steps = self.tune(steps, chosen, guidance).table, "uniform", None
+            found = self.known_sampler(steps, chosen, guidance) or self.tune(steps, chosen, guidance)
+            how, grid, steps = found.table, "uniform", None
         elif isinstance(grid, str) and grid in FROM_MODEL:
             assert steps is not None, "a named grid has a number of steps"
             grid, steps = self._samplers().grid(grid, steps, guidance, self._pilot(guidance)), None
@@ -318,7 +320,15 @@ class Generator:
         solution = solve(field_, start, solver=how, steps=steps, grid=grid, cond=cond, path=path, seed=seed, row=row)
         return solution.x, solution.nfe
 
-    def tune(self, calls: int, kind: str = "auto", guidance: float | None = None) -> Choice:
+    def tune(
+        self,
+        calls: int,
+        kind: str = "auto",
+        guidance: float | None = None,
+        *,
+        max_rows: int | None = None,
+        progress: Watch | None = None,
+    ) -> Choice:
         """The best way to sample this model with ``calls`` evaluations of its network: see :func:`fewstep.tune`.
 
         What is found is kept, in the model's folder too where it was loaded from one.
@@ -327,6 +337,8 @@ class Generator:
             calls: evaluations per sample; a guided one is two network calls.
             kind: ``auto`` or ``fitted``.
             guidance: guidance weight it is to be sampled with.
+            max_rows, progress: as for :func:`fewstep.tune`. A sampler that was found within a limit is kept and sampled
+                with too; it is found again when this is called without a limit.
 
         Returns:
             The solver's table of numbers, with the error that it was chosen by.
@@ -336,7 +348,16 @@ class Generator:
         """
         if self.config.rule.kind == "map":
             raise UserError(f"{self.name!r} is a map with its own sampler: tune the flow it was distilled from.")
-        return self._samplers().tuned(kind, calls, guidance, self.config.shape, self._pilot(guidance))
+        pilot = self._pilot(guidance)
+        return self._samplers().tuned(kind, calls, guidance, self.config.shape, pilot, max_rows, progress)
+
+    def known_sampler(self, calls: int, kind: str = "auto", guidance: float | None = None) -> Choice | None:
+        """The sampler that :meth:`tune` has found before with these arguments, or None."""
+        return self._samplers().known(kind, calls, guidance)
+
+    def tuning_noises(self, num: int, guidance: float | None = None) -> tuple[Field, Tensor, dict[str, Tensor]]:
+        """The field that :meth:`tune` evaluates, ``num`` of its noises, and their conditions."""
+        return self._pilot(guidance)(num)
 
     def _samplers(self) -> Samplers:
         if self.samplers is None:

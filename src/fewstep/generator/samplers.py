@@ -13,6 +13,7 @@ from typing import Any, final
 
 from torch import Tensor
 
+from fewstep.diagnostics.cost import Watch
 from fewstep.diagnostics.model_grids import model_grid
 from fewstep.diagnostics.pick import Choice, restore
 from fewstep.diagnostics.tune import noises_for, tune
@@ -49,14 +50,33 @@ class Samplers:
     def __len__(self) -> int:
         return len(self._choices) + len(self._grids)
 
-    def tuned(self, kind: str, calls: int, guidance: float | None, shape: tuple[int, ...], pilot: Pilot) -> Choice:
-        """The sampler of a kind (``auto``, ``fitted``) with a number of calls; found now unless it was before."""
-        key = f"{kind}, {check_steps(calls)} calls{_guided(guidance)}"
-        if key not in self._choices:
-            field, x0, cond = pilot(noises_for(kind, shape))
-            self._choices[key] = tune(field, x0, calls=calls, kind=kind, cond=cond, path=self.path)
-            self._keep()
-        return self._choices[key]
+    def known(self, kind: str, calls: int, guidance: float | None) -> Choice | None:
+        """The sampler of a kind (``auto``, ``fitted``) with a number of calls, if it was found before."""
+        return self._choices.get(_key(kind, calls, guidance))
+
+    def tuned(
+        self,
+        kind: str,
+        calls: int,
+        guidance: float | None,
+        shape: tuple[int, ...],
+        pilot: Pilot,
+        max_rows: int | None = None,
+        progress: Watch | None = None,
+    ) -> Choice:
+        """The sampler of a kind with a number of calls; found now unless it was before.
+
+        One that was found within a limit of network rows is found again where there is no limit.
+        """
+        known = self.known(kind, calls, guidance)
+        if known is not None and (max_rows is not None or not known.notes):
+            return known
+        field, x0, cond = pilot(noises_for(kind, shape))
+        limits: dict[str, Any] = {"max_rows": max_rows, "progress": progress}
+        found = tune(field, x0, calls=calls, kind=kind, cond=cond, path=self.path, **limits)
+        self._choices[_key(kind, calls, guidance)] = found
+        self._keep()
+        return found
 
     def grid(self, name: str, steps: int, guidance: float | None, pilot: Pilot) -> Grid:
         """The model's grid of a name and a number of steps; made now unless it was before."""
@@ -91,6 +111,10 @@ class Samplers:
             self._grids = {key: make_grid(times) for key, times in dict(values["grids"]).items()}
         except (UserError, TypeError, ValueError, KeyError) as error:
             raise UserError(f"{folder / FILE} is damaged: delete it, and samplers are found again.") from error
+
+
+def _key(kind: str, calls: int, guidance: float | None) -> str:
+    return f"{kind}, {check_steps(calls)} calls{_guided(guidance)}"
 
 
 def _guided(guidance: float | None) -> str:

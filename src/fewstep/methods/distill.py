@@ -32,6 +32,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from fewstep.flow.couplings import Independent, Pair
+from fewstep.flow.derivatives import rows_of
 from fewstep.flow.field import Velocity
 from fewstep.flow.noise import Draws
 from fewstep.flow.paths import Linear
@@ -150,7 +151,7 @@ class Halving(Objective):
         for step in range(self.steps):
             rows = (number >= step).nonzero()[:, 0]  # rows that have not reached their own step yet
             t = torch.full((len(rows),), step * length, dtype=x0.dtype, device=x0.device)
-            here = {name: value[rows] for name, value in cond.items()}
+            here = rows_of(cond, len(x0), rows)
             v = two_steps(self.flow, x[rows], t, 0.5 * length, here).to(x0)
             arrived = number[rows] == step
             target[rows[arrived]] = v[arrived]

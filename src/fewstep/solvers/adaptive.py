@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import UserError, require_extra, unknown
-from fewstep.flow.derivatives import rows_of
 from fewstep.flow.field import Field
 from fewstep.flow.grids import Grid, check_times
 from fewstep.solvers.loop import _like
@@ -135,7 +134,8 @@ def solve_adaptive(
         field: the velocity field, whose calls are counted.
         x0: start, (B, ...), floating point; its dtype is kept.
         times: in either direction.
-        cond: keyword arguments of the field; tensors with one row per sample are indexed like the samples.
+        cond: keyword arguments of the field; tensors whose first size is B have one row per sample and are indexed like
+            the samples, others are handed on as they are.
         trajectory: also return the states at ``times``.
 
     Returns:
@@ -184,6 +184,7 @@ class _Samples:
         self.nfe = torch.zeros(self.batch, dtype=torch.int64)
         self.rows = torch.arange(self.batch, device=x0.device)
         self.cond = dict(problem.cond)
+        self.own = {name: c for name, c in self.cond.items() if isinstance(c, Tensor) and c.shape[:1] == x0.shape[:1]}
         self.x = x0
         self.t = torch.full((self.batch,), problem.times[0], dtype=torch.float64, device=x0.device)
         self.v = self.evaluate(self.x, self.t)
@@ -255,7 +256,7 @@ class _Samples:
         """Keep only the samples ``under_way``."""
         self.rows, self.x, self.v = self.rows[under_way], self.x[under_way], self.v[under_way]
         # indexed from the whole batch: a condition may have as many rows as there are samples left, by chance
-        self.cond = rows_of(self.problem.cond, self.batch, self.rows)
+        self.cond = {**self.problem.cond, **{name: value[self.rows] for name, value in self.own.items()}}
         self.t, self.h = self.t[under_way], self.h[under_way]
         self.after_rejection = self.after_rejection[under_way]
 

@@ -88,7 +88,8 @@ def solve(
         path: the path on which ``v`` was trained, or its name. Solvers that use the data or the noise prediction
             (``ddim``, ``deis*``, ``dpm++*``, ``unipc*``) and stochastic ones need it; other solvers ignore it. A table
             was computed for its path and ignores it too.
-        cond: keyword arguments of every call of ``v``.
+        cond: keyword arguments of every call of ``v``. A tensor whose first size is B has one row per sample, and
+            ``rk45`` cuts it when samples arrive. Keep a constant that may have that size by chance inside ``v``.
         trajectory: also return the states at the grid's times.
         grad: build the autograd graph through the solve. The steps of an adaptive solver are treated as constants.
         seed: seed of a stochastic solver's noise: step k adds to sample i a row that depends on (seed, i, k) alone

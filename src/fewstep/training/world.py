@@ -128,10 +128,11 @@ class Progress:
         done: units that are done already.
         label: name of the work.
         shown: whether anything is printed.
+        unit: name of one unit.
     """
 
-    def __init__(self, total: int, done: int, label: str, *, shown: bool) -> None:
-        self.total, self.done, self.label = total, done, label
+    def __init__(self, total: int, done: int, label: str, *, shown: bool, unit: str = "sample") -> None:
+        self.total, self.done, self.label, self.unit = total, done, label, unit
         self.note = ""
         self._shown = shown
         self._bar: Any = None
@@ -146,7 +147,7 @@ class Progress:
                 total=self.total,
                 initial=self.done,
                 desc=self.label,
-                unit="sample",
+                unit=self.unit,
                 unit_scale=True,
                 leave=False,
             )
@@ -157,7 +158,7 @@ class Progress:
             self._bar.close()
         if self._shown and failed is None:
             seconds = time.monotonic() - self._began
-            print(f"  {self.label}: {self.done:,} samples, {seconds:.1f} s {self.note}".rstrip(), flush=True)
+            print(f"  {self.label}: {self.done:,} {self.unit}s, {seconds:.1f} s {self.note}".rstrip(), flush=True)
 
     def update(self, count: int, note: str = "") -> None:
         """Advance by ``count`` units."""
@@ -173,6 +174,13 @@ class Progress:
             left = (self.total - self.done) / max(rate, 1e-9)
             share = self.done / max(self.total, 1)
             print(f"  {self.label}: {share:4.0%}, {left:.0f} s left {self.note}".rstrip(), flush=True)
+
+    def reach(self, done: int, total: int) -> None:
+        """Say that ``done`` of ``total`` units are done; the total may have changed."""
+        self.total = total
+        if self._bar is not None:
+            self._bar.total = total
+        self.update(done - self.done)
 
 
 def _leave() -> None:

@@ -59,11 +59,12 @@ class EndDerivative:
     def _forward_works(self, x: Tensor, times: Times, cond: Mapping[str, Any]) -> bool:
         """Whether forward mode and a gradient through it work on a few rows; the random state is restored."""
         few = slice(TRIED_ROWS)
+        some = rows_of(cond, len(x), few)
         try:
             with isolated_rng(x.device), torch.enable_grad():
                 point = x[few].detach().requires_grad_()
                 part = Times(*(values[few] for values in times))
-                _, speed = self._forward(point, part, rows_of(cond, len(x), few))
+                _, speed = self._forward(point, part, some)
                 torch.autograd.grad(speed.square().sum(), point)
         except Exception:  # what a network raises where it cannot be differentiated may be anything
             return False
