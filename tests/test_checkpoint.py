@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -263,3 +263,66 @@ def test_the_average_shares_no_storage() -> None:
         module.a.weight.zero_()
     module.count += 5
     assert all(torch.equal(ema.state[name], value) for name, value in before.items())
+
+
+def bf16_moved() -> tuple[nn.Module, EMA, Tensor, Tensor]:
+    """A bfloat16 layer that is moved by a tenth after 10,000 updates, where d = .998; its weights before and after."""
+    module = linear().to(torch.bfloat16)
+    ema = EMA(module, 0.998)
+    ema.updates = 10_000
+    before = module.weight.detach().float()
+    with torch.no_grad():
+        module.weight.mul_(1.1)
+    return module, ema, before, module.weight.detach().float()
+
+
+def test_the_average_of_bfloat16_weights_follows_them() -> None:
+    module, ema, before, after = bf16_moved()
+    in_bf16 = before.bfloat16()
+    for _ in range(2000):
+        ema.update()
+        in_bf16.lerp_(module.weight.detach(), 0.002)
+    share = (ema.state["weight"] - before) / (after - before)
+    torch.testing.assert_close(share, torch.full_like(share, 1 - 0.998**2000), atol=1e-3, rtol=0)  # 98 %
+    assert torch.equal(in_bf16.float(), before)  # the same formula in bfloat16 stands still
+    assert ema.weights()["weight"].dtype == torch.bfloat16
+    torch.testing.assert_close(ema.weights()["weight"].float(), ema.state["weight"], atol=0, rtol=2**-8)
+
+
+def test_a_float32_average_is_stored_and_loaded_in_float32() -> None:
+    _, ema, before, _ = bf16_moved()
+    for _ in range(10):
+        ema.update()
+    other = EMA(linear().to(torch.bfloat16), 0.998)
+    other.load(ema.state, ema.updates)
+    assert other.state["weight"].dtype == torch.float32
+    assert torch.equal(other.state["weight"], ema.state["weight"])
+    assert not torch.equal(other.state["weight"], before)  # ten updates are there: 2 % of the way
+
+
+def test_bfloat16_weights_train_resume_and_write_their_own_dtype(tmp_path: Path) -> None:
+    """The checkpoint holds the average in float32; a check and a model folder get the dtype of the weights."""
+    seen: list[dict[str, torch.dtype]] = []
+
+    class Checked(Regression):
+        checks = 1
+
+        def check(self, ema: Mapping[str, Tensor]) -> dict[str, float]:
+            seen.append({name: value.dtype for name, value in ema.items()})
+            linear().to(torch.bfloat16).load_state_dict(dict(ema))
+            return {}
+
+    class Flat(nn.Linear):
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:  # type: ignore[override]
+            return super().forward(torch.cat([x, t[:, None]], 1).to(self.weight.dtype)).to(x.dtype)
+
+    student = Flat(3, 2, dtype=torch.bfloat16)
+    run = start(student, tmp_path, [])
+    run.trainer.train(0, STEPS * BATCH, Checked(student), Noise(), "test")
+    run.trainer.save()
+    tensors, _ = read_checkpoint(run.trainer.checkpoints.files()[-1])
+    assert tensors["ema.weight"].dtype == torch.float32
+    assert tensors["student.weight"].dtype == torch.bfloat16
+    assert seen == [{"weight": torch.bfloat16, "bias": torch.bfloat16}]
+    again = start(Flat(3, 2, dtype=torch.bfloat16), tmp_path, [])
+    assert torch.equal(again.trainer.ema.state["weight"], run.trainer.ema.state["weight"])

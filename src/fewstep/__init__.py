@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
     from fewstep.generator import Generator, load
+    from fewstep.interop.adapt import adapt
     from fewstep.interop.diffusers_networks import from_diffusers
     from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
@@ -35,6 +36,7 @@ _PUBLIC = {
     "Likelihood": "fewstep.diagnostics.likelihood",
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
+    "adapt": "fewstep.interop.adapt",
     "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
     "from_diffusers": "fewstep.interop.diffusers_networks",
@@ -60,6 +62,7 @@ __all__ = [
     "Solution",
     "UserError",
     "__version__",
+    "adapt",
     "closed_form",
     "dequantise",
     "diagnose",

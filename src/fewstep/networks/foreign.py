@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from fewstep.errors import UserError, unknown
 from fewstep.networks.two_time import Interval
 
+HALF = (torch.float16, torch.bfloat16)
 WRAPPED = "wrapped."  # prefix of the user's own parameter names in an adapter's state
 FOREIGN = "foreign"  # name of the network in a description of a module that fewstep did not build
 
@@ -83,29 +85,115 @@ class Intervals(nn.Module):
         self.layers = nn.ModuleList(Interval(width) for width in widths)
 
     @contextmanager
-    def added(self, module: nn.Module, length: Tensor) -> Iterator[None]:
-        """Within the block, the outputs of the sub-modules have their functions of ``length`` (B,) added."""
-        handles = [
-            module.get_submodule(place).register_forward_hook(_adder(layer(length)))
+    def added(self, module: nn.Module, length: Tensor) -> Iterator[nn.Module]:
+        """The module with the functions of ``length`` (B,) added to the outputs of its sub-modules.
+
+        What is yielded shares everything with ``module`` but the modules on the way to these sub-modules, which are
+        copied for this call. So a block that is computed again in the backward pass (activation checkpointing) adds
+        the interval of its own call, whatever was called since, and ``module`` itself is not changed.
+
+        Args:
+            module: the network.
+            length: ``r - t``, (B,).
+
+        Raises:
+            UserError: a sub-module was not called within the block, so that the result does not depend on r; its
+                output is no tensor (or tuple with one) of the width of the functions.
+        """
+        called: set[str] = set()
+        hooks = {
+            registered(module, place): _adder(place, layer, length, called)
             for place, layer in zip(self.places, self.layers, strict=True)
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        }
+        yield _view(module, hooks, {})
+        missing = [place for place in self.places if place not in called]
+        if missing:
+            raise UserError(
+                f"time_embed={missing[0]!r} was not called in a call of the network, so its result does not depend on "
+                "the end time r: the call must use the module it is given (m in lambda m, x, t: …), and time_embed "
+                "must name a sub-module that is called as a module and whose output is the embedding of t."
+            )
 
 
-def _adder(added: Tensor) -> Any:
-    """A forward hook that adds values (B, C) to an output (B, C), (B, T, C) or (B, C, H, W)."""
+Hook = Callable[[nn.Module, Any, Any], Any]  # a forward hook: (module, arguments, output) -> output
 
-    def hook(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-        value = added.to(output.dtype)
-        if output.ndim == 3:
-            return output + value[:, None]
-        return output + value.reshape(*value.shape, *(1,) * (output.ndim - 2))
+
+def _view(module: nn.Module, hooks: Mapping[nn.Module, Hook], made: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module itself, or a copy with the hooks if it or a module below it has one; ``made`` holds those so far."""
+    if module not in made:
+        made[module] = module
+        children = _children(module).items()
+        below = {name: None if child is None else _view(child, hooks, made) for name, child in children}
+        if module in hooks or any(below[name] is not child for name, child in children):
+            made[module] = _shallow(module, below, hooks.get(module))
+    return made[module]
+
+
+def registered(module: nn.Module, place: str) -> nn.Module:
+    """The sub-module of this name itself: within torch.export, attributes of a module are stand-ins.
+
+    Args:
+        module: any module.
+        place: name of one of its sub-modules.
+    """
+    for name in place.split("."):
+        child = _children(module)[name]
+        assert child is not None, "the place exists"
+        module = child
+    return module
+
+
+def _children(module: nn.Module) -> Mapping[str, nn.Module | None]:
+    """The registered sub-modules by name, see :func:`registered`."""
+    children: Mapping[str, nn.Module | None] = module.__dict__["_modules"]
+    return children
+
+
+def _shallow(module: nn.Module, below: Mapping[str, nn.Module | None], hook: Hook | None) -> nn.Module:
+    """A module with other sub-modules and one more hook; its parameters, buffers and all else are shared."""
+    copied: nn.Module = object.__new__(type(module))
+    copied.__dict__.update(module.__dict__)
+    own = OrderedDict(module._forward_hooks) if hook is None else OrderedDict({**module._forward_hooks, -1: hook})
+    # a compiled call would call the former sub-modules
+    copied.__dict__.update(_modules=dict(below), _forward_hooks=own, _compiled_call_impl=None)
+    return copied
+
+
+def _adder(place: str, layer: nn.Module, length: Tensor, called: set[str]) -> Hook:
+    """A forward hook that adds ``layer(length)`` to an output, or to the first entry of its width of a tuple."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        called.add(place)
+        value = layer(length)
+        parts = list(output) if isinstance(output, (tuple, list)) else [output]
+        fits = [number for number, part in enumerate(parts) if _takes(part, value)]
+        if not fits:
+            shapes = ", ".join(str(tuple(p.shape)) if isinstance(p, Tensor) else type(p).__name__ for p in parts)
+            raise UserError(
+                f"the output of time_embed={place!r} ({shapes}) is not the embedding of {len(value)} times in "
+                f"{value.shape[1]} numbers, (B, {value.shape[1]}): name the sub-module, or the linear layer, whose "
+                "output is that."
+            )
+        parts[fits[0]] = _plus(parts[fits[0]], value)
+        return type(output)(parts) if isinstance(output, (tuple, list)) else parts[0]
 
     return hook
+
+
+def _takes(output: Any, value: Tensor) -> bool:
+    """Whether values (B, C) can be added to an output (B, C), (B, T, C) or (B, C, H, W)."""
+    if not isinstance(output, Tensor) or output.ndim < 2:
+        return False
+    width = output.shape[1] if output.ndim > 3 else output.shape[-1]
+    return width == value.shape[1] and output.shape[0] in (1, value.shape[0])
+
+
+def _plus(output: Tensor, value: Tensor) -> Tensor:
+    """Values (B, C) added to an output (B, C), (B, T, C) or (B, C, H, W)."""
+    value = value.to(output.dtype)
+    if output.ndim == 3:
+        return output + value[:, None]
+    return output + value.reshape(*value.shape, *(1,) * (output.ndim - 2))
 
 
 def embedding_width(module: nn.Module, place: str) -> int:
@@ -149,10 +237,18 @@ def trainable_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
         module: the network.
         two_time: whether the copy is to take an end time; only a foreign network can be changed so.
     """
-    new_form = two_time and isinstance(module, Foreign) and not module.two_time
-    made: nn.Module = module.with_interval() if new_form and isinstance(module, Foreign) else copy.deepcopy(module)
-    made.requires_grad_(True)
+    made: nn.Module
+    if two_time and isinstance(module, Foreign) and not module.two_time:
+        made = module.with_interval()
+    else:
+        made = copy.deepcopy(module)
     for parameter in made.parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
+        if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
+        # an integer parameter, as quantised networks have, cannot have a gradient
+        parameter.requires_grad_(parameter.is_floating_point() or parameter.is_complex())
+    for owner in made.modules():
+        for name, buffer in owner._buffers.items():
+            if buffer is not None and buffer.dtype in HALF:
+                owner._buffers[name] = buffer.float()
     return made

@@ -164,7 +164,7 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
             trainer.save(keep=1 if last else 2)
         except Collapse as collapse:
             raise keep_best(run, stage, plan, config, collapse, objective) from collapse
-        save_student(run, stage.folder if last else kept, trainer.ema.state, plan, config)
+        save_student(run, stage.folder if last else kept, trainer.ema.weights(), plan, config)
         run.world.barrier()
         if not last:
             previous = as_teacher(run.open_model(kept), f"{stage.name}, {phase.name}")

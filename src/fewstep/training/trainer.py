@@ -312,7 +312,7 @@ class Trainer:
         before, now = position.phase_samples - self.options.batch_size, min(position.phase_samples, samples)
         if before * objective.checks // samples == now * objective.checks // samples:
             return
-        found = objective.check(self.ema.state)
+        found = objective.check(self.ema.weights())
         self.log({"phase": position.phase, "samples": position.total_samples, "step": position.step, "check": found})
 
     def _agree(self, role: str, norm: float, values: dict[str, float]) -> tuple[float, dict[str, float]]:
