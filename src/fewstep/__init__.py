@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.data.stream import stream
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
+    from fewstep.diagnostics.check_velocity import check_velocity
+    from fewstep.diagnostics.diagnose import Diagnosis, diagnose
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
     from fewstep.diagnostics.tune import tune, tuning_cost
@@ -38,6 +40,7 @@ _PUBLIC = {
     "UserError": "fewstep.errors",
     "adapt": "fewstep.interop.adapt",
     "dequantise": "fewstep.diagnostics.likelihood",
+    "check_velocity": "fewstep.diagnostics.check_velocity",
     "diagnose": "fewstep.diagnostics.diagnose",
     "from_diffusers": "fewstep.interop.diffusers_networks",
     "diagnosis_cost": "fewstep.diagnostics.diagnose",
@@ -63,6 +66,7 @@ __all__ = [
     "UserError",
     "__version__",
     "adapt",
+    "check_velocity",
     "closed_form",
     "dequantise",
     "diagnose",
