@@ -15,9 +15,8 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
     from fewstep.data.stream import stream
-    from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
     from fewstep.diagnostics.check_velocity import check_velocity
-    from fewstep.diagnostics.diagnose import Diagnosis, diagnose
+    from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
     from fewstep.diagnostics.likelihood import Likelihood, dequantise, log_likelihood
     from fewstep.diagnostics.pick import Choice
     from fewstep.diagnostics.tune import tune, tuning_cost
@@ -39,17 +38,17 @@ _PUBLIC = {
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
     "adapt": "fewstep.interop.adapt",
-    "dequantise": "fewstep.diagnostics.likelihood",
     "check_velocity": "fewstep.diagnostics.check_velocity",
+    "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
-    "from_diffusers": "fewstep.interop.diffusers_networks",
     "diagnosis_cost": "fewstep.diagnostics.diagnose",
+    "from_diffusers": "fewstep.interop.diffusers_networks",
     "invert": "fewstep.solvers.solve",
     "load": "fewstep.generator",
     "log_likelihood": "fewstep.diagnostics.likelihood",
     "solve": "fewstep.solvers.solve",
-    "train": "fewstep.pipeline.train",
     "stream": "fewstep.data.stream",
+    "train": "fewstep.pipeline.train",
     "tune": "fewstep.diagnostics.tune",
     "tuning_cost": "fewstep.diagnostics.tune",
     "verdict": "fewstep.diagnostics.verdict",
@@ -70,8 +69,8 @@ __all__ = [
     "closed_form",
     "dequantise",
     "diagnose",
-    "from_diffusers",
     "diagnosis_cost",
+    "from_diffusers",
     "invert",
     "load",
     "log_likelihood",
