@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from fewstep.diagnostics.verdict import verdict
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
-    from fewstep.generator import Generator, load
+    from fewstep.generator import Generator
     from fewstep.interop.adapt import adapt
     from fewstep.interop.diffusers_networks import from_diffusers
+    from fewstep.interop.open_model import load
     from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
 
@@ -44,7 +45,7 @@ _PUBLIC = {
     "diagnosis_cost": "fewstep.diagnostics.diagnose",
     "from_diffusers": "fewstep.interop.diffusers_networks",
     "invert": "fewstep.solvers.solve",
-    "load": "fewstep.generator",
+    "load": "fewstep.interop.open_model",
     "log_likelihood": "fewstep.diagnostics.likelihood",
     "solve": "fewstep.solvers.solve",
     "stream": "fewstep.data.stream",

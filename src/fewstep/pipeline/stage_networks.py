@@ -104,12 +104,29 @@ def build_network(network: Mapping[str, Any]) -> nn.Module:
 def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether the weights of network ``one`` can be loaded into network ``other``.
 
-    Dropout may differ, because it has no weights; and ``other`` may be the two-time form of ``one``.
+    Dropout may differ, because it has no weights; and ``other`` may be the two-time form of ``one``. Of a network from
+    outside the class's own name counts: the module that it is defined in has another name when it runs as a program.
     """
     if one.get("two_time") and not other.get("two_time"):
         return False
-    free = {"dropout": None, "two_time": None}
-    return {**one, **free} == {**other, **free}
+    return _comparable(one) == _comparable(other)
+
+
+def _comparable(network: Mapping[str, Any]) -> dict[str, Any]:
+    own = {"module": str(network["module"]).rpartition(".")[2]} if "module" in network else {}
+    return {**network, **own, "dropout": None, "two_time": None}
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In which entry the descriptions of two networks from outside differ, in words; empty where they do not.
+
+    Args:
+        found: of the network that was given.
+        wanted: of the network that the model was made with.
+    """
+    one, other = _comparable(found), _comparable(wanted)
+    keys = [key for key in {**other, **one} if one.get(key) != other.get(key)]
+    return f"{keys[0]} {found.get(keys[0])!r} and not {wanted.get(keys[0])!r}" if keys else ""
 
 
 def share_of_teacher(
