@@ -120,9 +120,9 @@ def _loose(name: str, given: Mapping[str, Any], num: int) -> dict[str, Tensor]:
     """Conditions of a model whose conditions are not recorded: their number of rows is checked."""
     found = {what: torch.as_tensor(value) for what, value in given.items()}
     for what, rows in found.items():
-        if rows.ndim == 0 or len(rows) != num:
+        if rows.ndim == 0 or len(rows) not in (1, num):
             raise UserError(
                 f"the condition {what!r} has shape {tuple(rows.shape)}, and {num} samples of {name!r} need one row "
-                "each."
+                "each, or one for all, (1, ...)."
             )
-    return found
+    return {what: rows.expand(num, *rows.shape[1:]) for what, rows in found.items()}
