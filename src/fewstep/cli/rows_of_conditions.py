@@ -31,14 +31,13 @@ def read_rows(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"--cond {path}: there is no such file: {FIX}.")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
-                raise UserError(f"--cond {path} holds one array without a name: {FIX}.")
-            arrays = {name: np.asarray(file[name]) for name in file.files if name != "x"}
+        file = np.load(path, allow_pickle=False)
+        named = isinstance(file, np.lib.npyio.NpzFile)
+        arrays = {name: np.asarray(file[name]) for name in file.files if name != "x"} if named else {}
     except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"--cond {path} cannot be read as arrays by name ({error}): {FIX}.") from error
+    if not named:
+        raise UserError(f"--cond {path} holds one array without a name: {FIX}.")
     wrong = [name for name, rows in arrays.items() if rows.dtype.kind not in "biuf" and name != LABEL]
     if wrong or not arrays:
         what = f"{wrong[0]!r} of dtype {arrays[wrong[0]].dtype}" if wrong else "no conditions"

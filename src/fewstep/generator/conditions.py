@@ -66,6 +66,8 @@ def draw_conditions(
     if not config.conditions:
         labels = draw_labels(config, name, num, label, seed)
         return {**_loose(name, given, num), **({} if labels is None else {LABEL: labels})}
+    if label is not None and not config.class_weights:
+        draw_labels(config, name, num, label, seed)  # refuses it
     names = [*([LABEL] if config.class_weights else []), *config.conditions]
     if not given and label is None:
         return _drawn(kept, name, names, num, seed)

@@ -96,8 +96,14 @@ class Run:
         if chosen in self.given:
             return dict(self.given[chosen].config.network or {})
         folder = Path(chosen)
-        config = self.model(folder).config if is_diffusers_folder(folder) else read_config(folder)
-        return dict(config.network or {})
+        if is_diffusers_folder(folder):
+            return dict(self.model(folder).config.network or {})
+        network = dict(read_config(folder).network or {})
+        if network.get("name") != FOREIGN:
+            return network
+        # as it is declared now: what replaces a condition may have been said since
+        declared = {**self.prototype(network).describe(), "two_time": bool(network.get("two_time"))}
+        return declared if network.get("two_time") else {k: v for k, v in declared.items() if k != "two_time"}
 
     def prototype(self, network: Mapping[str, Any]) -> Foreign:
         """The network from outside that a description belongs to.

@@ -1,7 +1,7 @@
 """Samples of every model at every step count, from the same seeds: strips of images, or panels of points.
 
-All images of a column have the same base noise, and the same class and conditions where models take them. Vectors of more than
-two entries are shown in the plane of the first two principal components of the training data.
+All images of a column have the same base noise, and the same class and conditions where models take them. Vectors of
+more than two entries are shown in the plane of the first two principal components of the training data.
 """
 
 from __future__ import annotations
