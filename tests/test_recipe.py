@@ -9,7 +9,8 @@ import yaml
 
 from fewstep.errors import UserError
 from fewstep.methods.reflow import ReflowOptions
-from fewstep.pipeline.recipe import apply_change, find_recipe, load_recipe, make_recipe, parse_yaml
+from fewstep.pipeline.recipe import apply_change, find_recipe, load_recipe, make_recipe
+from fewstep.pipeline.recipe_text import parse_yaml
 
 FIELDS = {
     "data": "moons",

@@ -24,6 +24,7 @@ from fewstep.errors import UserError
 from fewstep.flow.noise import noise_rows
 from fewstep.methods.contract.objective import Objective
 from fewstep.metrics import evaluate
+from fewstep.networks import parameter_count
 from fewstep.pipeline import bf16_speed, dry, timing
 from fewstep.pipeline.opening import open_run
 from fewstep.pipeline.recipe import load_recipe, make_recipe
@@ -263,6 +264,10 @@ def test_a_plan_times_fp32_where_bf16_is_slow_and_says_so(tmp_path: Path, emulat
     assert [work.bf16 for work in timed] == [False]
 
 
+def no_conditions(count: int) -> dict[str, Tensor]:
+    return {}
+
+
 class Slow(nn.Module):
     """A network whose call takes ``fixed + each * rows`` seconds of a clock that the test owns."""
 
@@ -286,8 +291,11 @@ def test_timing_keeps_its_budget_and_extrapolates_to_the_whole_batch(
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now, process_time=lambda: clock.now))
     nets = [Slow(clock, fixed, each) for _ in range(3)]
     waiting = iter(nets)
-    monkeypatch.setattr(timing, "blank_network", lambda network: next(waiting))
-    works = {str(k): TimedNetwork({}, (2,), 256, timed=True, device=torch.device("cpu"), bf16=False) for k in range(3)}
+    cpu = torch.device("cpu")
+    works = {
+        str(k): TimedNetwork(lambda: next(waiting), no_conditions, (2,), 256, timed=True, device=cpu, bf16=False)
+        for k in range(3)
+    }
     found = time_networks(works, 2.5)
     assert clock.now <= 2.5 + fixed + each  # at most one smallest batch longer
     for found_one, net in zip(found.values(), nets, strict=True):
@@ -309,8 +317,9 @@ def test_what_the_first_step_sets_up_is_not_taken_for_its_time(monkeypatch: pyte
             clock.now += 0.0 if self.rows else 1.0
             return super().forward(x, t)
 
-    monkeypatch.setattr(timing, "blank_network", lambda network: First(clock, 1e-3, 1e-5))
-    work = TimedNetwork({}, (2,), 256, timed=True, device=torch.device("cpu"), bf16=False)
+    cpu = torch.device("cpu")
+    build = lambda: First(clock, 1e-3, 1e-5)  # noqa: E731
+    work = TimedNetwork(build, no_conditions, (2,), 256, timed=True, device=cpu, bf16=False)
     assert work.measure(0.5).trained(1) == pytest.approx(1e-3 + 1e-5, rel=1e-6)
 
 
@@ -326,7 +335,7 @@ def test_equal_networks_are_timed_once_and_finished_stages_not_at_all(
     monkeypatch.setattr(TimedNetwork, "measure", measure)
     recipe = tiny_run.parent / "tiny.yaml"
     said = quietly("run", recipe, "--out", tmp_path / "out", "--dry", "--set", "stages.onestep.network.width=32")
-    assert [work.network["width"] for work in timed] != [32]
+    assert len({parameter_count(work.build()) for work in timed}) == 2
     assert len(timed) == 2  # teacher and straight are equal
     assert f"{12_000 * 0.06 * dry.OVERHEAD / 60:.1f}" in said
     timed.clear()

@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from fewstep.diagnostics.verdict import verdict
     from fewstep.errors import UserError
     from fewstep.flow.field import Guided
-    from fewstep.generator import Generator, load
+    from fewstep.generator import Generator
     from fewstep.interop.adapt import adapt
     from fewstep.interop.diffusers_networks import from_diffusers
     from fewstep.interop.lora import lora
+    from fewstep.interop.open_model import load
     from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
 
@@ -39,18 +40,18 @@ _PUBLIC = {
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
     "adapt": "fewstep.interop.adapt",
-    "dequantise": "fewstep.diagnostics.likelihood",
     "check_velocity": "fewstep.diagnostics.check_velocity",
+    "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
     "diagnosis_cost": "fewstep.diagnostics.diagnose",
     "from_diffusers": "fewstep.interop.diffusers_networks",
     "invert": "fewstep.solvers.solve",
-    "load": "fewstep.generator",
+    "load": "fewstep.interop.open_model",
     "log_likelihood": "fewstep.diagnostics.likelihood",
     "lora": "fewstep.interop.lora",
     "solve": "fewstep.solvers.solve",
-    "train": "fewstep.pipeline.train",
     "stream": "fewstep.data.stream",
+    "train": "fewstep.pipeline.train",
     "tune": "fewstep.diagnostics.tune",
     "tuning_cost": "fewstep.diagnostics.tune",
     "verdict": "fewstep.diagnostics.verdict",

@@ -54,6 +54,9 @@ WHOLE = number(int, "a whole number")
 NUMBER = number(float, "a number")
 
 
+MODULE = option("FILE.py:NAME", "none")
+
+
 @dataclass(frozen=True)
 class Demo:
     """Arguments of ``demo``."""
@@ -76,6 +79,8 @@ class Run:
     """change a recipe's value, e.g. --set stages.teacher.samples=100000"""
     dry: Annotated[tyro.conf.FlagCreatePairsOff[bool], tyro.conf.arg(help_behavior_hint="")] = False
     """show stages, network calls and estimated minutes without running them"""
+    module: Annotated[str | None, MODULE] = None
+    """a function of yours that makes the network of stages that name none: its code is run"""
 
 
 @dataclass(frozen=True)
@@ -83,7 +88,7 @@ class Sample:
     """Arguments of ``sample``."""
 
     model: Annotated[Path, tyro.conf.Positional, option("MODEL")]
-    """a model's folder"""
+    """a model's folder, of fewstep or of diffusers"""
     num: Annotated[int, WHOLE, option("N")]
     """number of samples"""
     out: Annotated[Path, option("FILE")]
@@ -98,12 +103,16 @@ class Sample:
     """class of every sample"""
     guidance: Annotated[float | None, NUMBER, option("W", "none")] = None
     """guidance weight of a conditional velocity model"""
+    cond: Annotated[Path | None, option("FILE.npz", "drawn from rows of the training data")] = None
+    """the network's conditions by name, one row per sample or one row for all"""
     seed: Annotated[int, WHOLE] = 0
     """seed; sample i depends on the seed and i only"""
     batch_size: Annotated[int, WHOLE, option("N")] = 256
     """rows per network call; does not change the samples"""
     minutes: Annotated[float | None, NUMBER, option("M", "no limit")] = None
     """with --solver auto or fitted: spend about so long at most on finding the sampler"""
+    module: Annotated[str | None, MODULE] = None
+    """a function of yours that makes the network of a model saved with one of your own: its code is run"""
 
 
 @dataclass(frozen=True)
@@ -111,7 +120,7 @@ class Diagnose:
     """Arguments of ``diagnose``."""
 
     model: Annotated[Path, tyro.conf.Positional, option("MODEL")]
-    """a velocity model's folder"""
+    """a velocity model's folder, of fewstep or of diffusers"""
     out: Annotated[Path | None, option("DIR", "print only")] = None
     """also write diagnosis.json here"""
     num: Annotated[int, WHOLE, option("N")] = 256
@@ -124,6 +133,8 @@ class Diagnose:
     """seed of the noise samples"""
     minutes: Annotated[float | None, NUMBER, option("M", "no limit")] = None
     """spend about so long at most on the measures and on choosing solvers, with fewer noises and coarser references"""
+    module: Annotated[str | None, MODULE] = None
+    """a function of yours that makes the network of a model saved with one of your own: its code is run"""
 
 
 @dataclass(frozen=True)
@@ -131,9 +142,9 @@ class Compare:
     """Arguments of ``compare``."""
 
     models: Annotated[tuple[Path, ...], tyro.conf.Positional, option("MODEL...", "")]
-    """folders of models, one or more"""
+    """folders of models, of fewstep or of diffusers, one or more"""
     data: Annotated[str, option("DATA")]
-    """a built-in name or a path"""
+    """a built-in name, a path, or a recipe's mapping: '{path: rows.npz, conditions: [obs]}'"""
     steps: Annotated[str, option("K,K,...")] = "1,2,4,8"
     """step counts for velocity models"""
     solver: Annotated[str | None, option("NAME", "each model's own")] = None
@@ -148,6 +159,22 @@ class Compare:
     """seed of the samples"""
     out: Annotated[Path | None, option("DIR", "print only")] = None
     """also write compare.json, compare.md and report.html here"""
+    module: Annotated[str | None, MODULE] = None
+    """a function of yours that makes the network of a model saved with one of your own: its code is run"""
+
+
+@dataclass(frozen=True)
+class Check:
+    """Arguments of ``check``."""
+
+    model: Annotated[Path, tyro.conf.Positional, option("MODEL")]
+    """a velocity model's folder, of fewstep or of diffusers, or FILE.py:NAME, a function that makes the network"""
+    data: Annotated[str, option("DATA")]
+    """the data that it was trained on: a built-in name or a path"""
+    seed: Annotated[int, WHOLE] = 0
+    """seed of the rows, the noise and the times"""
+    module: Annotated[str | None, MODULE] = None
+    """a function of yours that makes the network of a model saved with one of your own: its code is run"""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fewstep.data.load import load_data
+from fewstep.data.dataset import LABEL, DataSet
 from fewstep.diagnostics.diagnosis import Diagnosis
 from fewstep.diagnostics.likelihood import dequantise, log_likelihood
 from fewstep.diagnostics.pick import Choice
@@ -67,12 +67,12 @@ def conclusions(model: Generator, d: Diagnosis, found: Sequence[Choice]) -> list
     return [*lines, f"Best solvers by a pilot run: {', '.join(best)} calls."] if best else lines
 
 
-def likelihood(model: Generator, source: str, seed: int) -> tuple[list[str], dict[str, Any]]:
+def likelihood(model: Generator, data: DataSet, seed: int) -> tuple[list[str], dict[str, Any]]:
     """Log-likelihood of held-out rows, and bits per dimension for discrete data.
 
     Args:
         model: a velocity model with a Gaussian base.
-        source: a built-in name or a path.
+        data: the data that it was trained on.
         seed: seed of dequantisation and of the divergence estimate.
 
     Returns:
@@ -81,7 +81,7 @@ def likelihood(model: Generator, source: str, seed: int) -> tuple[list[str], dic
     Raises:
         UserError: the data or the model do not fit.
     """
-    data = load_data(source)
+    source = repr(data.name)
     if data.shape != model.config.shape:
         raise UserError(
             f"{source} has rows of shape {data.shape}, and the model makes samples of shape {model.config.shape}. "
@@ -98,15 +98,20 @@ def likelihood(model: Generator, source: str, seed: int) -> tuple[list[str], dic
         raise UserError(
             f"{source} does not have the labels of {model.name!r}: the likelihood is conditional on the label."
         )
+    names = (*((LABEL,) if model.conditional else ()), *model.config.conditions)
+    if missing := [name for name in names if name not in data.condition_names]:
+        raise UserError(
+            f"{source} does not have the condition {missing[0]!r} of {model.name!r}: the likelihood is conditional on "
+            f"it. Name it with the data, --data '{{path: FILE, conditions: [{missing[0]}]}}'."
+        )
     rows = data.held_out if len(data.held_out) else data.train
     rows = rows[: min(MAX_LIKELIHOOD_ROWS, len(rows))]
     x = data.network_rows(rows).double()
     if data.quantum is not None:
         # dequantise adds noise from 0 to one quantum, and values are the centres of their cells
         x = dequantise(x, data.quantum, seed=seed) - data.quantum / 2
-    labels = data.label_rows(rows) if model.conditional else None
-    cond = {} if labels is None else {"label": labels.to(model.device)}
-    found = log_likelihood(model.module, x.to(model.device, model.dtype), cond=cond, seed=seed)
+    cond = {name: value.to(model.device) for name, value in data.cond_rows(rows, names).items()}
+    found = log_likelihood(model.module, x.to(model.device, model.dtype), cond=cond, seed=seed, mask=model.config.mask)
     bits = None if data.quantum is None else found.bits_per_dim(data.quantum)
     nats, error = float(found.nats_per_dim.mean()), found.nats_per_dim_error
     lines = [f"log-likelihood   {nats:.4f} ± {error:.2g} nats per dimension, {len(rows)} held-out rows, network units"]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, final
 
-from fewstep.cli.arguments import Compare, Demo, Diagnose, Doctor, List, Run, Sample
+from fewstep.cli.arguments import Check, Compare, Demo, Diagnose, Doctor, List, Run, Sample
 
 
 @final
@@ -16,19 +16,21 @@ class Verb:
     """A verb of the command line.
 
     Attributes:
-        arguments: dataclass of its arguments; its name in lower case is the function in :mod:`fewstep.cli.work`.
+        arguments: dataclass of its arguments; its name in lower case is the function that runs it.
         summary: one line for ``fewstep --help``.
         more: further sentences for ``fewstep VERB --help``.
+        place: the module with the function.
     """
 
     arguments: type[Any]
     summary: str
     more: str = ""
+    place: str = "fewstep.cli.work"
 
     @property
     def run(self) -> Callable[[Any], int]:
         """The function that runs the verb; importing it loads torch."""
-        work = importlib.import_module("fewstep.cli.work")
+        work = importlib.import_module(self.place)
         function: Callable[[Any], int] = getattr(work, self.arguments.__name__.lower())
         return function
 
@@ -44,7 +46,13 @@ VERBS: dict[str, Verb] = {
     "diagnose": Verb(
         Diagnose, "straightness, curvature, error and stiffness along t; the best solver and grid; conclusions"
     ),
+    "check": Verb(
+        Check,
+        "whether a network is the velocity of the flow to the data, and the likely fix where it is not",
+        "Exit code 0: no fault was found; 1: faults were found.",
+        place="fewstep.cli.check_verb",
+    ),
     "compare": Verb(Compare, "quality, network calls and time of several models side by side"),
-    "list": Verb(List, "list the methods, solvers, data, networks, grids or recipes"),
+    "list": Verb(List, "list the methods, solvers, data, networks, grids or recipes", place="fewstep.cli.catalogue"),
     "doctor": Verb(Doctor, "versions, device, threads and bf16 speed of this machine"),
 }

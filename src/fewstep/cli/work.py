@@ -7,15 +7,15 @@ Each takes the options of its verb, prints its results, returns the exit code 0,
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from fewstep.cli import arguments
-from fewstep.errors import UserError, unknown
+from fewstep.errors import UserError
 from fewstep.store.files import atomic_file, make_folder, write_array, write_json
 from fewstep.training.world import LocalWorld, default_device, set_threads
 
@@ -40,6 +40,7 @@ def demo(options: arguments.Demo) -> int:
 
 def run(options: arguments.Run) -> int:
     """Run the stages of a recipe, compare their models and write the report; 1 when a stage has collapsed."""
+    from fewstep.cli.open_models import foreign_network
     from fewstep.pipeline.dry import show_plan
     from fewstep.pipeline.finish import finish_run
     from fewstep.pipeline.opening import open_run
@@ -50,12 +51,13 @@ def run(options: arguments.Run) -> int:
     recipe = load_recipe(options.recipe, options.set)
     out = options.out or Path("runs") / Path(options.recipe).stem
     check_writable(out)
+    foreign = foreign_network(options.module)
     if options.dry:
-        print(show_plan(recipe, out))
+        print(show_plan(recipe, out, foreign))
         print("next:   the same command without --dry")
         return 0
     world = LocalWorld()
-    opened = open_run(recipe, out, world)
+    opened = open_run(recipe, out, world, foreign)
     outcome = run_stages(opened)
     if world.rank == 0:
         report = finish_run(opened, outcome)
@@ -89,19 +91,21 @@ def sample(options: arguments.Sample) -> int:
     """Draw samples and write them to a file."""
     from fewstep.cli import diagnosis_text as diagnosis
     from fewstep.cli.estimates import find_sampler
+    from fewstep.cli.open_models import open_model
+    from fewstep.cli.rows_of_conditions import model_conditions, read_rows
     from fewstep.diagnostics.tune import KINDS
-    from fewstep.generator import load
     from fewstep.generator.choose import TUNED_CALLS, choose
 
     set_threads()
     write = writer(options.out)
-    model = load(options.model, device=default_device())
+    cond = None if options.cond is None else read_rows(options.cond)
+    model = open_model(options.model, options.module)
     if options.solver in KINDS:
         choose(model.config, model.name, options.solver, options.grid, options.steps)  # refuses before it costs time
         find_sampler(model, options.steps or TUNED_CALLS, options.solver, options.guidance, options.minutes)
     elif options.minutes is not None:
         raise UserError("--minutes limits the search for a sampler: give it with --solver auto or --solver fitted.")
-    x = model.sample(
+    draw = model.draw(
         options.num,
         steps=options.steps,
         solver=options.solver,
@@ -109,9 +113,11 @@ def sample(options: arguments.Sample) -> int:
         label=options.label,
         guidance=options.guidance,
         seed=options.seed,
+        cond=cond,
         batch_size=options.batch_size,
     )
-    write(x, model)
+    x = model.to_data(draw.x)
+    write(x, model, model_conditions(model, draw.cond))
     print(f"wrote {options.out}: {len(x)} samples of shape {tuple(x.shape[1:])}, in the data's units")
     if options.solver in KINDS:
         choice = model.known_sampler(options.steps or TUNED_CALLS, options.solver, options.guidance)
@@ -121,8 +127,10 @@ def sample(options: arguments.Sample) -> int:
     return 0
 
 
-def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
+def writer(path: Path) -> Callable[[torch.Tensor, Generator, Mapping[str, Any]], None]:
     """Check a file's name before sampling and return the function that writes samples to it.
+
+    A ``.npz`` file also holds the conditions of the samples, by name.
 
     Raises:
         UserError: the path is a folder, cannot be written to, or does not end in .npy, .npz or .png.
@@ -136,12 +144,12 @@ def writer(path: Path) -> Callable[[torch.Tensor, Generator], None]:
         )
     check_writable(path.parent)
 
-    def write(x: torch.Tensor, model: Generator) -> None:
+    def write(x: torch.Tensor, model: Generator, cond: Mapping[str, Any]) -> None:
         if suffix == ".npy":
             write_array(path, x.numpy())
         elif suffix == ".npz":
             with atomic_file(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, x=x.numpy())
+                np.savez(file, x=x.numpy(), **cond)
         else:
             from fewstep.report import write_sheet
 
@@ -156,14 +164,16 @@ def diagnose(options: arguments.Diagnose) -> int:
     """Measure a velocity model along its trajectories, and choose its best solvers and grids."""
     from fewstep.cli import diagnosis_text as diagnosis
     from fewstep.cli.estimates import find_samplers, of_diagnosis
+    from fewstep.cli.named_data import named_data
+    from fewstep.cli.open_models import open_model
     from fewstep.diagnostics.diagnose import diagnose as measure
-    from fewstep.generator import load
 
     set_threads()
     if options.num < 2:
         raise UserError(f"--num must be at least 2, got {options.num}.")
     calls = [] if options.calls == "none" else number_list("--calls", options.calls)
-    model = load(options.model, device=default_device())
+    data = None if options.data is None else named_data(options.data)
+    model = open_model(options.model, options.module, data)
     if model.config.rule.kind != "velocity":
         raise UserError(
             f"{options.model} is a one-step map and has no velocity along t: diagnose the flow it was distilled from."
@@ -178,7 +188,7 @@ def diagnose(options: arguments.Diagnose) -> int:
     with estimates.next() as limits:
         d = measure(model.module, x0, cond=cond, **limits)
     print("\n".join(diagnosis.measures(d)), flush=True)
-    lines, values = diagnosis.likelihood(model, options.data, options.seed) if options.data else ([], None)
+    lines, values = diagnosis.likelihood(model, data, options.seed) if data else ([], None)
     for line in lines:
         print(line, flush=True)
     found = find_samplers(model, calls, estimates)
@@ -196,8 +206,8 @@ def diagnose(options: arguments.Diagnose) -> int:
 
 def compare(options: arguments.Compare) -> int:
     """Compare models on data."""
-    from fewstep.data.load import load_data
-    from fewstep.generator import load
+    from fewstep.cli.named_data import named_data
+    from fewstep.cli.open_models import open_models
     from fewstep.pipeline.compare import compare as measure
     from fewstep.pipeline.compare import name_apart, table
     from fewstep.pipeline.feature_checks import find_judge, models_among
@@ -213,9 +223,9 @@ def compare(options: arguments.Compare) -> int:
     for folder in options.models:
         if folder not in folders:
             print(f"  {folder} holds features, not a model to compare: use it with --features {folder}")
-    models = [load(folder, device=default_device()) for folder in folders]
+    data = named_data(options.data)
+    models = open_models(folders, options.module, data)
     name_apart(models, folders)
-    data = load_data(options.data)
     result = measure(
         models,
         data,
@@ -252,100 +262,6 @@ def number_list(option: str, text: str) -> Sequence[int]:
     if min(numbers) < 1:
         raise UserError(f"{option} {text!r}: every number must be at least 1.")
     return numbers
-
-
-def list(options: arguments.List) -> int:
-    """Print the names of one kind, each with one line."""
-    if options.what not in arguments.LISTS:
-        raise unknown("list", options.what, arguments.LISTS)
-    if options.table is not None:
-        return show_table(options)
-    if (options.steps, options.grid, options.path) != (None, None, None):
-        raise UserError("--steps, --grid and --path belong to --table: fewstep list solvers --table heun --steps 4.")
-    for name, text in catalogue(options.what):
-        first, *more = text.splitlines() or [""]
-        print("\n".join([f"{name:20} {first}".rstrip(), *(f"    {line}" for line in more)]))
-    if options.what == "solvers":
-        from fewstep.solvers.show import NOTATION
-
-        print(f"\n{NOTATION}")
-    print(f"\nnext  {NEXT[options.what]}")
-    return 0
-
-
-def show_table(options: arguments.List) -> int:
-    """Print a solver's rows on a grid."""
-    from fewstep.flow.grids import explicit_times, make_grid
-    from fewstep.flow.paths import make_path
-    from fewstep.solvers.show import rows
-    from fewstep.solvers.tables import table
-
-    if options.what != "solvers":
-        raise UserError(f"--table belongs to solvers: write fewstep list solvers --table {options.table}.")
-    assert options.table is not None
-    spec = options.grid or "uniform"
-    steps = options.steps if options.steps is not None or explicit_times(spec) is not None else 4
-    path = options.path or "linear"
-    made = table(options.table, make_grid(spec, steps), make_path(path))
-    print(f"{options.table} on {spec}, {len(made.grid) - 1} steps, {path} path: {len(made.times)} network calls\n")
-    print("\n".join(rows(made)))
-    print(f"\nnext  {NEXT['solvers']}")
-    return 0
-
-
-NEXT = {
-    "methods": "name one in a recipe's stage, as in 'fewstep list recipes'",
-    "solvers": "fewstep sample MODEL --num 64 --solver NAME --steps 8 --out x.npy",
-    "data": "name one, or a path, under 'data' in a recipe",
-    "networks": "name one under 'network' in a recipe: {name: NAME, preset: PRESET}",
-    "grids": "fewstep sample MODEL --num 64 --grid NAME --steps 8 --out x.npy",
-    "recipes": "fewstep run NAME --dry shows its stages, network calls and estimated minutes",
-}
-
-
-def catalogue(what: str) -> Sequence[tuple[str, str]]:
-    """The names of a kind, each with one line."""
-    if what == "methods":
-        from fewstep.methods.registry import METHODS
-
-        return [(name, f"{spec.summary} (needs {spec.learns_from})") for name, spec in METHODS.items()]
-    if what == "solvers":
-        return solver_entries()
-    if what == "grids":
-        from fewstep.flow.grids import FROM_MODEL, GRIDS
-
-        named = [(name, (f.__doc__ or "").splitlines()[0].replace("``", "")) for name, f in GRIDS.items()]
-        return [*named, *FROM_MODEL.items()]
-    if what == "networks":
-        from fewstep.networks import NETWORKS
-
-        return [(name, "presets " + ", ".join(n.presets)) for name, n in NETWORKS.items()]
-    if what == "recipes":
-        from fewstep.pipeline.recipe import shipped_recipes
-
-        return [(name, str(path)) for name, path in shipped_recipes().items()]
-    from fewstep.data.builtin import DATA
-
-    return [
-        *((name, entry.description) for name, entry in DATA.items()),
-        ("PATH", ".npy, .npz, idx (.gz) or a folder of images"),
-    ]
-
-
-def solver_entries() -> Sequence[tuple[str, str]]:
-    """Every name that ``--solver`` takes: order, network calls, source and formula."""
-    from fewstep.solvers.adaptive import ADAPTIVE
-    from fewstep.solvers.show import entries, text
-
-    pair, order = ADAPTIVE["rk45"], "adaptive, order 5(4)"
-    linear = "y_j = a_j x_0 + sum_(k<j) b_jk v(y_k, t_k); t_j, a_j, b_jk minimise the error of the end points"
-    return [
-        *entries(),
-        ("rk45", text(order, f"{pair.formula}; a step size per sample; rk45:1e-4 sets the tolerance", pair.source)),
-        ("dopri5", text(order, "as rk45, one step size per batch, by torchdiffeq (extra 'adaptive')", pair.source)),
-        ("fitted", text("fitted to the model", linear, "arXiv:2403.01329")),
-        ("auto", "the most accurate of these solvers on the model, with its grid"),
-    ]
 
 
 def doctor(options: arguments.Doctor) -> int:

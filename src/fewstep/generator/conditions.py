@@ -66,6 +66,8 @@ def draw_conditions(
     if not config.conditions:
         labels = draw_labels(config, name, num, label, seed)
         return {**_loose(name, given, num), **({} if labels is None else {LABEL: labels})}
+    if label is not None and not config.class_weights:
+        draw_labels(config, name, num, label, seed)  # refuses it
     names = [*([LABEL] if config.class_weights else []), *config.conditions]
     if not given and label is None:
         return _drawn(kept, name, names, num, seed)
@@ -120,9 +122,9 @@ def _loose(name: str, given: Mapping[str, Any], num: int) -> dict[str, Tensor]:
     """Conditions of a model whose conditions are not recorded: their number of rows is checked."""
     found = {what: torch.as_tensor(value) for what, value in given.items()}
     for what, rows in found.items():
-        if rows.ndim == 0 or len(rows) != num:
+        if rows.ndim == 0 or len(rows) not in (1, num):
             raise UserError(
                 f"the condition {what!r} has shape {tuple(rows.shape)}, and {num} samples of {name!r} need one row "
-                "each."
+                "each, or one for all, (1, ...)."
             )
-    return found
+    return {what: rows.expand(num, *rows.shape[1:]) for what, rows in found.items()}

@@ -129,6 +129,14 @@ class NetworkClass:
         """Names of the sub-modules that embed the time."""
         return tuple(name for name, _ in module.named_modules() if fnmatchcase(name, self.time_embed))
 
+    def shape(self, config: Config) -> tuple[int, ...] | None:
+        """Shape of one sample, (C, H, W), at the size of the training; None where the configuration does not say."""
+        size = config.get("sample_size")
+        if size is None or self.ndim != 4:
+            return None
+        height, width = (size, size) if isinstance(size, int) else size
+        return (self.channels(config)[0], height, width)
+
 
 CLASSES: dict[str, NetworkClass] = {
     "UNet2DModel": NetworkClass(

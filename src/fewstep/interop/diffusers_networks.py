@@ -14,18 +14,25 @@ from typing import Any
 import torch
 from torch import nn
 
-from fewstep.errors import UserError, require_extra, suggestion
+from fewstep.errors import UserError
 from fewstep.flow.noise import isolated_rng
 from fewstep.interop.diffusers_classes import CLASSES, DiffusersCall, NetworkClass
+from fewstep.interop.diffusers_folders import (
+    check_flow,
+    check_scheduler,
+    component_of,
+    find_class,
+    load_network,
+    unknown_class,
+)
 from fewstep.networks.adapter import Adapter
 from fewstep.networks.foreign import Intervals
-from fewstep.store.files import atomic_file, make_folder, read_json, write_json
+from fewstep.store.files import atomic_file, json_round_trip, make_folder, read_json, write_json
 from fewstep.store.tensors import read_tensors, unshared
 
-COMPONENTS = ("transformer", "unet")  # where pipelines keep their network
 CONVENTION = "fewstep_convention.json"  # beside saved weights: what the user said of time and sign
 INTERVALS = "fewstep_intervals.safetensors"  # beside saved weights: the functions of r - t of a two-time network
-RENAMED_DTYPE = (0, 42)  # from this version on, torch_dtype= warns
+RECORD = "diffusers"  # key of a description under which a network of diffusers is recorded
 TRAINED_TIMES = 1000  # of every scheduler, unless its configuration has another number
 
 
@@ -119,6 +126,7 @@ def from_diffusers(
         null={**kind.null(module.config), **(null or {})},
         combine=kind.combine,
     )
+    adapter.record = {RECORD: record_of(adapter)}
     if folder is not None and (folder / INTERVALS).is_file():
         _read_intervals(adapter, folder / INTERVALS)
     return adapter
@@ -165,6 +173,41 @@ def save_diffusers(adapter: Adapter, folder: str | Path, pipeline: Any = None, c
     return place
 
 
+def record_of(adapter: Adapter) -> dict[str, Any]:
+    """The plain values from which :func:`rebuilt` makes the network of an adapter again, without its weights."""
+    call, module = adapter.call, adapter.wrapped
+    assert isinstance(call, DiffusersCall), "an adapter of a network of diffusers"
+    config = {key: value for key, value in module.config.items() if not key.startswith("_")}  # type: ignore[union-attr,operator]
+    numbers = {name: value for name, value in adapter.null.items() if isinstance(value, int | float)}
+    made: dict[str, Any] = json_round_trip({"config": config, "call": vars(call), "null": numbers})
+    return made
+
+
+def rebuilt(description: Mapping[str, Any]) -> Adapter | None:
+    """The network that a description of a model belongs to, with random weights; None where it is none of diffusers.
+
+    The class comes from :data:`~fewstep.interop.diffusers_classes.CLASSES`, so that no code of a folder is run.
+
+    Raises:
+        UserError: a class that is not known, or that the installed version does not have.
+        MissingExtra: diffusers is not installed.
+    """
+    if RECORD not in description:
+        return None
+    record = description[RECORD]
+    name = str(record["call"]["kind"])
+    if name not in CLASSES:
+        raise unknown_class(name)
+    with isolated_rng():
+        module = find_class(name).from_config(dict(record["config"]))
+    convention = {key: record["call"][key] for key in ("time_scale", "flip_time", "sign")}
+    made = from_diffusers(module.eval(), null=record["null"], guidance_embed=record["call"]["guidance"], **convention)
+    if not description.get("two_time"):
+        return made
+    with isolated_rng():
+        return made.with_interval()
+
+
 def class_name(module: Any) -> str:
     """The name in :data:`CLASSES` of a module's class, or of a class that it inherits from.
 
@@ -174,51 +217,12 @@ def class_name(module: Any) -> str:
     for cls in type(module).__mro__:
         if cls.__name__ in CLASSES and cls.__module__.startswith("diffusers."):
             return cls.__name__
-    raise _unknown_class(type(module).__name__)
-
-
-def component_of(present: Mapping[str, Any]) -> str:
-    """The name of a pipeline's network among its parts, of which true values exist.
-
-    Raises:
-        UserError: there is none, or there are two that share the times.
-    """
-    found = [name for name in COMPONENTS if present.get(name)]
-    if not found:
-        raise UserError(
-            f"this pipeline has no network named {' or '.join(COMPONENTS)}; its parts are "
-            f"{', '.join(present)}: name the one that is, component='…'."
-        )
-    if present.get("transformer_2"):
-        raise UserError(
-            "this pipeline has two networks, 'transformer' for early times and 'transformer_2' for late ones: one "
-            "velocity is not enough for it. component='transformer' takes one of them."
-        )
-    return found[0]
+    raise unknown_class(type(module).__name__)
 
 
 def is_pipeline(source: Any) -> bool:
     """Whether an object is a pipeline of diffusers, told without importing it."""
     return any(cls.__name__ == "DiffusionPipeline" for cls in type(source).__mro__)
-
-
-def check_flow(scheduler: Mapping[str, Any]) -> None:
-    """Refuse a pipeline whose scheduler says that its network does not predict a flow's velocity.
-
-    Args:
-        scheduler: the scheduler's configuration.
-
-    Raises:
-        UserError: it is neither a scheduler for flows nor set to predict one.
-    """
-    name, predicted = str(scheduler.get("_class_name", "")), scheduler.get("prediction_type")
-    if name.startswith(("FlowMatch", "FlowMap")) or predicted == "flow_prediction" or scheduler.get("use_flow_sigmas"):
-        return
-    raise UserError(
-        f"the scheduler of this pipeline is {name or 'unknown'} (prediction_type {predicted!r}): its network was not "
-        "trained as the velocity of a flow from Gaussian noise, x_t = (1 - t) x0 + t x1. If it was, pass the network "
-        "itself (its own folder, or the module); if not, describe it as a velocity with fs.adapt(module, call)."
-    )
 
 
 def _defaults(kind: NetworkClass, scheduler: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -255,56 +259,11 @@ def _open_folder(
     if not (folder / "model_index.json").is_file():
         if component is not None:
             raise UserError(f"component={component!r} is a part of a pipeline, and {folder} is no saved pipeline.")
-        return _load(folder, dtype, variant), None, folder
+        return load_network(folder, dtype, variant), None, folder
     index = read_json(folder / "model_index.json")
     name = component or component_of({key: isinstance(v, list) and v[0] for key, v in index.items()})
-    scheduler = folder / "scheduler" / "scheduler_config.json"
-    found = read_json(scheduler) if scheduler.is_file() else None
-    if found is not None:
-        check_flow(found)  # before gigabytes of weights are read
-    return _load(folder / name, dtype, variant), found, folder / name
-
-
-def _load(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Module:
-    """The network of a folder, its class taken from the table here."""
-    if not (folder / "config.json").is_file():
-        raise UserError(
-            f"{folder} holds no config.json: give the folder that save_pretrained of diffusers wrote, of a network "
-            "(config.json and *.safetensors) or of a pipeline (model_index.json)."
-        )
-    name = read_json(folder / "config.json").get("_class_name")
-    if name is None:
-        raise UserError(f"{folder / 'config.json'} names no class of diffusers; fs.load reads folders of fewstep.")
-    if name not in CLASSES:
-        raise _unknown_class(str(name))
-    return load_class(str(name), folder, dtype, variant)
-
-
-def load_class(name: str, folder: Path, dtype: torch.dtype, variant: str | None) -> Any:
-    """``diffusers.NAME.from_pretrained(folder)``, from safetensors files of this machine.
-
-    Raises:
-        UserError: the installed version has no such class, or it cannot read the folder.
-        MissingExtra: diffusers is not installed.
-    """
-    diffusers = require_extra("diffusers", "diffusers")
-    version = diffusers.__version__
-    if name not in dir(diffusers):
-        raise UserError(f"diffusers {version} has no {name}: install a later one, pip install -U diffusers.")
-    spelling = "dtype" if tuple(int(part) for part in version.split(".")[:2]) >= RENAMED_DTYPE else "torch_dtype"
-    loading = {spelling: dtype, "variant": variant, "local_files_only": True, "use_safetensors": True}
-    try:
-        return getattr(diffusers, name).from_pretrained(folder, **loading)
-    except (ImportError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"diffusers cannot load {folder}: {error}") from error
-
-
-def _unknown_class(name: str) -> UserError:
-    return UserError(
-        f"{name!r} is no class of diffusers that is known here: {suggestion(name, CLASSES)}Known: "
-        f"{', '.join(CLASSES)}. Describe another network with "
-        "fs.adapt(module, lambda module, x, t, **cond: velocity, time_embed='name of its time embedding')."
-    )
+    found = check_scheduler(folder)  # before gigabytes of weights are read
+    return load_network(folder / name, dtype, variant), found, folder / name
 
 
 def _check_understood(module: Any, name: str, kind: NetworkClass) -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fewstep.errors import UserError
 from fewstep.interop.diffusers_classes import CLASSES, NetworkClass
-from fewstep.interop.diffusers_networks import class_name, from_diffusers, is_pipeline, load_class
+from fewstep.interop.diffusers_folders import load_class
+from fewstep.interop.diffusers_networks import class_name, from_diffusers, is_pipeline
 from fewstep.networks.adapter import Adapter
 from fewstep.store.files import read_json
 
@@ -39,12 +40,7 @@ class DiffusersPipeline:
     def shape(self) -> tuple[int, ...] | None:
         """Shape of one sample of latents, (C, H, W), at the size of the training; None where it is not recorded."""
         module: Any = self.network.wrapped
-        config = module.config
-        size = config.get("sample_size")
-        if size is None or self.kind.ndim != 4:
-            return None
-        height, width = (size, size) if isinstance(size, int) else size
-        return (self.kind.channels(config)[0], height, width)
+        return self.kind.shape(module.config)
 
     def conditions(
         self, prompts: str | Sequence[str], *, length: int | None = None, **options: Any

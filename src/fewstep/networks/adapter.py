@@ -47,6 +47,9 @@ class Adapter(Foreign):
         combine: how guidance combines ``(v_0, v_c, w)``; ``v_0 + w (v_c - v_0)`` by default.
         name: recorded in JSON files to recognise the network; the module's class by default.
 
+    Attributes:
+        record: plain values that are recorded beside the description, from which the network can be built again.
+
     Raises:
         UserError: ``module`` is no ``torch.nn.Module``; there is no sub-module ``time_embed``. When it is called: the
             module's call failed (the message has the error, and the arguments it was called with), or returned no
@@ -82,6 +85,7 @@ class Adapter(Foreign):
         self.null, self.mask, self.combine = dict(null or {}), mask, combine
         self.name = name or f"{type(module).__module__}.{type(module).__qualname__}"
         self.intervals: Intervals | None = None
+        self.record: dict[str, Any] = {}
         self.eval()
 
     @property
@@ -217,7 +221,7 @@ class Adapter(Foreign):
         """Class, number of parameters and the declaration, for JSON files."""
         sizes = sum(parameter.numel() for parameter in self.wrapped.parameters())
         plain = {"name": FOREIGN, "module": self.name, "parameters": sizes, "time_embed": list(self.places)}
-        made = {**plain, "null": sorted(self.null), "mask": self.mask}
+        made = {**plain, "null": sorted(self.null), "mask": self.mask, **self.record}
         return {**made, "two_time": True} if self.two_time else made
 
 

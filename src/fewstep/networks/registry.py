@@ -128,7 +128,7 @@ def resolve(config: Mapping[str, Any], shape: Sequence[int], classes: int = 0, c
 
 def _foreign(config: Mapping[str, Any]) -> dict[str, Any]:
     """The description of a network from outside, which takes no options; a false ``two_time`` is left out."""
-    known = ("name", "module", "parameters", "time_embed", "null", "mask", "two_time", "lora")
+    known = ("name", "module", "parameters", "time_embed", "null", "mask", "two_time", "lora", "diffusers")
     for key in config:
         if key not in known:
             raise UserError(

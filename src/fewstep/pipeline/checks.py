@@ -9,6 +9,7 @@ from typing import Any
 
 from fewstep.errors import UserError
 from fewstep.methods.contract.options import Options
+from fewstep.networks.foreign import FOREIGN
 from fewstep.pipeline.bf16_speed import bf16_is_slow, bf16_note
 from fewstep.pipeline.feature_checks import named_features
 from fewstep.pipeline.opening import Run
@@ -36,9 +37,15 @@ def check_run(run: Run) -> None:
 
 def check_networks(run: Run) -> None:
     """Resolve every stage's network before the first one trains."""
+    networks = []
     for name in run.recipe.stages:
         with naming_stage(name):
-            run.network(name)
+            networks.append(run.network(name))
+    if run.foreign and not run.given and not any(network.get("name") == FOREIGN for network in networks):
+        raise UserError(
+            "a network was passed, --module, and no stage of the recipe trains it or learns from it, because the "
+            "recipe names its network: set network to foreign, --set network=foreign, or leave --module out."
+        )
 
 
 def check_models(run: Run) -> None:

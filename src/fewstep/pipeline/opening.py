@@ -15,13 +15,16 @@ from fewstep.errors import UserError
 from fewstep.flow.couplings import EmpiricalSource, GaussianSource, Source
 from fewstep.flow.noise import isolated_rng
 from fewstep.generator import Generator, load, read_config
+from fewstep.interop.diffusers_folders import is_diffusers_folder
+from fewstep.interop.diffusers_networks import rebuilt
+from fewstep.interop.open_model import open_diffusers
 from fewstep.methods.contract.stage import Spec, Stream
 from fewstep.methods.registry import find_method
 from fewstep.metrics.feature_distance import FeatureDistance, find_features
 from fewstep.networks.foreign import FOREIGN, Foreign, trainable_copy
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.recipe import Recipe
-from fewstep.pipeline.stage_networks import same_weights, stage_network
+from fewstep.pipeline.stage_networks import difference, same_weights, stage_network
 from fewstep.training.world import LocalWorld
 
 DEQUANTISE = 0.025  # default noise on discrete data, network units; chosen, not tuned
@@ -56,6 +59,7 @@ class Run:
     _methods: dict[str, Spec] = field(default_factory=dict)
     _networks: dict[str, dict[str, Any]] = field(default_factory=dict)
     _models: dict[Path, Generator] = field(default_factory=dict)
+    _opened: list[Foreign] = field(default_factory=list)  # networks of diffusers that were read from folders
     _features: dict[str, FeatureDistance] = field(default_factory=dict)
 
     @property
@@ -89,8 +93,17 @@ class Run:
         """The network of a stage, of a model that was passed, or of a model's folder; empty where it is not known."""
         if chosen in self.recipe.stages:
             return self.network(chosen)
-        config = self.given[chosen].config if chosen in self.given else read_config(Path(chosen))
-        return dict(config.network or {})
+        if chosen in self.given:
+            return dict(self.given[chosen].config.network or {})
+        folder = Path(chosen)
+        if is_diffusers_folder(folder):
+            return dict(self.model(folder).config.network or {})
+        network = dict(read_config(folder).network or {})
+        if network.get("name") != FOREIGN:
+            return network
+        # as it is declared now: what replaces a condition may have been said since
+        declared = {**self.prototype(network).describe(), "two_time": bool(network.get("two_time"))}
+        return declared if network.get("two_time") else {k: v for k, v in declared.items() if k != "two_time"}
 
     def prototype(self, network: Mapping[str, Any]) -> Foreign:
         """The network from outside that a description belongs to.
@@ -98,22 +111,36 @@ class Run:
         Raises:
             UserError: it was not passed to the run, or another one of this name was.
         """
+        for found in (*self.foreign.values(), *self._opened):
+            if same_weights(found.describe(), network):
+                return found
         name = network["module"]
-        if name not in self.foreign:
+        made = rebuilt({**network, "two_time": False})
+        if made is not None:
+            self._opened.append(made)
+            return made
+        if not self.foreign:
             raise UserError(
                 f"a model of this run is a {name}, which fewstep did not build: pass the network, fs.train(…, "
                 "network=net), or name the function that makes it, --module file.py:make."
             )
-        found = self.foreign[name]
-        if not same_weights(found.describe(), network):
-            raise UserError(
-                f"the network {name} that was passed has another form ({found.describe()}) than the model's "
-                f"({dict(network)}): pass the network that the model was made with."
-            )
-        return found
+        others = "; ".join(difference(found.describe(), network) for found in self.foreign.values())
+        raise UserError(
+            f"a model of this run is a {name}, and the network that was passed has another form: {others}. Pass the "
+            "network that the model was made with."
+        )
 
     def open_model(self, folder: Path) -> Generator:
-        """The model in a folder, on this run's device; opened anew at every call."""
+        """The model in a folder, on this run's device; opened anew at every call.
+
+        A network of diffusers is taken to work in the units of this run's data.
+        """
+        if is_diffusers_folder(folder):
+            scaling, device = self.data.scaling.as_dict(), self.world.device
+            opened = open_diffusers(folder, shape=self.data.shape, scaling=scaling, classes=0, device=device)
+            if isinstance(opened.module, Foreign):
+                self._opened.append(opened.module)
+            return opened
         network = read_config(folder).network or {}
         module: nn.Module | None = None
         if network.get("name") == FOREIGN:

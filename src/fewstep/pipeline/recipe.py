@@ -9,17 +9,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, final
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fewstep.data.builtin import DATA
 from fewstep.diagnostics.tune import KINDS
 from fewstep.errors import UserError, suggestion, unknown
 from fewstep.flow.grids import explicit_times, make_grid
-from fewstep.generator import read_config
+from fewstep.interop.open_model import folder_kind
 from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import METHODS, find_method
 from fewstep.pipeline.feature_checks import NO_VELOCITY, check_features
+from fewstep.pipeline.recipe_text import parse_yaml, refuse_code
 from fewstep.solvers.tables import find_solver
 
 STAGE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
@@ -130,60 +130,6 @@ class Recipe:
         return isinstance(self.header.data, dict) and self.header.data.get("labels") is not None
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which also reads ``1e-4`` as a number and refuses a key that occurs twice."""
-
-
-def _mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    """A mapping; YAML would silently keep the last of two equal keys."""
-    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
-    twice = [key for key in keys if keys.count(key) > 1]
-    if twice:
-        raise yaml.constructor.ConstructorError(
-            None, None, f"the key {twice[0]!r} occurs twice in one mapping", node.start_mark
-        )
-    loader.flatten_mapping(node)
-    return {
-        loader.construct_object(key, deep=True): loader.construct_object(value, deep=True) for key, value in node.value
-    }
-
-
-_Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:[0-9][0-9_]*)(?:\.[0-9_]*)?(?:[eE][-+]?[0-9]+)$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Read YAML; tags that would make objects or run code are refused by the loader."""
-    try:
-        return yaml.load(text, Loader=_Loader)
-    except yaml.constructor.ConstructorError as error:
-        if "could not determine a constructor" in str(error.problem):
-            tag = str(error.problem).rpartition("tag ")[2].replace("tag:yaml.org,2002:", "!!")
-            raise UserError(
-                f"{where} holds the tag {tag}{_place(error)}: only plain values are read. Leave the tag out."
-            ) from error
-        raise UserError(f"{where} cannot be used: {error.problem}{_place(error)}.") from error
-    except yaml.MarkedYAMLError as error:
-        what = ", ".join(filter(None, (error.context, error.problem)))
-        raise UserError(
-            f"{where} is not valid YAML: {what}{_place(error)}. Check brackets, colons and indents "
-            "(spaces, no tabs); words with special characters need quotes."
-        ) from error
-    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        what = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{where} is not valid YAML: {what}.") from error
-
-
-def _place(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark or error.context_mark
-    return "" if mark is None else f" (line {mark.line + 1}, column {mark.column + 1})"
-
-
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with fewstep, by name: in the package when installed, else in the checkout."""
     folders = [Path(__file__).parents[3] / "recipes", Path(__file__).parents[1] / "recipes"]
@@ -280,6 +226,7 @@ def make_recipe(fields: Any, where: str) -> Recipe:
     if not isinstance(fields, dict):
         raise UserError(f"{where} is no recipe: it must hold keys such as data, network and stages.")
     fields = dict(fields)
+    refuse_code(fields)
     stages = fields.pop("stages", None)
     for key in fields:
         if key not in Header.model_fields:
@@ -324,9 +271,7 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: 
                 raise UserError(f"{where}: its {role} {chosen!r} comes later: put that stage before this one.")
             _check_folder(where, role, chosen, earlier)
         if chosen is not None:
-            kind = (
-                find_method(earlier[chosen].method).makes if chosen in earlier else read_config(Path(chosen)).rule.kind
-            )
+            kind = find_method(earlier[chosen].method).makes if chosen in earlier else folder_kind(chosen).kind
             if kind != "velocity" and not (role == "init" and kind == "map" and spec.starts_from_maps):
                 raise UserError(f"{where}: the {role} {chosen!r} {NO_VELOCITY[kind]}")
     return options
@@ -334,8 +279,7 @@ def _check_stage(name: str, fields: Any, earlier: Mapping[str, Options], names: 
 
 def _check_folder(where: str, role: str, chosen: str, earlier: Mapping[str, Options]) -> None:
     """A model from outside the recipe: its folder must be there."""
-    folder = Path(chosen)
-    if not os.path.isfile(folder / "config.json"):
+    if not any(os.path.isfile(Path(chosen) / name) for name in ("config.json", "model_index.json")):
         raise UserError(
             f"{where}: unknown {role} {chosen!r}: {suggestion(chosen, earlier)}It must be an earlier stage "
             f"({', '.join(earlier) or 'there is none'}) or a model's folder."
@@ -356,7 +300,7 @@ def _check_guidance(recipe: Recipe) -> None:
             )
         inherited = None
         if teacher is not None:
-            inherited = baked[teacher] if teacher in baked else read_config(Path(teacher)).guidance
+            inherited = baked[teacher] if teacher in baked else folder_kind(teacher).guidance
         if own is not None and inherited is not None:
             raise UserError(
                 f"stage {name!r}: guidance {own:g} asked of {teacher!r}, which has guidance {inherited:g} "

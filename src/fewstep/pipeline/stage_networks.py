@@ -10,6 +10,7 @@ from torch import nn
 
 from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError
+from fewstep.interop.diffusers_networks import RECORD
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Spec
 from fewstep.networks import build
@@ -111,8 +112,36 @@ def same_weights(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """
     if one.get("two_time") and not other.get("two_time"):
         return False
-    free = {"dropout": None, "two_time": None}
-    return {**one, **free} == {**other, **free}
+    return not difference(one, other)
+
+
+def difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In which entry two networks differ that decides about their weights, in words; empty where there is none.
+
+    Of a network from outside the class's own name counts: the module that it is defined in has another name when it
+    runs as a program. What replaces a condition has no weights, and where the time is embedded has some in a two-time
+    network only.
+
+    Args:
+        found: description of the network that was given.
+        wanted: description of the network that the weights belong to.
+    """
+    two_time = bool(found.get("two_time") or wanted.get("two_time"))
+    one, other = _comparable(found, two_time), _comparable(wanted, two_time)
+    keys = [key for key in {**other, **one} if one.get(key) != other.get(key)]
+    return f"{keys[0]} {found.get(keys[0])!r} and not {wanted.get(keys[0])!r}" if keys else ""
+
+
+def _comparable(network: Mapping[str, Any], two_time: bool) -> dict[str, Any]:
+    free = ["dropout", "two_time"]
+    if network.get("name") == FOREIGN:
+        free += ["null"] if two_time else ["null", "time_embed"]
+    kept = {key: value for key, value in network.items() if key not in free}
+    if "module" in kept:
+        kept["module"] = str(kept["module"]).rpartition(".")[2]
+    if RECORD in kept:
+        kept[RECORD] = {key: value for key, value in kept[RECORD].items() if key != "null"}
+    return kept
 
 
 def share_of_teacher(

@@ -8,6 +8,8 @@ from typing import Any
 from fewstep.data.dataset import LABEL
 from fewstep.errors import UserError
 from fewstep.generator import Config, Generator, weights_digest
+from fewstep.interop.diffusers_folders import is_diffusers_folder
+from fewstep.interop.open_model import folder_kind
 from fewstep.methods.contract.teacher import Teacher
 from fewstep.networks.foreign import Foreign, whole_state
 from fewstep.pipeline.opening import Run
@@ -102,6 +104,13 @@ def check_outside(run: Run, chosen: str, config: Config) -> None:
         )
     classes = run.data.classes if run.recipe.conditional else 0
     unknown_classes = chosen in run.given and not config.class_weights  # a network of the user's own
+    if chosen not in run.given and is_diffusers_folder(chosen):
+        takes, unknown_classes = folder_kind(chosen).labels, True  # it may embed more classes than the data have
+        if takes != bool(classes):
+            raise UserError(
+                f"the network of diffusers in {chosen} takes {'labels' if takes else 'no labels'}, and this recipe "
+                f"trains {'without: set conditional: true' if takes else 'with labels: set conditional: false'}."
+            )
     if len(config.class_weights) != classes and not unknown_classes and (classes or not config.class_weights):
         raise UserError(
             f"the model {chosen} has {len(config.class_weights)} classes, and this recipe {classes}: set "

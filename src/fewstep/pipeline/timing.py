@@ -51,7 +51,8 @@ class TimedNetwork:
     """What to time: a network, what it is called with, and where.
 
     Attributes:
-        network: its resolved configuration.
+        build: makes the network, on the device.
+        cond: makes the conditions of so many rows, each (B, ...), on the device.
         shape: of one sample.
         batch: the largest batch that is of interest.
         timed: whether it is called with a time, which feature networks are not.
@@ -59,7 +60,8 @@ class TimedNetwork:
         bf16: whether it trains under autocast to bf16.
     """
 
-    network: Mapping[str, Any]
+    build: Callable[[], nn.Module]
+    cond: Callable[[int], Mapping[str, Tensor]]
     shape: tuple[int, ...]
     batch: int
     timed: bool
@@ -69,8 +71,7 @@ class TimedNetwork:
     def measure(self, seconds: float) -> Timing:
         """Time batches of 1, 4, 16 … rows until the next would not fit into ``seconds``, which one batch may exceed."""
         ends = time.perf_counter() + seconds
-        module = blank_network(self.network).to_empty(device=self.device)
-        fill(module)
+        module = self.build()
         batches: list[int] = []
         steps: list[float] = []
         batch = 1
@@ -108,13 +109,11 @@ class TimedNetwork:
 
         return step
 
-    def _inputs(self, batch: int) -> tuple[tuple[Tensor, ...], dict[str, Tensor]]:
-        """Samples, times and contexts of the right shapes."""
+    def _inputs(self, batch: int) -> tuple[tuple[Tensor, ...], Mapping[str, Tensor]]:
+        """Samples, times and conditions of the right shapes."""
         x = torch.full((batch, *self.shape), 0.5, device=self.device)
         t = (torch.linspace(0, 1, batch, device=self.device),) if self.timed else ()
-        context = self.network.get("context", 0)
-        shape = (batch, context, *self.shape[1:])
-        return (x, *t), {"context": torch.zeros(shape, device=self.device)} if context else {}
+        return (x, *t), self.cond(batch)
 
     def _seconds(self, work: Callable[[], object]) -> float:
         """Time of one call: on a CPU the smaller one of wall and CPU time, because other processes add to the first

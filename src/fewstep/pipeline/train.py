@@ -11,7 +11,8 @@ from torch import nn
 from fewstep.data.dataset import DataSet
 from fewstep.data.load import load_data
 from fewstep.errors import UserError, unknown
-from fewstep.generator import Config, Generator, read_config
+from fewstep.generator import Generator
+from fewstep.interop.open_model import folder_kind
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Stream
 from fewstep.methods.registry import find_method
@@ -205,16 +206,11 @@ def _options(method: str, fields: dict[str, Any]) -> Options:
             raise unknown(f"option of method {method!r}:", key, spec.options.model_fields)
     options: Options = validated(spec.options, {"method": method, **fields}, f"method {method!r}")
     for role, chosen in (("teacher", options.teacher), ("init", options.init)):
-        if chosen is not None and (Path(chosen) / "config.json").is_file():
-            kind = _folder_kind(Path(chosen))
+        if chosen is not None and any((Path(chosen) / file).is_file() for file in ("config.json", "model_index.json")):
+            kind = folder_kind(chosen).kind
             if kind != "velocity" and not (role == "init" and kind == "map" and spec.starts_from_maps):
                 raise UserError(f"the {role} {chosen!r} {NO_VELOCITY[kind]}")
     return options
-
-
-def _folder_kind(folder: Path) -> str:
-    config: Config = read_config(folder)
-    return config.rule.kind
 
 
 def _conditional(
@@ -228,7 +224,7 @@ def _conditional(
     if data.labels is None:
         return False
     if teacher is not None and teacher not in given:
-        return bool(read_config(Path(teacher)).class_weights)
+        return folder_kind(teacher).labels
     if teacher is not None and given[teacher].conditional:
         return True
     return named

@@ -1,7 +1,7 @@
 """Samples of every model at every step count, from the same seeds: strips of images, or panels of points.
 
-All images of a column have the same base noise, and the same class where models take labels. Vectors of more than
-two entries are shown in the plane of the first two principal components of the training data.
+All images of a column have the same base noise, and the same class and conditions where models take them. Vectors of
+more than two entries are shown in the plane of the first two principal components of the training data.
 """
 
 from __future__ import annotations
@@ -104,6 +104,35 @@ def label_argument(model: Generator, classes: Tensor | None) -> list[int] | None
     return [int(names[int(k)]) for k in classes]
 
 
+def shared_rows(models: Mapping[str, Generator], data: DataSet, count: int, seed: int) -> Array | None:
+    """Numbers of the training rows ``(count,)`` whose conditions the columns have; None if no model takes conditions
+    beside labels, or the data do not have them.
+    """
+    names = {name for model in models.values() for name in model.config.conditions}
+    if not names or not names <= set(data.conditions):
+        return None
+    rows = pick_rows(data, count, seed)
+    return rows[np.arange(count) % len(rows)]
+
+
+def classes_of(models: Mapping[str, Generator], data: DataSet, rows: Array) -> Tensor | None:
+    """The classes of training rows; None if no model takes labels."""
+    return data.label_rows(rows) if any(model.conditional for model in models.values()) else None
+
+
+def column_arguments(model: Generator, data: DataSet, classes: Tensor | None, rows: Array | None) -> dict[str, Any]:
+    """Label and conditions of the columns, for ``Generator.draw``.
+
+    Args:
+        model: the model.
+        data: the data of the comparison.
+        classes: class numbers of the columns, or None.
+        rows: the training rows whose conditions the columns have, or None.
+    """
+    cond = {} if rows is None else data.cond_rows(rows, model.config.conditions)
+    return {"label": label_argument(model, classes), "cond": cond or None}
+
+
 def label_words(data: DataSet, classes: Tensor | None) -> list[str]:
     """The names of the columns' classes in the data."""
     if classes is None:
@@ -164,23 +193,27 @@ def image_strips(result: Mapping[str, Any], models: Mapping[str, Generator], dat
 
     Arguments as in :func:`samples`.
     """
-    classes = class_columns(models, COLUMNS)
+    shown = shared_rows(models, data, COLUMNS, seed)
+    classes = class_columns(models, COLUMNS) if shown is None else classes_of(models, data, shown)
     limits = grey_limits(data)
-    real = data_units(data.network_rows(real_columns(data, classes, seed)), data)
+    rows = real_columns(data, classes, seed) if shown is None else shown
+    real = data_units(data.network_rows(rows), data)
     strips = [Strip(REAL, "", _strip(real, limits, "images of the training data"))]
     for row in model_rows(result):
         model = models[row["model"]]
-        draw = model.draw(COLUMNS, steps=row["steps"], label=label_argument(model, classes), seed=seed)
+        draw = model.draw(COLUMNS, steps=row["steps"], seed=seed, **column_arguments(model, data, classes, shown))
         images = data_units(reference_units(draw.x, model, data), data)
         alt = f"samples of {row['model']} with {calls(row['nfe'])}"
         detail = f"{calls(row['nfe'])} · energy {number(energy_of(row))}"
         strips.append(Strip(row["model"], detail, _strip(images, limits, alt)))
     caption = (
         "Every column starts from the same noise"
-        + (" and has the same class" if classes is not None else "")
+        + (" and has the same conditions" if shown is not None else "")
+        + (" and has the same class" if shown is None and classes is not None else "")
         + f" (seed {seed}, samples 0 to {COLUMNS - 1}, not selected). Within a column only the model and the number "
         "of calls differ: with few calls a curved flow gives blurred images near the mean of the data, a straight "
-        "one gives nearly the same images. The first row is training data, for comparison."
+        "one gives nearly the same images. The first row is training data, for comparison"
+        + (", and its conditions are those of the column." if shown is not None else ".")
     )
     return Samples(strips, label_words(data, classes), None, caption)
 
@@ -254,6 +287,8 @@ def point_panels(
     """
     plane = Plane(data)
     real = plane(data.network_rows(pick_rows(data, POINTS, seed)))
+    conditions = shared_rows(models, data, POINTS, seed)
+    classes = None if conditions is None else classes_of(models, data, conditions)
     across: dict[str, list[Row]] = {}
     for row in model_rows(result):
         across.setdefault(row["model"], []).append(row)
@@ -266,7 +301,8 @@ def point_panels(
         ax.set_axis_off()
     for i, (name, rows) in enumerate(across.items()):
         for ax, row in zip(axes[i], rows, strict=False):
-            draw = models[name].draw(POINTS, steps=row["steps"], seed=seed)
+            given = column_arguments(models[name], data, classes, conditions)
+            draw = models[name].draw(POINTS, steps=row["steps"], seed=seed, **given)
             points = plane(reference_units(draw.x, models[name], data))
             _show(ax, real, points, colours[name], limits)
             first = row is rows[0]

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.data.dataset import DataSet
+from fewstep.data.dataset import LABEL, DataSet
 from fewstep.flow.noise import integer_rows
 from fewstep.generator import Generator
 from fewstep.report.drawing import FAINT, SOFT, WIDE, Array, Picture, bare, panels, picture
@@ -24,7 +24,7 @@ from fewstep.report.samples import Frame, Plane, frame, pick_rows, reference_uni
 from fewstep.report.words import diagnoses
 from fewstep.solvers.solve import solve
 from fewstep.store.files import read_json
-from fewstep.store.pairs import PairStore
+from fewstep.store.pairs import PairStore, Resolve
 
 LINES = 40  # trajectories per panel
 STEPS = 48  # RK4 steps of a trajectory
@@ -52,11 +52,16 @@ class Paths:
     note: str = ""
 
 
-def open_pairs(folder: Path) -> PairStore:
-    """Open a pair store with the request of its own manifest."""
+def open_pairs(folder: Path, resolve: Resolve | None = None) -> PairStore:
+    """Open a pair store with the request of its own manifest.
+
+    Args:
+        folder: the store.
+        resolve: gives the conditions of data rows, for pairs that hold row numbers in their place.
+    """
     request = dict(read_json(Path(folder) / "manifest.json")["request"])
     rows = int(request.pop("rows"))
-    return PairStore(Path(folder), request, rows)
+    return PairStore(Path(folder), request, rows, resolve)
 
 
 def trajectories(
@@ -85,7 +90,7 @@ def trajectories(
     first = next(iter(flows.values()))
     shown = [_independent(reference_units(_noise(first, seed), first, data), real, plane, seed)]
     for name, model in flows.items():
-        states, chord = follow(model, seed, pairs.get(name))
+        states, chord = follow(model, seed, pairs.get(name), data)
         curve, line = (_to_points([reference_units(x, model, data) for x in part], plane) for part in (states, chord))
         ratio = diagnoses(result).get(name, {}).get("path_length_ratio")
         note = f"length / chord {ratio:.3f}" if ratio else ""
@@ -119,7 +124,7 @@ def _noise(model: Generator, seed: int) -> Tensor:
     return model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed).x0
 
 
-def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Tensor]:
+def follow(model: Generator, seed: int, pairs: Path | None, data: DataSet) -> tuple[Tensor, Tensor]:
     """Solve the trajectories of a model.
 
     Args:
@@ -127,6 +132,7 @@ def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Ten
         seed: seed of the base noise.
         pairs: folder of the pairs that the model was trained on. If given, trajectories start at their noise and the
             chords are the pairs.
+        data: the data that the pairs were made with.
 
     Returns:
         The states ``(STEPS + 1, N, *shape)``, and the ends of the chords ``(2, N, *shape)``.
@@ -134,10 +140,11 @@ def follow(model: Generator, seed: int, pairs: Path | None) -> tuple[Tensor, Ten
     draw = model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed)
     x0, cond, ends = draw.x0, draw.conditions(model.device), None
     if pairs is not None:
-        stored = open_pairs(pairs).training_rows()
+        names = (*((LABEL,) if model.conditional else ()), *model.config.conditions)
+        stored = open_pairs(pairs, lambda rows: data.cond_rows(rows, names)).training_rows()
         columns = stored.columns(torch.arange(min(LINES, len(stored))))
         x0, ends = columns["x0"], columns["x1"]
-        cond = {"label": columns["label"].to(model.device)} if model.conditional else {}
+        cond = {name: columns[name].to(model.device) for name in names}
     solution = solve(model.module, x0.to(model.device), solver="rk4", steps=STEPS, cond=cond, trajectory=True)
     assert solution.trajectory is not None
     states = solution.trajectory.float().cpu()
