@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fewstep.interop.adapt import adapt
     from fewstep.interop.diffusers_networks import from_diffusers
     from fewstep.interop.lora import lora
+    from fewstep.pipeline.compare import compare
     from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
 
@@ -39,6 +40,7 @@ _PUBLIC = {
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
     "adapt": "fewstep.interop.adapt",
+    "compare": "fewstep.pipeline.compare",
     "dequantise": "fewstep.diagnostics.likelihood",
     "check_velocity": "fewstep.diagnostics.check_velocity",
     "diagnose": "fewstep.diagnostics.diagnose",
@@ -69,6 +71,7 @@ __all__ = [
     "adapt",
     "check_velocity",
     "closed_form",
+    "compare",
     "dequantise",
     "diagnose",
     "diagnosis_cost",
