@@ -142,7 +142,8 @@ def open_models(models: Any, data: DataSet, in_data_units: bool) -> list[tuple[G
                 f"{data.shape}: compare models of one data set with that data."
             )
     bare = [isinstance(model, nn.Module) for model in listed]
-    return list(zip(with_names(opened, distinct_names(opened)), bare, strict=True))
+    named = with_names(opened, distinct_names(opened, [model.folder for model in opened]))
+    return list(zip(named, bare, strict=True))
 
 
 def _open(model: Any, data: DataSet, in_data_units: bool) -> Generator:
@@ -171,7 +172,7 @@ def _refuse_twice(models: Sequence[Model]) -> None:
             raise UserError(f"the model {what} is given twice: name every model once.")
 
 
-def distinct_names(models: Sequence[Generator]) -> list[str]:
+def distinct_names(models: Sequence[Generator], folders: Sequence[Path | None]) -> list[str]:
     """Their names; of models with one name, the shortest ends of their folders' paths that tell them apart, or numbers.
 
     ``runs/a/teacher`` and ``runs/b/teacher`` become ``a/teacher`` and ``b/teacher``; two networks in memory called
@@ -181,7 +182,7 @@ def distinct_names(models: Sequence[Generator]) -> list[str]:
     found = list(names)
     for name in dict.fromkeys(names):
         same = [k for k, other in enumerate(names) if other == name]
-        paths = [folder.resolve() for k in same if (folder := models[k].folder) is not None]
+        paths = [folder.resolve() for k in same if (folder := folders[k]) is not None]
         if len(same) > 1 and len(set(paths)) == len(same):
             ends = path_ends(paths)
         else:
@@ -220,9 +221,7 @@ def name_apart(models: Sequence[Generator], folders: Sequence[Path]) -> None:
         UserError: one folder is given twice.
     """
     _refuse_twice(folders)
-    for model, folder in zip(models, folders, strict=True):
-        model.folder = folder
-    for model, name in zip(models, distinct_names(models), strict=True):
+    for model, name in zip(models, distinct_names(models, folders), strict=True):
         model.name = name
 
 

@@ -83,7 +83,7 @@ def _of_frechet(name: str) -> bool:
 
 def _columns(result: Mapping[str, Any]) -> list[tuple[str, str, str, str | None, str]]:
     """The columns, those of the user's own metrics before the time."""
-    names = result["protocol"].get("metrics", [])
+    names = (result.get("protocol") or {}).get("metrics", [])
     own = [(name, name, "", None, "a metric of your own: mean ± standard error") for name in names]
     return [*COLUMNS[:-1], *own, COLUMNS[-1]]
 
