@@ -22,6 +22,7 @@ from fewstep.flow.noise import integer_rows
 from fewstep.generator import Config, Generator
 from fewstep.generator.conditions import ROW_DRAW
 from fewstep.networks.adapter import Adapter
+from fewstep.networks.foreign import trainable_copy
 from fewstep.pipeline.compare import GAUSSIAN, TRAINING
 from fewstep.pipeline.compare_rows import MAX_ROWS, ReferenceRows, spaced
 from fewstep.pipeline.compare_table import measured
@@ -270,14 +271,14 @@ class Counting:
     """A row source that counts the rows it was asked for; row i is a function of i."""
 
     def __init__(self, num: int) -> None:
-        self.shape, self.dtype, self.asked = (num, 2), np.dtype(np.float32), 0
+        self.shape, self.dtype, self.asked, self.most = (num, 2), np.dtype(np.float32), 0, 0
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> np.ndarray:
         rows = np.arange(len(self))[index]
-        self.asked += rows.size
+        self.asked, self.most = self.asked + rows.size, max(self.most, rows.size)
         angle = 2.4 * rows.astype(np.float64)
         return np.stack([np.cos(angle), np.sin(angle)], -1).astype(np.float32)
 
@@ -298,6 +299,51 @@ def test_no_more_rows_of_large_data_are_read_than_stated() -> None:
     assert np.ptp(np.diff(np.searchsorted(data.train, whole.index))) <= 1
     assert torch.equal(whole.train, data.network_rows(whole.index))
     assert source.asked > opened
+
+
+def test_rows_of_the_reference_are_read_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep.pipeline import compare_rows as module
+
+    source = Counting(30_000)
+    data = as_data(source, scale="none")
+    real = module.row_chunks
+    monkeypatch.setattr(module, "row_chunks", lambda rows: real(rows, 64))
+    source.most = 0
+    rows = ReferenceRows.read(data, 500)
+    assert source.most == 32
+    assert torch.equal(rows.train, data.network_rows(rows.index))
+    assert torch.equal(rows.held_out, data.network_rows(spaced(data.held_out, 500)))
+
+
+def test_conditions_beyond_memory_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fewstep.pipeline import compare_rows as module
+
+    data = conditional_data(100)
+    monkeypatch.setattr(module, "memory", lambda: 256 * 2 * 4)
+    fs.compare(Knows(), data, steps=[1], samples=20, say=None)
+    monkeypatch.setattr(module, "memory", lambda: 256 * 2 * 4 - 1)
+    with pytest.raises(UserError, match="the conditions c of 256 samples take 0 GiB"):
+        fs.compare(Knows(), data, steps=[1], samples=20, say=None)
+    fs.compare(Unaware(), data, steps=[1], samples=20, say=None)  # it takes none: none are read
+
+
+def test_parameters_of_a_role_count_its_base() -> None:
+    pytest.importorskip("peft")
+
+    class Linear(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            return self.layer(torch.cat([x, t[:, None]], 1))
+
+    base = fs.lora(Linear(), rank=1)
+    made = trainable_copy(base)
+    found = fs.compare([base, made], conditional_data(100), steps=[1], samples=20, say=None)
+    parameters = {row["model"]: row.get("parameters") for row in found.rows}
+    layer = 3 * 2 + 2
+    assert parameters == {"Linear": layer, "Linear (2)": layer + 3 + 2, GAUSSIAN: None, TRAINING: None}
 
 
 def test_data_of_up_to_the_stated_number_of_rows_are_read_whole() -> None:

@@ -16,6 +16,7 @@ from fewstep.data.scaling import Scaling
 from fewstep.errors import UserError
 from fewstep.flow.grids import GridSpec
 from fewstep.generator import Config, Draw, Generator, load
+from fewstep.interop.lora import Role
 from fewstep.networks import parameter_count
 from fewstep.networks.adapter import Adapter, plain_call
 from fewstep.networks.foreign import FOREIGN, Foreign
@@ -159,7 +160,8 @@ def _open(model: Any, data: DataSet, in_data_units: bool) -> Generator:
     network = model if isinstance(model, Foreign) else Adapter(model)
     scaling = None if in_data_units else data.scaling.as_dict()
     generator = Generator(network, config=Config(shape=data.shape, network=network.describe(), scaling=scaling))
-    generator.name = type(network.wrapped if isinstance(network, Adapter) else network).__name__
+    adapter = _adapter_of(network)
+    generator.name = type(network if adapter is None else adapter.wrapped).__name__
     return generator
 
 
@@ -260,9 +262,9 @@ def conditions_of(model: Generator, bare: bool, data: DataSet) -> tuple[str, ...
 def _parameters(module: nn.Module, known: Sequence[str]) -> tuple[list[str], list[str]]:
     """The conditions that a network needs, and those among ``known`` that it can be given."""
     call, skipped = module.forward, 2  # after x, t
-    if isinstance(module, Adapter):
-        own = module.call is plain_call
-        call, skipped = (module.wrapped.forward, 2) if own else (module.call, 3)
+    if (adapter := _adapter_of(module)) is not None:
+        own = adapter.call is plain_call
+        call, skipped = (adapter.wrapped.forward, 2) if own else (adapter.call, 3)
     try:
         listed = list(inspect.signature(call).parameters.values())[skipped:]
     except (TypeError, ValueError):
@@ -272,6 +274,12 @@ def _parameters(module: nn.Module, known: Sequence[str]) -> tuple[list[str], lis
     needed = [name for name, p in named.items() if p.default is p.empty]
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in listed)
     return needed, [name for name in known if name not in needed and (takes_all or name in named)]
+
+
+def _adapter_of(module: nn.Module) -> Adapter | None:
+    """The adapter that calls the user's own module; None for a network without one."""
+    found = module.base if isinstance(module, Role) else module
+    return found if isinstance(found, Adapter) else None
 
 
 def number_of_parameters(module: nn.Module) -> int:
