@@ -55,7 +55,7 @@ def run_seed(out: Path, seed: int) -> dict[str, dict[str, float]]:
     recipe = make_recipe({"data": "digits", "seed": seed, "stages": STAGES}, "benchmarks/article.py")
     folders = run_recipe(recipe, out, LocalWorld())
     models = [load(folder) for folder in folders]
-    result = compare(models, load_data("digits"), steps=[1, 4, 50], seed=seed)
+    result = compare(models, load_data("digits"), steps=[1, 4, 50], seed=seed).result
     figures = {}
     for line in result["rows"]:
         row = figures.setdefault(line["model"], {})

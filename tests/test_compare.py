@@ -32,7 +32,7 @@ def moons() -> DataSet:
 
 def test_rows_are_the_metrics_of_the_samples_that_the_models_draw(tiny_run: Path, moons: DataSet) -> None:
     models = [load(tiny_run / name) for name in ("teacher", "onestep")]
-    result = compare(models, moons, steps=(2, 1, 2), samples=80, seed=3, say=hush)
+    result = compare(models, moons, steps=(2, 1, 2), samples=80, seed=3, say=hush).result
     assert [(row["model"], row.get("steps"), row.get("nfe")) for row in result["rows"]] == [
         ("teacher", 1, 1),
         ("teacher", 2, 2),
@@ -78,7 +78,7 @@ def test_the_gaussian_control_passes_energy_and_fails_precision_on_digits() -> N
             return x * 0.0
 
     noise = Generator(Still(), shape=(1, 8, 8))
-    result = compare([noise], digits, steps=[1], samples=600, say=hush)
+    result = compare([noise], digits, steps=[1], samples=600, say=hush).result
     scores = {row["model"]: row["scores"] for row in result["rows"]}
     gaussian, training, untrained = scores[GAUSSIAN], scores[TRAINING], scores["Still"]
     assert gaussian["energy"] < untrained["energy"] / 10
@@ -92,7 +92,7 @@ def test_training_rows_of_a_file_sorted_by_class_are_no_single_class() -> None:
     rows = np.repeat(np.arange(40.0), 25)[:, None] + np.zeros((1, 2))
     rows = rows + np.random.default_rng(0).normal(size=rows.shape) * 0.01
     data = from_array(rows)
-    result = compare([linear(2)], data, steps=[1], samples=100, say=hush)
+    result = compare([linear(2)], data, steps=[1], samples=100, say=hush).result
     training = result["rows"][-1]["scores"]
     assert training["energy"] < 0.02  # the first 100 rows alone would be a tenth of the range: 0.6
 
@@ -122,7 +122,7 @@ def test_a_model_is_measured_on_no_more_samples_than_it_has_starts() -> None:
     config = {"scaling": data.scaling.as_dict(), "base": "examples"}
     few = Generator(linear(2).module, config=Config(shape=(2,), stage="few", **config), base_rows=starts)  # type: ignore[arg-type]
     many = linear(2, scaling=data.scaling.as_dict(), stage="many")
-    result = compare([few, many], data, steps=[1], samples=200, say=hush)
+    result = compare([few, many], data, steps=[1], samples=200, say=hush).result
     counts = {row["model"]: row["samples"] for row in result["rows"] if not row.get("control")}
     assert counts == {"few": 40, "many": 200}
     assert result["rows"][0]["scores"]["n_generated"] == 40
@@ -144,7 +144,7 @@ def test_a_model_with_another_scaling_is_measured_in_the_datas_units() -> None:
     models = [same, other, raw]
     for model, name in zip(models, names, strict=True):
         model.name = name
-    result = compare(models, data, steps=[1], samples=300, say=hush)
+    result = compare(models, data, steps=[1], samples=300, say=hush).result
     energy = {row["model"]: row["scores"]["energy"] for row in result["rows"]}
     assert energy["other"] == pytest.approx(energy["same"], abs=0.01)
     assert energy["raw"] > 20 * energy["same"]
@@ -154,7 +154,7 @@ def test_a_model_with_another_scaling_is_measured_in_the_datas_units() -> None:
 
 def test_more_samples_than_the_protocol_has_are_not_claimed(tiny_run: Path, moons: DataSet) -> None:
     said: list[str] = []
-    result = compare([load(tiny_run / "onestep")], moons, samples=10_000, say=said.append)
+    result = compare([load(tiny_run / "onestep")], moons, samples=10_000, say=said.append).result
     assert result["protocol"]["samples"] == len(moons.train)
     assert result["rows"][0]["scores"]["n_generated"] == len(moons.train)
     assert any(f"{len(moons.train)} of the 10000" in line for line in said)
@@ -191,7 +191,7 @@ def test_a_comparison_from_the_command_line_is_the_runs(tiny_run: Path, tmp_path
 
 def test_a_table_of_data_without_enough_held_out_rows_has_no_nan(tiny_run: Path) -> None:
     rows = load_data({"name": "moons", "rows": 20}).rows
-    result = compare([load(tiny_run / "onestep")], from_array(rows), say=hush)
+    result = compare([load(tiny_run / "onestep")], from_array(rows), say=hush).result
     assert "nan" not in table(result)
     assert "held-out 0" not in table(result)
 
@@ -225,7 +225,7 @@ def test_the_training_control_of_a_sorted_file_is_drawn_from_all_of_it() -> None
     control, floor = {}, {}
     for name, order in (("sorted", np.arange(1100)), ("mixed", random.permutation(1100))):
         data = from_array(rows[order])
-        scores = compare([linear(2)], data, steps=[1], samples=100, say=hush)["rows"][-1]["scores"]
+        scores = compare([linear(2)], data, steps=[1], samples=100, say=hush).rows[-1]["scores"]
         control[name] = (scores["FD-pixels_percent"], scores["sliced_w2"])
         floor[name] = (scores["energy_floor"], scores["sliced_w2_floor"])
         # what independent rows of the same law score, from an independent draw

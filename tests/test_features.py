@@ -326,7 +326,7 @@ def test_a_feature_stage_is_planned_with_its_own_network(run: Path) -> None:
 def test_the_frechet_distance_of_a_comparison_is_that_of_the_judges_features(run: Path, digits: DataSet) -> None:
     judge = find_features(run / "judge", digits.shape)
     models = [load(run / "onestep")]
-    result = compare(models, digits, steps=[1], samples=60, features=judge, say=lambda line: None)
+    result = compare(models, digits, steps=[1], samples=60, features=judge, say=None).result
     name = f"FD-{judge.name}"
     for row, model in zip(result["rows"], models, strict=False):
         fake = judge.pooled(model.draw(60, steps=1, seed=0).x)

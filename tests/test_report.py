@@ -68,7 +68,7 @@ def model(data: DataSet, name: str, seed: int, *, classes: int = 0, **config: An
 
 
 def result_of(models: list[Generator], data: DataSet, steps: tuple[int, ...] = (1, 3)) -> dict[str, Any]:
-    return compare(models, data, steps=steps, samples=150, say=lambda line: None)
+    return compare(models, data, steps=steps, samples=150, say=None).result
 
 
 class Page(HTMLParser):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fewstep.interop.diffusers_networks import from_diffusers
     from fewstep.interop.lora import lora
     from fewstep.interop.open_model import load
+    from fewstep.pipeline.compare import compare
     from fewstep.pipeline.train import train
     from fewstep.solvers.solve import Solution, invert, solve
 
@@ -41,6 +42,7 @@ _PUBLIC = {
     "UserError": "fewstep.errors",
     "adapt": "fewstep.interop.adapt",
     "check_velocity": "fewstep.diagnostics.check_velocity",
+    "compare": "fewstep.pipeline.compare",
     "dequantise": "fewstep.diagnostics.likelihood",
     "diagnose": "fewstep.diagnostics.diagnose",
     "diagnosis_cost": "fewstep.diagnostics.diagnose",
@@ -70,6 +72,7 @@ __all__ = [
     "adapt",
     "check_velocity",
     "closed_form",
+    "compare",
     "dequantise",
     "diagnose",
     "diagnosis_cost",

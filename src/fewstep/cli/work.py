@@ -209,7 +209,7 @@ def compare(options: arguments.Compare) -> int:
     from fewstep.cli.named_data import named_data
     from fewstep.cli.open_models import open_models
     from fewstep.pipeline.compare import compare as measure
-    from fewstep.pipeline.compare import name_apart, table
+    from fewstep.pipeline.compare import name_apart
     from fewstep.pipeline.feature_checks import find_judge, models_among
     from fewstep.pipeline.finish import write_comparison
 
@@ -226,7 +226,7 @@ def compare(options: arguments.Compare) -> int:
     data = named_data(options.data)
     models = open_models(folders, options.module, data)
     name_apart(models, folders)
-    result = measure(
+    found = measure(
         models,
         data,
         steps=steps,
@@ -236,11 +236,11 @@ def compare(options: arguments.Compare) -> int:
         seed=options.seed,
         features=find_judge(options.features, data, default_device()),
     )
-    print("\n" + table(result))
+    print("\n" + found.table)
     if options.out is None:
         print("\nnext  the same command with --out DIR also writes compare.json and an HTML report")
         return 0
-    report = write_comparison(make_folder(options.out), result, models, data)
+    report = write_comparison(make_folder(options.out), found.result, models, data)
     print(f"\nwrote   {options.out}: compare.json, compare.md\nreport  {report}")
     print(f"next    fewstep sample {folders[-1]} --num 64 --out samples.png")
     return 0

@@ -30,7 +30,7 @@ def finish_run(run: Run, outcome: Outcome) -> Path | None:
     if not models:
         return None
     print("compare")
-    result = compare(
+    made = compare(
         models,
         run.data,
         steps=options.steps,
@@ -39,12 +39,14 @@ def finish_run(run: Run, outcome: Outcome) -> Path | None:
         samples=options.samples,
         seed=options.seed,
         features=judge_of(run, outcome),
+        max_rows=options.max_rows,
     )
+    result = made.result
     result["failures"] = [
         {"stage": failure.stage, "reason": failure.reason, "compared": failure.best is not None}
         for failure in outcome.failures.values()
     ]
-    print("\n" + table(result))
+    print("\n" + made.table)
     folders = {model.name: model.folder for model in models if model.folder is not None}
     pairs = {name: found for name, folder in folders.items() if (found := last_pairs(folder))}
     return write_comparison(run.out, result, models, run.data, run.recipe, pairs)

@@ -18,6 +18,7 @@ from fewstep.flow.grids import explicit_times, make_grid
 from fewstep.interop.open_model import folder_kind
 from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import METHODS, find_method
+from fewstep.pipeline.compare_rows import MAX_ROWS
 from fewstep.pipeline.feature_checks import NO_VELOCITY, check_features
 from fewstep.pipeline.recipe_text import parse_yaml, refuse_code
 from fewstep.solvers.tables import find_solver
@@ -44,6 +45,7 @@ class CompareOptions(BaseModel):
     features: str | None = Field(
         default=None, description="features of the Fréchet distance: a stage, a path, lpips:vgg"
     )
+    max_rows: int = Field(default=MAX_ROWS, gt=5, description="most rows of each split that are read, evenly spaced")
 
     @field_validator("steps", mode="before")
     @classmethod

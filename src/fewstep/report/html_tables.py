@@ -70,10 +70,22 @@ class Line:
 def value_of(row: Row, key: str) -> float | int | None:
     """A number of a row or of its scores; ``_percent`` stands for ``FD-<features>_percent``. None if undefined."""
     if key == "_percent":
-        found = [value for name, value in row["scores"].items() if name.endswith("_percent")]
+        found = [value for name, value in row["scores"].items() if _of_frechet(name)]
         return found[0] if found else None
     value = row.get(key, row["scores"].get(key))
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _of_frechet(name: str) -> bool:
+    """Whether a score is the Fréchet distance in per cent."""
+    return name.startswith("FD-") and name.endswith("_percent")
+
+
+def _columns(result: Mapping[str, Any]) -> list[tuple[str, str, str, str | None, str]]:
+    """The columns, those of the user's own metrics before the time."""
+    names = (result.get("protocol") or {}).get("metrics", [])
+    own = [(name, name, "", None, "a metric of your own: mean ± standard error") for name in names]
+    return [*COLUMNS[:-1], *own, COLUMNS[-1]]
 
 
 def comparison(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[Line]]:
@@ -86,7 +98,7 @@ def comparison(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[L
         The columns' ``(title, explanation)``, and the lines: models, controls, floors.
     """
     rows, controls = model_rows(result), control_rows(result)
-    columns = [column for column in COLUMNS if any(value_of(row, column[1]) is not None for row in rows)]
+    columns = [column for column in _columns(result) if any(value_of(row, column[1]) is not None for row in rows)]
     best = {key: _best([value_of(row, key) for row in rows], end) for _, key, end, _, _ in columns}
     lines = []
     for k, row in enumerate(rows):
@@ -102,7 +114,7 @@ def comparison(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[L
 
 def _fd_title(row: Row) -> str:
     """``FD-<features> %``."""
-    names = [name.removesuffix("_percent") for name in row["scores"] if name.endswith("_percent")]
+    names = [name.removesuffix("_percent") for name in row["scores"] if _of_frechet(name)]
     return f"{names[0]} %"
 
 
@@ -118,7 +130,8 @@ def _cell(row: Row, key: str, best: str | None) -> Cell:
     """The cell of a row in the column ``key``, whose best printed value is ``best``."""
     value = value_of(row, key)
     text = number(value)
-    small = f"±{number(row['scores'].get('energy_se'))}" if key == "energy" else ""
+    error = row["scores"].get("energy_se" if key == "energy" else f"{key}_error")
+    small = f"±{number(error)}" if key == "energy" or error is not None else ""
     alarm = key == "memorised" and bool(row["scores"].get("memorised_flag")) and not row.get("control")
     return Cell(text, small if value is not None else "", best == text, alarm)
 
