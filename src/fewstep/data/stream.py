@@ -103,7 +103,9 @@ def stream(
     if blocks.columns.label is not None:
         data = _labelled(data, first[blocks.columns.label], classes, what)
     exact, reason = known_order(loader)
-    return Stream(blocks, data, rest, exact if repeatable is None else repeatable, reason)
+    made = Stream(blocks, data, rest, exact if repeatable is None else repeatable, reason)
+    made.scale_named = scale is not None
+    return made
 
 
 def _fill(blocks: RawBlocks, reservoir: int | None, what: str) -> tuple[dict[Key, NDArray[Any]], Iterator[Block]]:
@@ -156,10 +158,12 @@ class Stream:
         reservoir: the first rows, as a data set with random access.
         exact_resume: whether a resumed run gets the rows that an uninterrupted one would get, bit for bit.
         promise: a sentence that says so, with the reason.
+        scale_named: whether the user named a scale; otherwise a model's own scaling takes precedence.
     """
 
     def __init__(self, blocks: RawBlocks, reservoir: DataSet, rest: Iterator[Block], exact: bool, reason: str) -> None:
         self.reservoir = reservoir
+        self.scale_named = False
         self._blocks, self._what = blocks, f"the stream {reservoir.name!r}"
         self._rest: Iterator[Block] | None = rest
         self.exact_resume = exact

@@ -29,11 +29,13 @@ class FolderKind:
         kind: ``velocity``, ``map`` or ``features``.
         guidance: guidance weight baked into its weights; None for none.
         labels: whether it takes labels.
+        scaling: from the network's units to those of the data; None where they are the same.
     """
 
     kind: Literal["velocity", "map", "features"]
     guidance: float | None
     labels: bool
+    scaling: dict[str, Any] | None = None
 
 
 def folder_kind(folder: str | Path) -> FolderKind:
@@ -47,7 +49,7 @@ def folder_kind(folder: str | Path) -> FolderKind:
         name, config = read_network_config(folder)
         return FolderKind("velocity", None, "label" in CLASSES[name].conditions(config))
     found = read_config(folder)
-    return FolderKind(found.rule.kind, found.guidance, bool(found.class_weights))
+    return FolderKind(found.rule.kind, found.guidance, bool(found.class_weights), found.scaling)
 
 
 def load(folder: str | Path, module: nn.Module | None = None, device: str | torch.device = "cpu") -> Generator:

@@ -92,7 +92,7 @@ def stage_inputs(run: Run, name: str) -> dict[str, Any]:
     return {
         "options": run.recipe.stages[name].model_dump(mode="json"),
         "network": run.network(name),
-        "data": run.data.fingerprint,
+        "data": (run.stream or run.data).fingerprint,
         "scaling": run.data.scaling.as_dict(),
         "base": header.base,
         "seed": header.seed,

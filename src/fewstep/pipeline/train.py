@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from fewstep.data.dataset import DataSet
 from fewstep.data.load import load_data
+from fewstep.data.scaling import Scaling
 from fewstep.errors import UserError, unknown
 from fewstep.generator import Generator
 from fewstep.interop.open_model import folder_kind
@@ -18,7 +20,7 @@ from fewstep.methods.contract.stage import Stream
 from fewstep.methods.registry import find_method
 from fewstep.networks.adapter import Adapter
 from fewstep.networks.foreign import Foreign
-from fewstep.pipeline.checks import check_networks, check_precision
+from fewstep.pipeline.checks import check_networks, check_precision, read_stage
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.environment import environment
 from fewstep.pipeline.feature_checks import NO_VELOCITY
@@ -88,8 +90,7 @@ def train(
     out, world = Path(out), LocalWorld(quiet=quiet)
     if not STAGE_NAME.fullmatch(out.name):
         raise UserError(f"out={str(out)!r}: the last part is the stage's name; use letters, digits, '_', '-' and '.'.")
-    own = _own_networks(teacher, init, network)
-    rows, stream = _open_data(data, seed, own_units=bool(own))
+    rows, stream = _open_data(data, seed, _units(teacher, init, network), out)
     given: dict[str, Generator] = {}
     words = {role: _word(role, model, rows, given) for role, model in (("teacher", teacher), ("init", init))}
     foreign = [_as_foreign(network)] if isinstance(network, nn.Module) else []
@@ -128,29 +129,53 @@ def _run(run: Run, out: Path) -> Generator:
     return run.open_model(out)
 
 
-def _own_networks(*models: Any) -> list[nn.Module]:
-    """The modules among the arguments that fewstep did not build."""
-    return [model for model in models if isinstance(model, nn.Module)]
+def _units(*models: Any) -> dict[str, Any] | Literal["none"] | None:
+    """The scaling of the first model that was given; ``none`` for the user's own network, which was trained on data as
+    they are; None where no model says it.
+    """
+    for model in models:
+        if isinstance(model, nn.Module):
+            return "none"
+        if isinstance(model, Generator):
+            return model.config.scaling or "none"
+        if isinstance(model, str | Path) and (Path(model) / "config.json").is_file():
+            return folder_kind(model).scaling or "none"
+    return None
 
 
-def _open_data(data: Any, seed: int, own_units: bool) -> tuple[DataSet, Stream | None]:
+def _open_data(
+    data: Any, seed: int, units: dict[str, Any] | Literal["none"] | None, out: Path
+) -> tuple[DataSet, Stream | None]:
     """The data set, and the stream whose first rows it is.
 
     Args:
         data: the argument of :func:`train`.
         seed: of built-in data that are drawn.
-        own_units: whether arrays and data sets are taken as they are: the user's own network was trained on them.
+        units: scaling of arrays, and of streams that were given none; None for the rules of the data.
+        out: the model's folder: a stream that is resumed keeps its scaling.
     """
     from fewstep.data.sources import as_data
     from fewstep.data.stream import Stream as Streamed
 
     if isinstance(data, Streamed):
+        begun = read_stage(out).get("inputs", {}).get("scaling")
+        wanted = begun or (None if data.scale_named else units)
+        if wanted is not None:
+            data.use_scaling(_scaling(wanted, data.reservoir))
         return data.reservoir, data
     if isinstance(data, DataSet):
         return data, None
     if isinstance(data, str | Path) or (isinstance(data, Mapping) and {"path", "name"} & set(data)):
         return load_data(data, seed=seed), None
-    return as_data(data, scale="none" if own_units else None), None
+    rows = as_data(data, scale=None if units is None else "none")
+    return (replace(rows, scaling=_scaling(units, rows)) if isinstance(units, dict) else rows), None
+
+
+def _scaling(units: dict[str, Any] | Literal["none"], rows: DataSet) -> Scaling:
+    """The scaling of a model or of a run, or that of rows that are taken as they are."""
+    if isinstance(units, dict):
+        return Scaling.from_dict(units)
+    return Scaling(shape=rows.shape, layout=rows.scaling.layout)
 
 
 def _labels_named(data: Any) -> bool:

@@ -27,6 +27,11 @@ class Stream(Protocol):
         """Rows that were handed out so far."""
         ...
 
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what a resumed run must find again."""
+        ...
+
     def state(self) -> dict[str, Any] | None:
         """What a checkpoint keeps of it, as JSON values; None where it has no state of its own."""
         ...
