@@ -356,7 +356,10 @@ def test_arguments_in_the_wrong_order_say_how_to_exchange_them(
     for verb in (("sample", "--num", 2, "--out", mine / "x.npy"), ("diagnose", "--num", 4, "--calls", "none")):
         said = refused(capsys, verb[0], run / "teacher", *verb[1:], *swapped)
         assert ": m(t, x, " in said
-    assert main(["check", str(run / "teacher"), "--data", policy_data(mine), *swapped]) in (1, 2)
+    capsys.readouterr()
+    assert main(["check", str(run / "teacher"), "--data", policy_data(mine), *swapped]) == 1
+    said = capsys.readouterr().out
+    assert "argument" in said, said
 
 
 def test_the_wrong_order_of_a_torchcfm_network_ends_in_the_fix(
@@ -445,3 +448,42 @@ def test_a_recipe_alone_runs_no_code(
     assert "never runs code" in said
     assert "--module file.py:make" in said
     assert not (tmp_path / "ran").exists()
+
+
+def test_paths_are_drawn_from_the_pairs_with_the_conditions_of_their_rows(mine: Path, run: Path) -> None:
+    """The pairs hold numbers of data rows; their ends and conditions are those that the data have at these rows."""
+    from fewstep.data.load import load_data
+    from fewstep.pipeline.finish import last_pairs
+    from fewstep.pipeline.recipe_text import parse_yaml
+    from fewstep.report.trajectories import LINES, STEPS, follow, open_pairs
+
+    data = load_data(parse_yaml(policy_data(mine), "here"))
+    model = fs.load(run / "teacher", module=call_made(f"{mine}/mine.py:make"))  # type: ignore[arg-type]
+    store = last_pairs(run / "onestep")
+    assert store is not None
+    states, chord = follow(model, 0, store, data)
+    raw = open_pairs(store).training_rows().columns(torch.arange(LINES))
+    assert torch.equal(chord, torch.stack([raw["x0"], raw["x1"]]))
+    cond = data.cond_rows(raw["row"], ("obs", "mask"))
+    expected = fs.solve(model.module, raw["x0"], solver="rk4", steps=STEPS, cond=cond).x
+    torch.testing.assert_close(states[-1], expected)
+    others = {name: rows.roll(1, 0) for name, rows in cond.items()}
+    assert (fs.solve(model.module, raw["x0"], solver="rk4", steps=STEPS, cond=others).x - expected).abs().max() > 1e-3
+
+
+def test_models_of_a_report_are_shown_under_the_same_conditions(mine: Path, run: Path) -> None:
+    from fewstep.data.load import load_data
+    from fewstep.pipeline.recipe_text import parse_yaml
+    from fewstep.report.samples import classes_of, column_arguments, shared_rows
+
+    data = load_data(parse_yaml(policy_data(mine), "here"))
+    module = f"{mine}/mine.py:make"
+    models = {name: fs.load(run / name, module=call_made(module)) for name in ("teacher", "onestep")}  # type: ignore[arg-type]
+    rows = shared_rows(models, data, 7, seed=1)
+    assert rows is not None
+    assert classes_of(models, data, rows) is None
+    for model in models.values():
+        model.kept = {}  # what is kept with a model does not decide
+        draw = model.draw(7, steps=1, seed=1, **column_arguments(model, data, None, rows))
+        np.testing.assert_array_equal(draw.cond["obs"].numpy(), data.conditions["obs"][rows])
+    assert shared_rows({}, data, 7, seed=1) is None

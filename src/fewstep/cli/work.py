@@ -208,6 +208,7 @@ def compare(options: arguments.Compare) -> int:
     """Compare models on data."""
     from fewstep.cli.named_data import named_data
     from fewstep.cli.open_models import open_models
+    from fewstep.cli.user_module import is_code
     from fewstep.pipeline.compare import compare as measure
     from fewstep.pipeline.compare import name_apart
     from fewstep.pipeline.feature_checks import find_judge, models_among
@@ -219,7 +220,7 @@ def compare(options: arguments.Compare) -> int:
         raise UserError(f"--samples must be at least 1, got {options.samples}.")
     if options.out is not None:
         check_writable(options.out)
-    folders = models_among(options.models)
+    folders = [place for place in options.models if is_code(place) or models_among([place])]
     for folder in options.models:
         if folder not in folders:
             print(f"  {folder} holds features, not a model to compare: use it with --features {folder}")

@@ -94,7 +94,7 @@ def _drawn(kept: Rows, name: str, names: Sequence[str], num: int, seed: int) -> 
     if any(other not in kept for other in names):
         raise UserError(
             f"{name!r} takes the conditions {', '.join(names)}, and no rows of them are kept with the model: pass "
-            f"them, cond={{{names[0]!r}: …}}."
+            f"them, cond={{{names[0]!r}: …}}; in a shell, --cond FILE.npz."
         )
     rows = integer_rows(num, len(kept[names[0]]), seed=seed, draw=ROW_DRAW)
     return {other: kept[other][rows] for other in names}

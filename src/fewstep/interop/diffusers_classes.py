@@ -282,7 +282,10 @@ class DiffusersCall:
         needed = kind.conditions(module.config)
         for name in needed:
             if name not in cond:
-                raise UserError(f"{self.kind} needs the condition {name!r}: pass it, as cond={{{name!r}: rows}}.")
+                raise UserError(
+                    f"{self.kind} needs the condition {name!r}: pass it, cond={{{name!r}: rows}}; in a shell, --cond "
+                    "FILE.npz."
+                )
         for name in cond:
             if name not in (*needed, *kind.optional):
                 raise _unknown_condition(self.kind, name, (*needed, *kind.optional))

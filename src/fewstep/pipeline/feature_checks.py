@@ -9,7 +9,8 @@ from typing import Any
 
 from fewstep.data.dataset import DataSet
 from fewstep.errors import UserError, suggestion, unknown
-from fewstep.generator import Config, Generator, read_config
+from fewstep.generator import Config, Generator
+from fewstep.interop.open_model import folder_kind
 from fewstep.methods.contract.options import Options
 from fewstep.methods.registry import find_method
 from fewstep.metrics.feature_distance import FEATURE_SOURCES, LPIPS, LPIPS_NETS, FeatureDistance, find_features
@@ -97,4 +98,4 @@ def check_judge(models: Sequence[Generator], judge: FeatureDistance) -> None:
 
 def models_among(folders: Sequence[Path]) -> list[Path]:
     """The folders that hold models, without those of feature networks."""
-    return [folder for folder in folders if read_config(folder).rule.kind != "features"]
+    return [folder for folder in folders if folder_kind(folder).kind != "features"]

@@ -14,6 +14,7 @@ from fewstep.data.load import load_data
 from fewstep.data.scaling import Scaling
 from fewstep.errors import UserError, unknown
 from fewstep.generator import Generator
+from fewstep.interop.diffusers_folders import is_diffusers_folder
 from fewstep.interop.open_model import folder_kind
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Stream
@@ -138,7 +139,7 @@ def _units(*models: Any) -> dict[str, Any] | Literal["none"] | None:
             return "none"
         if isinstance(model, Generator):
             return model.config.scaling or "none"
-        if isinstance(model, str | Path) and (Path(model) / "config.json").is_file():
+        if isinstance(model, str | Path) and (is_diffusers_folder(model) or (Path(model) / "config.json").is_file()):
             return folder_kind(model).scaling or "none"
     return None
 
