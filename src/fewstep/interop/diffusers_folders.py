@@ -98,6 +98,11 @@ def load_network(folder: Path, dtype: torch.dtype, variant: str | None) -> nn.Mo
 
 
 def saved_class(folder: Path) -> str:
+    """The name of the class that a folder's configuration names, which must be one of the table here.
+
+    Raises:
+        UserError: there is no configuration, it names no class, or one that is not known.
+    """
     if not (folder / "config.json").is_file():
         raise UserError(
             f"{folder} holds no config.json: give the folder that save_pretrained of diffusers wrote, of a network "
@@ -143,6 +148,7 @@ def find_class(name: str) -> Any:
 
 
 def unknown_class(name: str) -> UserError:
+    """The error for a class that is not in the table here, with what to do; the caller raises it."""
     return UserError(
         f"{name!r} is no class of diffusers that is known here: {suggestion(name, CLASSES)}Known: "
         f"{', '.join(CLASSES)}. Describe another network with "
