@@ -145,6 +145,14 @@ def test_every_verb_takes_the_folder(folder: Path, run: Path, tmp_path: Path) ->
     assert main(["check", str(folder / "unet"), "--data", "digits"]) in (0, 1)  # a network that was not trained
 
 
+@pytest.mark.usefixtures("quick_comparison")
+def test_the_python_comparison_takes_the_folder_too(folder: Path, run: Path) -> None:
+    found = fs.compare([folder / "unet", run / "onestep"], "digits", steps=[1], samples=40, say=None)
+    assert [row["model"] for row in found.rows][:2] == ["UNet2DModel", "onestep"]
+    said = quietly("compare", folder / "unet", "--data", "digits", "--steps", 1, "--samples", 40)
+    assert f"{found.rows[0]['scores']['energy']:.4f}" in said  # in the units of the data's network in both
+
+
 @pytest.mark.slow
 def test_diagnose_takes_the_folder(folder: Path) -> None:
     assert "straightness" in quietly("diagnose", folder / "unet", "--num", 2, "--calls", "none")
@@ -205,6 +213,7 @@ def test_the_record_builds_the_network_again(folder: Path, run: Path) -> None:
     assert again is not None
     assert again.describe() == other
     assert rebuilt({"name": "mlp"}) is None
+    assert rebuilt({**other, "lora": {"rank": 2}}) is None  # the base is not in the folder
     with pytest.raises(UserError, match="no class of diffusers"):
         rebuilt({"diffusers": {"call": {"kind": "Path"}, "config": {}}})
 

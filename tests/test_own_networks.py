@@ -487,3 +487,32 @@ def test_models_of_a_report_are_shown_under_the_same_conditions(mine: Path, run:
         draw = model.draw(7, steps=1, seed=1, **column_arguments(model, data, None, rows))
         np.testing.assert_array_equal(draw.cond["obs"].numpy(), data.conditions["obs"][rows])
     assert shared_rows({}, data, 7, seed=1) is None
+
+
+def test_a_network_that_was_saved_without_its_conditions_takes_those_of_the_data(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fewstep.cli.named_data import named_data
+    from fewstep.cli.open_models import condition_names, open_model
+
+    module = f"{mine}/mine.py:make"
+    fs.Generator(call_made(module), shape=(6, 2)).save(tmp_path / "saved")  # type: ignore[arg-type]
+    data = named_data(policy_data(mine))
+    for place in (tmp_path / "saved", Path(module)):
+        model = open_model(place, None if place == Path(module) else module, data)
+        assert set(condition_names(model, data)) == {"obs", "mask"}
+        draw = model.draw(5, steps=1)
+        assert draw.cond["obs"].shape == (5, 3)
+        assert not draw.x[~draw.cond["mask"]].any()
+    wish = ("sample", tmp_path / "saved", "--num", 2, "--steps", 1, "--out", tmp_path / "x.npy", "--module", module)
+    assert "--cond FILE.npz" in refused(capsys, *wish)
+    rows = np.load(mine / "rows.npz")
+    np.savez(tmp_path / "mask.npz", mask=rows["mask"][:1])
+    said = refused(capsys, *wish, "--cond", tmp_path / "mask.npz")
+    assert "missing" in said
+    assert "'obs'" in said
+    assert "--cond FILE.npz" in said
+    np.savez(tmp_path / "cond.npz", obs=rows["obs"][:2], mask=rows["mask"][:1])
+    quietly(*wish, "--cond", tmp_path / "cond.npz")
+    without = f"{{path: {mine / 'rows.npz'}, conditions: [mask], mask: mask, layout: sequence, scale: none}}"
+    assert "'obs'" in refused(capsys, "check", tmp_path / "saved", "--data", without, "--module", module)

@@ -28,8 +28,7 @@ def check(options: arguments.Check) -> int:
     model = open_model(options.model, options.module, data)
     _refuse_unfit(model, data)
     chosen = data.train[_rows(len(data.train), options.seed)]
-    names = condition_names(model, data)
-    cond = None if names is None else data.cond_rows(chosen, names)
+    cond = data.cond_rows(chosen, condition_names(model, data))
     found = check_velocity(
         model.module, network_rows(model, data, chosen), conditions=cond, path=model.config.path, seed=options.seed
     )

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -17,12 +16,11 @@ from fewstep.errors import UserError
 from fewstep.flow.noise import isolated_rng
 from fewstep.generator import Generator, read_config
 from fewstep.generator.conditions import kept_conditions
-from fewstep.interop.diffusers_classes import CLASSES, DiffusersCall
 from fewstep.interop.diffusers_folders import is_diffusers_folder
 from fewstep.interop.diffusers_networks import rebuilt
 from fewstep.interop.open_model import load, open_diffusers
-from fewstep.networks.adapter import Adapter
 from fewstep.networks.foreign import FOREIGN, Foreign
+from fewstep.pipeline.compare_models import conditions_of
 from fewstep.pipeline.stage_networks import difference
 from fewstep.training.world import default_device
 
@@ -67,8 +65,8 @@ def open_models(places: Sequence[Path], module: str | None = None, data: DataSet
     return found
 
 
-def condition_names(model: Generator, data: DataSet) -> tuple[str, ...] | None:
-    """The conditions that a model's network is given with rows of the data; None where it is only tried with labels.
+def condition_names(model: Generator, data: DataSet) -> tuple[str, ...]:
+    """The conditions that a model's network is given with rows of the data.
 
     Args:
         model: of :func:`open_models`, opened with this data.
@@ -85,12 +83,7 @@ def condition_names(model: Generator, data: DataSet) -> tuple[str, ...] | None:
             f"{', '.join(data.condition_names) or 'none'}: name it with the data, --data '{{path: FILE, conditions: "
             f"[{missing[0]}]}}', or labels: FILE for labels."
         )
-    return names if names or _is_recorded(model) else None
-
-
-def _is_recorded(model: Generator) -> bool:
-    """Whether it is known which conditions the model takes: fewstep trained it, or its class says so."""
-    return model.config.method is not None or _of_diffusers(model.module) is not None
+    return names
 
 
 def _take_conditions(model: Generator, data: DataSet) -> None:
@@ -98,26 +91,14 @@ def _take_conditions(model: Generator, data: DataSet) -> None:
     config = model.config
     if config.method is not None or config.conditions or model.kept:
         return
-    known = _of_diffusers(model.module)
-    null = model.module.null if isinstance(model.module, Foreign) else {}
-    names = [name for name in data.condition_names if (name in known if known is not None else name != LABEL)]
-    if LABEL in data.condition_names and (LABEL in null or config.class_weights):
-        names = [LABEL, *(name for name in names if name != LABEL)]
-    if LABEL in names and data.labels is not None and len(config.class_weights) != data.classes:
+    names = conditions_of(model, True, data)
+    labels = LABEL in names or model.conditional
+    if labels and data.labels is not None and len(config.class_weights) != data.classes:
         shares = np.bincount(data.labels, minlength=data.classes) / len(data.labels)
         config = replace(config, class_weights=tuple(shares.tolist()), label_names=data.label_names)
     shapes = {name: tuple(data.conditions[name].shape[1:]) for name in names if name != LABEL}
     model.config = replace(config, conditions=shapes, mask=data.mask if data.mask in shapes else None)
     model.kept = kept_conditions(data, names)
-
-
-def _of_diffusers(module: nn.Module) -> tuple[str, ...] | None:
-    """The conditions that a network of diffusers can be given; None for another network."""
-    if not isinstance(module, Adapter) or not isinstance(module.call, DiffusersCall):
-        return None
-    inner: Any = module.inner
-    kind = CLASSES[module.call.kind]
-    return (*kind.conditions(inner.config), *kind.optional)
 
 
 def _from_diffusers(place: Path, data: DataSet | None) -> Generator:

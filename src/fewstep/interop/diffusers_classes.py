@@ -272,6 +272,11 @@ class DiffusersCall:
             out = out[:, : x.shape[1]]
         return self.sign * out
 
+    def conditions(self, module: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the conditions that a module of the class needs, and of those that it can be given beside them."""
+        kind = CLASSES[self.kind]
+        return kind.conditions(module.config), kind.optional
+
     def time(self, module: Any, t: Tensor) -> Tensor:
         """The module's own time for times ``t`` (B,), in the dtype of ``t``: nothing is rounded to whole numbers."""
         entry = CLASSES[self.kind].scale_entry

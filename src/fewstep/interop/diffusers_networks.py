@@ -184,7 +184,8 @@ def record_of(adapter: Adapter) -> dict[str, Any]:
 
 
 def rebuilt(description: Mapping[str, Any]) -> Adapter | None:
-    """The network that a description of a model belongs to, with random weights; None where it is none of diffusers.
+    """The network that a description of a model belongs to, with random weights; None where it is none of diffusers, or
+    a role, whose frozen base the description does not hold.
 
     The class comes from :data:`~fewstep.interop.diffusers_classes.CLASSES`, so that no code of a folder is run.
 
@@ -192,7 +193,7 @@ def rebuilt(description: Mapping[str, Any]) -> Adapter | None:
         UserError: a class that is not known, or that the installed version does not have.
         MissingExtra: diffusers is not installed.
     """
-    if RECORD not in description:
+    if RECORD not in description or "lora" in description:
         return None
     record = description[RECORD]
     name = str(record["call"]["kind"])

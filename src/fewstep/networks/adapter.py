@@ -148,7 +148,10 @@ class Adapter(Foreign):
     def _mask_of(self, cond: Mapping[str, Tensor]) -> Tensor:
         assert self.mask is not None
         if self.mask not in cond:
-            raise UserError(f"the condition {self.mask!r}, the mask of {self.name}, is missing: pass it with the rows.")
+            raise UserError(
+                f"the condition {self.mask!r}, the mask of {self.name}, is missing: pass it, cond={{{self.mask!r}: "
+                "rows}; in a shell, --cond FILE.npz."
+            )
         return cond[self.mask]
 
     def _failed(self, error: Exception, x: Tensor, t: Tensor, cond: Mapping[str, Any]) -> UserError:
@@ -171,6 +174,8 @@ class Adapter(Foreign):
         devices = sorted({str(parameter.device) for parameter in self.wrapped.parameters()})
         if devices and str(x.device) not in devices:
             return f"The rows are on {x.device} and the weights on {', '.join(devices)}: move one of them. "
+        if isinstance(error, TypeError) and "missing" in str(error):
+            return "If that is a condition, pass it: cond={name: rows}; in a shell, --cond FILE.npz. "
         if "dtype" in str(error):
             return "x has the dtype of the weights and t at least float32: if need be, cast t, t.to(x.dtype). "
         return ""

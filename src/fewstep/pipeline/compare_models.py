@@ -15,8 +15,12 @@ from fewstep.data.dataset import LABEL, DataSet
 from fewstep.data.scaling import Scaling
 from fewstep.errors import UserError
 from fewstep.flow.grids import GridSpec
-from fewstep.generator import Config, Draw, Generator, load
+from fewstep.generator import Config, Draw, Generator
+from fewstep.interop.diffusers_classes import DiffusersCall
+from fewstep.interop.diffusers_folders import is_diffusers_folder
+from fewstep.interop.diffusers_networks import from_diffusers
 from fewstep.interop.lora import Role
+from fewstep.interop.open_model import load
 from fewstep.networks import parameter_count
 from fewstep.networks.adapter import Adapter, plain_call
 from fewstep.networks.foreign import FOREIGN, Foreign
@@ -134,6 +138,8 @@ def open_models(models: Any, data: DataSet, in_data_units: bool) -> list[tuple[G
     listed = [models] if isinstance(models, (Generator, nn.Module, str, Path)) else list(models)
     if not listed:
         raise UserError("no model to compare: give at least one model's folder.")
+    # a folder of diffusers says nothing of units and conditions: it is opened as a network
+    listed = [from_diffusers(model) if _is_of_diffusers(model) else model for model in listed]
     opened = [_open(model, data, in_data_units) for model in listed]
     _refuse_twice(listed)
     for model in opened:
@@ -145,6 +151,10 @@ def open_models(models: Any, data: DataSet, in_data_units: bool) -> list[tuple[G
     bare = [isinstance(model, nn.Module) for model in listed]
     named = with_names(opened, distinct_names(opened, [model.folder for model in opened]))
     return list(zip(named, bare, strict=True))
+
+
+def _is_of_diffusers(model: Any) -> bool:
+    return isinstance(model, (str, Path)) and is_diffusers_folder(model)
 
 
 def _open(model: Any, data: DataSet, in_data_units: bool) -> Generator:
@@ -263,6 +273,9 @@ def _parameters(module: nn.Module, known: Sequence[str]) -> tuple[list[str], lis
     """The conditions that a network needs, and those among ``known`` that it can be given."""
     call, skipped = module.forward, 2  # after x, t
     if (adapter := _adapter_of(module)) is not None:
+        if isinstance(adapter.call, DiffusersCall):
+            needs, takes = adapter.call.conditions(adapter.wrapped)
+            return [*needs], [name for name in takes if name in known]
         own = adapter.call is plain_call
         call, skipped = (adapter.wrapped.forward, 2) if own else (adapter.call, 3)
     try:
