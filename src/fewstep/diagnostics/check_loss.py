@@ -1,7 +1,7 @@
 r"""Convention and units of a network, judged by its flow-matching loss.
 
-A repair is a time ``s(t)`` that the network is evaluated at and a reading of its output: the velocity, its opposite, the data
-prediction or the noise prediction, the last two converted to a velocity. A trained network approximates
+A repair is a time ``s(t)`` that the network is evaluated at and a reading of its output: the velocity, its opposite,
+the data prediction or the noise prediction, the last two converted to a velocity. A trained network approximates
 ``E[u | x_t]`` in its own convention and in no other, so the right repair has the least loss. More holds: if
 ``v_b`` is that expectation, then for every other ``v_a``
 
@@ -190,8 +190,8 @@ def find_convention(found: list[Repair], rows: Rows, linear: bool, short: bool) 
     )
     if not right or best.loss > POOR:
         text = (
-            f"Not conclusive: {numbers}, but that is no velocity of these data either. A straightened, distilled, guided or "
-            "untrained network looks like this, and so does one with another fault."
+            f"Not conclusive: {numbers}, but that is no velocity of these data either. A straightened, distilled, "
+            "guided or untrained network looks like this, and so does one with another fault."
         )
         return given, [Finding("inconclusive", text, "", evidence, kind="note")]
     call = _with_conditions(best, linear)
@@ -262,8 +262,8 @@ def own_samples(network: Network, rows: Rows, path: AffinePath, repair: Repair) 
 def find_units(network: Network, setting: Setting, rows: Rows, repair: Repair) -> list[Finding]:
     """Whether the network was trained on the same data in other units.
 
-    The network's samples are in its own units, whatever the data. Maps that bring mean and standard deviation of the data to
-    theirs are tried; the data are in other units where one of them lowers the loss, relative to the best linear
+    The network's samples are in its own units, whatever the data. Maps that bring mean and standard deviation of the
+    data to theirs are tried; the data are in other units where one of them lowers the loss, relative to the best linear
     velocity in those units.
     """
     samples = own_samples(network, rows, setting.path, repair)
@@ -285,8 +285,8 @@ def find_units(network: Network, setting: Setting, rows: Rows, repair: Repair) -
         return []
     evidence = {"loss": float(given.mean()), "repaired": loss, "standard_errors": z, "a": units.a, "b": units.b}
     text = (
-        f"The network was trained on data in other units: samples of the network have mean {float(samples.mean()):.3g} and "
-        f"standard deviation {float(samples.std()):.3g}, the data {float(rows.x1.mean()):.3g} and "
+        f"The network was trained on data in other units: samples of the network have mean {float(samples.mean()):.3g} "
+        f"and standard deviation {float(samples.std()):.3g}, the data {float(rows.x1.mean()):.3g} and "
         f"{float(rows.x1.std()):.3g}. The loss is {float(given.mean()):.3g} on x and {loss:.3g} on {units.words()}."
     )
     return [Finding("data_units", text, f"Give the data in the network's units: {units.words()}.", evidence)]
