@@ -29,12 +29,12 @@ from fewstep.networks.registry import build, resolve
 Net = Callable[..., Tensor]
 
 TRAINED = {
-    "moons": {"data": "moons", "steps": 400},
-    "pinwheel": {"data": "pinwheel", "steps": 400, "labels": True},
+    "moons": {"data": "moons", "steps": 300},
+    "pinwheel": {"data": "pinwheel", "steps": 300, "labels": True},
     "brief": {"data": "moons", "steps": 60},
-    "vp": {"data": "moons", "steps": 400, "path": "vp"},
-    "cosine": {"data": "moons", "steps": 400, "path": "cosine", "labels": True},
-    "digits": {"data": "digits", "steps": 300, "labels": True},
+    "vp": {"data": "moons", "steps": 300, "path": "vp"},
+    "cosine": {"data": "moons", "steps": 300, "path": "cosine", "labels": True},
+    "digits": {"data": "digits", "steps": 200, "labels": True},
     "noise": {"data": "moons", "steps": 300, "target": "noise"},
     "data": {"data": "moons", "steps": 300, "target": "data"},
     "digits noise": {"data": "digits", "steps": 200, "target": "noise"},
@@ -54,7 +54,7 @@ def teacher(name: str, seed: int = 0) -> nn.Module:
     data = data_of(given["data"])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        size = {"width": 160} if given["data"] == "digits" else {"width": 96}
+        size = {"width": 128} if given["data"] == "digits" else {"width": 96}
         config = {"name": "mlp", "preset": "tiny", **size}
         net = build(resolve(config, data.shape, data.classes if given["labels"] else 0))
         fit(net, data, given["steps"], given["path"], given["target"], given["labels"], seed)
@@ -113,7 +113,7 @@ WRONG: dict[str, tuple[set[str], Callable[[nn.Module], Net]]] = {
 
 @pytest.mark.parametrize("name", ["moons", "pinwheel", "vp", "cosine", "digits", "brief"])
 def test_a_right_network_raises_no_alarm(name: str) -> None:
-    for seed in range(3):
+    for seed in range(2):
         for short in (False, True):
             check = checked(teacher(name), name, seed, short=short)
             assert check.ok, check
@@ -141,17 +141,14 @@ def test_the_short_form_finds_the_common_faults(name: str, wrong: str) -> None:
 
 @pytest.mark.parametrize("name", ["noise", "data", "digits noise", "digits data"])
 def test_another_prediction_is_named(name: str) -> None:
-    for short in (False, True):
-        check = checked(teacher(name), name, short=short)
-        assert names(check) == {f"{TRAINED[name]['target']}_prediction"}, check
-    fix = next(fault.fix for fault in check.faults)
-    repaired = eval(fix.split("fs.adapt(net, ")[1].rstrip(".)") + ")", {})
-    mended = functools.partial(repaired, teacher(name))
-
-    def limited(x: Tensor, t: Tensor) -> Tensor:
-        return mended(x, t.clamp(0.01, 0.99)[(...,) + (None,) * 0].reshape(-1, *(1,) * (x.ndim - 1)))
-
-    assert callable(limited)
+    wanted = TRAINED[name]["target"]
+    check = checked(teacher(name), name)
+    assert names(check) == {f"{wanted}_prediction"}, check
+    assert ("(x - m(x, t, **cond)) / t" if wanted == "noise" else "(m(x, t, **cond) - x) / (1 - t)") in check.faults[
+        0
+    ].fix
+    if name.startswith("digits"):
+        assert names(checked(teacher(name), name, short=True)) == names(check)
 
 
 @pytest.mark.parametrize(("a", "b"), [(8.0, 8.0), (127.5, 127.5), (0.5, 0.5), (2.0, 0.0), (1.0, 1.0)])
@@ -205,8 +202,8 @@ def test_q_is_one_for_an_exact_velocity() -> None:
     """E|v_a - u|^2 - E|v_b - u|^2 = E|v_a - v_b|^2 where v_b is the conditional expectation."""
     v, rows = exact()
     for change in (lambda x, t: v(x, 1 - t), lambda x, t: -v(x, t), lambda x, t: x - t[:, None] * v(x, t)):
-        check = check_velocity(change, rows, rows=2000)
-        assert check.faults[0].evidence["q"] == pytest.approx(1.0, abs=0.05)
+        check = check_velocity(change, rows, rows=512)
+        assert check.faults[0].evidence["q"] == pytest.approx(1.0, abs=0.1)
 
 
 def test_the_target_mean_is_the_conditional_expectation_under_the_rows() -> None:
@@ -253,7 +250,7 @@ def test_straightened_and_one_step_networks_raise_no_alarm(name: str) -> None:
             loss.backward()
             adam.step()
         net.requires_grad_(False)
-        for seed in range(3):
+        for seed in range(2):
             assert checked(net, name, seed).ok, checked(net, name, seed)
             assert checked(net, name, seed, short=True).ok
 
@@ -282,7 +279,7 @@ def test_untrained_networks_raise_no_alarm_in_the_form_for_them() -> None:
             random = Plain(math.prod(data.shape), scale=10.0 ** (seed % 3 - 1))
             for net in (zero, two_time, random):
                 assert quick_check(net, data, seed=seed, trained=False).ok
-                assert quick_check(net, data, seed=seed).ok
+            assert quick_check(zero, data, seed=seed).ok
 
 
 def test_a_structure_that_hides_an_input_is_found_before_training() -> None:
@@ -358,7 +355,11 @@ def test_what_the_call_returns() -> None:
 
 
 def test_half_precision_weights_are_told_of_and_the_adapter_mends_it() -> None:
-    half = Plain(2).to(torch.bfloat16)
+    class Half(Plain):
+        def forward(self, x: Tensor, t: Tensor, label: Tensor | None = None) -> Tensor:
+            return super().forward(x, t.to(torch.bfloat16), label)
+
+    half = Half(2).to(torch.bfloat16)
     assert "dtype" in names(quick_check(half, data_of("moons"), conditions={}, trained=False))
     assert quick_check(Adapter(half), data_of("moons"), conditions={}, trained=False).ok
 
@@ -423,7 +424,7 @@ def test_a_mask_leaves_padding_out_of_the_judgement() -> None:
 
 
 def test_a_network_of_other_data_is_no_velocity_of_these() -> None:
-    v, rows = exact()
+    _, rows = exact()
     check = check_velocity(lambda x, t: 6 * torch.sin(5 * x.flip(1)) * t[:, None], rows)
     assert names(check) == {"not_a_velocity"}, check
 
