@@ -138,6 +138,11 @@ class Rows:
         return torch.nan_to_num(self.weight.double() * plain, nan=1e30, posinf=1e30).clamp(max=1e30)
 
     @property
+    def least(self) -> float:
+        """Loss of ``u_hat``, the least that there is for the law of the rows at hand."""
+        return float(self.squares(self.u - self.mean).mean())
+
+    @property
     def unit(self) -> float:
         """Loss of the best linear velocity: losses are given in this unit."""
         return max(float(self.squares(self.linear - self.u).mean()), 1e-30)
