@@ -1,7 +1,7 @@
 """How a network from outside can be called: arguments, their order, and what it returns.
 
-The call ``net(x, t, **cond)`` is tried first. Where it fails, other calls are tried; one of them that returns a tensor of
-the shape of x is the likely fix, and the rest of the check goes on with it.
+The call ``net(x, t, **cond)`` is tried first. Where it fails, other calls are tried; one of them that returns a tensor
+of the shape of x is the likely fix, and the rest of the check goes on with it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fewstep.diagnostics.check_report import Finding
 from fewstep.diagnostics.check_rows import Network, Rows
 from fewstep.flow.noise import isolated_rng
 
-TRIED = 5  # rows of a trial call; a number that no dimension of the samples has is better, see trial_rows
+TRIED = 5  # rows of a trial call, more where a sample has this dimension
 REDRAWS, SHORT_REDRAWS = 48, 12  # rows whose output is compared in training mode, .1 of them redrawn by most networks
 SAME = (
     1e-3  # two calls with equal arguments differ by at most so much of the output's size; kernels on GPUs vary by 1e-6
@@ -92,7 +92,7 @@ def _cast(net: Callable[..., Any], x: Tensor, t: Tensor, cond: Mapping[str, Tens
 ORDER = "The first argument must be the state x and the second the time t."
 FORMS = (
     Form(
-        "argument_order", "net(t, x, **cond)", "The network takes the time first: net(t, x, **cond) returns a velocity.",
+        "argument_order", "net(t, x, **cond)", "The network takes the time first: net(t, x, **cond) is a velocity.",
         f"{ORDER} Adapt it: fs.adapt(net, lambda m, x, t, **cond: m(t, x, **cond)), or wrap it in a function.",
         lambda net, x, t, cond: net(t, x, **cond),
     ),
@@ -109,7 +109,7 @@ FORMS = (
         lambda net, x, t, cond: net(x, t, *cond.values()),
     ),
     Form(
-        "output_type", "net(x, t, **cond).sample", "The network returns an object that holds the velocity, not a tensor.",
+        "output_type", "net(x, t, **cond).sample", "The network returns an object that holds the velocity.",
         "Take the tensor out: fs.adapt(net, lambda m, x, t, **cond: m(x, t, **cond).sample) (or [0]).",
         _unwrapped,
     ),
@@ -124,7 +124,7 @@ FORMS = (
         _cast,
     ),
     Form(
-        "unused_condition", "net(x, t)", "The network takes none of the conditions: it is called without them from here.",
+        "unused_condition", "net(x, t)", "The network takes none of the conditions: it is called without them.",
         "Pass conditions={} to the check, or give the network its conditions.",
         lambda net, x, t, cond: net(x, t),
     ),
@@ -144,7 +144,7 @@ def device_of(net: Callable[..., Any]) -> torch.device:
 
 
 def trial_rows(rows: Rows) -> Rows:
-    """A few rows, whose number is none of the dimensions of a sample, so that mixed-up arguments do not fit by chance."""
+    """A few rows, in a number that is no dimension of a sample: mixed-up arguments do not fit by chance."""
     sizes = set(rows.x.shape[1:])
     return rows.first(next(count for count in range(TRIED, TRIED + len(sizes) + 1) if count not in sizes))
 
@@ -305,8 +305,8 @@ def find_infinite(network: Network, rows: Rows) -> list[Finding]:
     return [
         Finding(
             "not_finite", f"The output is not finite: {places}.",
-            "A division by t or 1 - t inside the adapter must be limited at the ends; with float16 weights use bfloat16 or "
-            "float32; weights that are not finite come from a training that diverged.",
-            {words: share for words, share in found},
+            "A division by t or 1 - t inside the adapter must be limited at the ends; with float16 weights use "
+            "bfloat16 or float32; weights that are not finite come from a training that diverged.",
+            dict(found),
         )
     ]  # fmt: skip

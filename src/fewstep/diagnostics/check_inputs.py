@@ -1,12 +1,13 @@
 r"""Whether a network sees its inputs: the time, its exact value, the end time, and every condition.
 
-The change of the output when one input is changed is measured in units of the output's spread over rows. Networks that see
-an input changed by .1 to 1; a U-Net whose group normalisation removes the embedding of time and label, by 8e-7, which is the
-rounding of float32. The bound lies between: 1e-5 in float32, and four roundings in lower precision.
+The change of the output when one input is changed is measured in units of the output's spread over rows. Trained
+networks that see an input changed by .1 to 1, with random weights by .007 at least; a U-Net whose group normalisation
+removes the embedding of time and label changed by 8e-7, which is the rounding of float32. The bound lies between: 1e-5
+in float32, and four roundings in lower precision.
 
 Whether the right condition is given with a row is judged as in :mod:`.check_loss`: where v is ``E[u | x_t, c]``,
-exchanging conditions between rows raises the loss by exactly ``E|v(c') - v(c)|^2``. If it does not, and
-another condition than the given one fits a row better on noise that did not choose it, the conditions do not belong to the rows.
+exchanging conditions between rows raises the loss by exactly ``E|v(c') - v(c)|^2``. If it does not, and another
+condition than the given one fits a row better on noise that did not choose it, conditions do not belong to the rows.
 """
 
 from __future__ import annotations
@@ -31,11 +32,16 @@ STEPS = (0.1, 0.02, 0.005, 0.001, 0.0002)  # differences of time that a network 
 EQUAL = 0.4  # share of rows with exactly equal output from which times are taken to be rounded
 COARSE = 200  # rounded to more levels than this is a note, not a fault
 OUTSIDE = (1.0, 5.0, 500.0)  # whole times that a network which truncates tells apart
-BELONGS = 0.5  # share of E|v(c') - v(c)|^2 by which exchanged conditions raise the loss, at least
+BELONGS = 0.75  # share of E|v(c') - v(c)|^2 by which exchanged conditions raise the loss, at least
 EFFECT = 0.01  # effect of a condition, in the loss's unit, below which nothing is said of its rows
 CANDIDATES = 16  # conditions tried for a row
 SHIFTED = 0.3  # rms change of a weight, over the rms of its tensor, that shows what an architecture lets through
 SHIFTED_LEAST = 0.05  # the same for tensors of zeros
+
+NORMALISED = (
+    "A normalisation with as many groups as channels (torchcfm's U-Net with num_channels=32 and channel_mult=(1, 1)) "
+    "removes an embedding that is added before it: take more channels, or use_scale_shift_norm=True."
+)
 
 Velocity = Callable[..., Tensor]  # (x, t, **cond) -> velocity on the CPU
 
@@ -98,8 +104,8 @@ def _rounded(levels: float, step: float, share: float) -> Finding:
         f"The output does not change at all when t is raised by {step:g} for {share:.0%} of the rows: times are rounded"
     )
     fix = (
-        "Give the network the time as a floating-point number, without .long(), int() or round() (and without a cast to "
-        "half precision)."
+        "Give the network the time as a floating-point number, without .long(), int() or round(), and without a cast "
+        "to half precision."
     )
     if levels >= COARSE:
         text += (
@@ -121,18 +127,17 @@ def _blind_or_truncated(
         if not change(out, base, spread) <= low:
             return [
                 Finding(
-                    "truncated_time", f"The output is the same for all times between 0 and 1 and another one at t = {time:g}: "
-                    "times are truncated to whole numbers.",
-                    "Give the network the time as a floating-point number, without .long() or int(); if it expects 0 to 1000, "
-                    "multiply before.",
+                    "truncated_time", f"The output is the same for all times between 0 and 1 and another one at t = "
+                    f"{time:g}: times are truncated to whole numbers.",
+                    "Give the network the time as a floating-point number, without .long() or int(); if it expects 0 "
+                    "to 1000, multiply before.",
                     {"levels": 1.0, "change": measured},
                 )
             ]  # fmt: skip
     return [
         Finding(
-            "blind_to_time", f"The output changes by {measured:.1g} of its spread when t changes: the network does not see t.",
-            "See that the call hands t on. A normalisation with as many groups as channels (torchcfm's U-Net with "
-            "num_channels=32) removes an embedding that is added before it: take more channels, or scale and shift.",
+            "blind_to_time", f"The output changes by {measured:.1g} of its spread when t changes: t is not seen.",
+            f"See that the call hands t on. {NORMALISED}",
             {"change": measured},
         )
     ]  # fmt: skip
@@ -228,7 +233,9 @@ def _judged(name: str, q: float, v: Velocity, rows: Rows, again: Rows, seed: int
     gain = own - chosen
     z, share = _standard_errors(gain), float(gain.mean() / own.mean())
     evidence = {"q": q, "gain": share, "standard_errors": z}
-    told = f"Exchanging {name!r} between rows raises the loss by {q:.2g} of what it does where the conditions belong to the rows"
+    told = (
+        f"Exchanging {name!r} between rows raises the loss by {q:.2g} of what it does where they belong to their rows"
+    )
     if z >= SIGNIFICANT and share > 0.02:
         text = (
             f"{told}, and another value than the given one, chosen on other noise, lowers the loss by {share:.0%} "
@@ -296,11 +303,8 @@ def _unseen(network: Network, rows: Rows, two_time: bool, setting: Setting) -> l
         if measured <= 10 * BLIND:
             kind = {"t": "blind_to_time", "r": "blind_to_r"}.get(name, "blind_to_condition")
             about = name if kind == "blind_to_condition" else ""
-            text = f"With random weights the output changes by {measured:.1g} of its spread when {name} changes: training cannot mend that."
-            fix = (
-                f"See that the call hands {name} on. A normalisation with as many groups as channels (torchcfm's U-Net with "
-                "num_channels=32) removes an embedding that is added before it."
-            )
+            text = f"With random weights the output changes by {measured:.1g} of its spread when {name} changes."
+            fix = f"Training cannot mend that: see that the call hands {name} on. {NORMALISED}"
             found.append(Finding(kind, text, fix, {"change": measured}, about))
     return found
 

@@ -1,7 +1,7 @@
 r"""Convention and units of a network, judged by its flow-matching loss.
 
-A repair is a time ``s(t)`` that the network is evaluated at and a reading of its output: the velocity, its opposite, the data
-prediction or the noise prediction, the last two converted to a velocity. A trained network approximates
+A repair is a time ``s(t)`` that the network is evaluated at and a reading of its output: the velocity, its opposite,
+the data prediction or the noise prediction, the last two converted to a velocity. A trained network approximates
 ``E[u | x_t]`` in its own convention and in no other, so the right repair has the least loss. More holds: if
 ``v_b`` is that expectation, then for every other ``v_a``
 
@@ -134,7 +134,7 @@ def repairs(network: Network, rows: Rows, path: AffinePath, short: bool) -> list
             continue
         for reading, convert in READINGS.items():
             v = convert(path, out, rows.x, rows.t)
-            loss = float(rows.squares(v - rows.u).mean()) / rows.unit
+            loss = (float(rows.squares(v - rows.mean).mean()) + rows.least) / rows.unit
             found.append(Repair(time, reading, out, v, loss))
     return found
 
@@ -158,10 +158,10 @@ def beats_zero(rows: Rows, v: Tensor) -> bool:
     return LOWEST <= calibration(rows, zero, v) <= HIGHEST and significance(rows, zero, v) >= SIGNIFICANT / 2
 
 
-def best_repair(found: list[Repair]) -> Repair:
-    """The simplest among the repairs whose loss is nearly the least."""
+def near_best(found: list[Repair]) -> list[Repair]:
+    """The repairs whose loss is nearly the least, the simplest first."""
     least = min(repair.loss for repair in found)
-    return next(repair for repair in found if repair.loss <= SIMPLER * least)
+    return [repair for repair in found if repair.loss <= SIMPLER * least]
 
 
 def find_convention(found: list[Repair], rows: Rows, linear: bool, short: bool) -> tuple[Repair, list[Finding]]:
@@ -176,27 +176,31 @@ def find_convention(found: list[Repair], rows: Rows, linear: bool, short: bool) 
     Returns:
         The repair (the network as given if there is no fault), and findings.
     """
-    given, best = found[0], best_repair(found)
-    if best is given:
+    given, near = found[0], near_best(found)
+    if near[0] is given:
         return given, []
+    best = next((repair for repair in near if _right(rows, given, repair)), near[0])
     z, q = significance(rows, given.v, best.v), calibration(rows, given.v, best.v)
-    gained = given.loss - best.loss
-    if z < (SHORT_SIGNIFICANT if short else SIGNIFICANT) or gained < MATERIAL * best.loss:
+    if z < (SHORT_SIGNIFICANT if short else SIGNIFICANT) or given.loss - best.loss < MATERIAL * best.loss:
         return given, []
     evidence = {"loss": given.loss, "repaired": best.loss, "standard_errors": z, "q": q}
-    right = LOWEST <= q <= HIGHEST and beats_zero(rows, best.v)
     numbers = (
         f"its loss is {given.loss:.3g} as given and {best.loss:.3g} as {best.words(linear)} ({z:.0f} standard errors)"
     )
-    if not right or best.loss > POOR:
+    if not _right(rows, given, best):
         text = (
-            f"Not conclusive: {numbers}, but that is no velocity of these data either. A straightened, distilled, guided or "
-            "untrained network looks like this, and so does one with another fault."
+            f"Not conclusive: {numbers}, but that is no velocity of these data either. A straightened, distilled, "
+            "guided or untrained network looks like this, and so does one with another fault."
         )
         return given, [Finding("inconclusive", text, "", evidence, kind="note")]
-    call = _with_conditions(best, linear)
-    fix = f"fs.adapt(net, lambda m, x, t, **cond: {call})."
+    fix = f"fs.adapt(net, lambda m, x, t, **cond: {_with_conditions(best, linear)})."
     return best, [Finding(name, f"It seems that {MEANING[name]}: {numbers}.", fix, evidence) for name in best.faults]
+
+
+def _right(rows: Rows, given: Repair, best: Repair) -> bool:
+    """Whether a repair gives what an expectation gives, relative to the network as given and to zero velocity."""
+    q = calibration(rows, given.v, best.v)
+    return LOWEST <= q <= HIGHEST and best.loss <= POOR and beats_zero(rows, best.v)
 
 
 def _with_conditions(best: Repair, linear: bool) -> str:
@@ -262,8 +266,8 @@ def own_samples(network: Network, rows: Rows, path: AffinePath, repair: Repair) 
 def find_units(network: Network, setting: Setting, rows: Rows, repair: Repair) -> list[Finding]:
     """Whether the network was trained on the same data in other units.
 
-    The network's samples are in its own units, whatever the data. Maps that bring mean and standard deviation of the data to
-    theirs are tried; the data are in other units where one of them lowers the loss, relative to the best linear
+    The network's samples are in its own units, whatever the data. Maps that bring mean and standard deviation of the
+    data to theirs are tried; the data are in other units where one of them lowers the loss, relative to the best linear
     velocity in those units.
     """
     samples = own_samples(network, rows, setting.path, repair)
@@ -285,8 +289,8 @@ def find_units(network: Network, setting: Setting, rows: Rows, repair: Repair) -
         return []
     evidence = {"loss": float(given.mean()), "repaired": loss, "standard_errors": z, "a": units.a, "b": units.b}
     text = (
-        f"The network was trained on data in other units: samples of the network have mean {float(samples.mean()):.3g} and "
-        f"standard deviation {float(samples.std()):.3g}, the data {float(rows.x1.mean()):.3g} and "
+        f"The network was trained on data in other units: samples of the network have mean {float(samples.mean()):.3g} "
+        f"and standard deviation {float(samples.std()):.3g}, the data {float(rows.x1.mean()):.3g} and "
         f"{float(rows.x1.std()):.3g}. The loss is {float(given.mean()):.3g} on x and {loss:.3g} on {units.words()}."
     )
     return [Finding("data_units", text, f"Give the data in the network's units: {units.words()}.", evidence)]

@@ -9,8 +9,8 @@ The last term is the same for every network. ``u_hat`` is known in closed form f
 to every row at hand: it is used for differences of losses, which then have a smaller standard error (for data in
 the plane by a factor of several) and the same mean.
 
-The weight of a row is ``1 / (1 + 1/b_1^2 + 1/b_0^2)`` with the factors of v in the data and the noise prediction: an error of
-a velocity converted from either of them is then bounded at every time.
+The weight of a row is ``1 / (1 + 1/b_1^2 + 1/b_0^2)`` with the factors of v in the data and the noise prediction: the
+error of a velocity converted from either of them is then bounded at every time.
 """
 
 from __future__ import annotations
@@ -61,22 +61,12 @@ def source_of(data: Any, conditions: Mapping[str, Any] | None) -> Source:
         UserError: fewer than 2 rows, rows that are no numbers, conditions of another length.
     """
     if isinstance(data, DataSet):
-        count, rows = len(data), data.network_rows
+        count, rows = len(data), _rows_of_data_set(data)
         if conditions is None and data.labels is not None:
-            return Source(count, rows, lambda i: {"label": data.label_rows(i)})  # type: ignore[dict-item]
+            labels = torch.from_numpy(np.array(data.labels, dtype=np.int64))
+            return Source(count, rows, lambda i: {"label": labels[i]})
     else:
-        try:
-            tensor = torch.as_tensor(np.asarray(data) if isinstance(data, (list, tuple)) else data).detach()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UserError(
-                f"data must be a DataSet or rows (N, *shape) in network units, got {type(data).__name__}."
-            ) from error
-        if tensor.ndim < 2 or len(tensor) < 2 or tensor.is_complex():
-            raise UserError(
-                f"data has shape {tuple(tensor.shape)} and dtype {tensor.dtype}: rows (N, *shape) of real numbers in "
-                "network units are needed, at least 2."
-            )
-        count, rows = len(tensor), lambda i: tensor[i.to(tensor.device)].float()  # type: ignore[assignment,misc]
+        count, rows = _rows_of_array(data)
     given = {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}
     for name, value in given.items():
         if value.ndim == 0 or len(value) != count:
@@ -85,6 +75,27 @@ def source_of(data: Any, conditions: Mapping[str, Any] | None) -> Source:
                 "dimension must be the rows."
             )
     return Source(count, rows, lambda i: {name: value[i.to(value.device)] for name, value in given.items()})
+
+
+def _rows_of_data_set(data: DataSet) -> Callable[[Tensor], Tensor]:
+    return lambda indices: data.network_rows(indices)
+
+
+def _rows_of_array(data: Any) -> tuple[int, Callable[[Tensor], Tensor]]:
+    """Number of rows of an array or tensor, and how to take some of them (a memory-mapped file is not read whole)."""
+    try:
+        array = data.detach() if isinstance(data, Tensor) else np.asanyarray(data)
+        real = not array.is_complex() if isinstance(array, Tensor) else array.dtype.kind in "fiub"
+    except ValueError as error:  # rows of different shapes
+        raise UserError(f"data must be a DataSet or rows (N, *shape) in network units: {error}.") from error
+    if array.ndim < 2 or len(array) < 2 or not real:
+        raise UserError(
+            f"data must be a DataSet or rows (N, *shape) of real numbers in network units, at least 2; got "
+            f"{type(data).__name__} of shape {tuple(array.shape)} and dtype {array.dtype}."
+        )
+    if isinstance(array, Tensor):
+        return len(array), lambda indices: array[indices.to(array.device)].float()
+    return len(array), lambda indices: torch.from_numpy(np.array(array[indices.numpy()], dtype=np.float32))
 
 
 @final
@@ -125,6 +136,11 @@ class Rows:
         """Weighted mean squares of (n, *shape) per row, float64 (n,); values that are not finite count as 1e30."""
         plain = difference.flatten(1).double().square().mean(1)
         return torch.nan_to_num(self.weight.double() * plain, nan=1e30, posinf=1e30).clamp(max=1e30)
+
+    @property
+    def least(self) -> float:
+        """Loss of ``u_hat``, the least that there is for the law of the rows at hand."""
+        return float(self.squares(self.u - self.mean).mean())
 
     @property
     def unit(self) -> float:
