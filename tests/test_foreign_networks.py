@@ -1,0 +1,219 @@
+"""Every method on networks that fewstep did not build: it trains, goes on where it was, and two processes equal one.
+
+The cells of the matrix are in tests/foreign_cases.py. Each is trained once; while it trains, its folder is copied as a
+killed process would leave it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fewstep as fs
+from fewstep.errors import UserError
+from fewstep.generator import read_tensors
+from fewstep.methods.guards import coverage, divergence
+from fewstep.pipeline import train as training
+from fewstep.store import files
+from fewstep.training.trainer import Trainer
+from foreign_cases import (
+    CELLS,
+    PLACES,
+    SAMPLES,
+    available,
+    models,
+    train_cell,
+    train_own_teacher,
+)
+
+KILLED_AT = 32  # samples seen; every second phase has begun
+REFUSED = [(method, place) for method, place in CELLS if method == "imm" and place in ("sd3", "policy")]
+TRAINED = [cell for cell in CELLS if cell not in REFUSED]
+SCRIPT = """
+import sys
+from pathlib import Path
+from test_foreign_networks import work
+
+work(Path(sys.argv[1]), Path(sys.argv[2]))
+"""
+every_cell = pytest.mark.parametrize("cell", TRAINED, ids=" on ".join)
+
+
+def cheapen(patch: pytest.MonkeyPatch) -> None:
+    """Files are not forced to disk, versions are looked up once, and the guards look twice per phase."""
+    patch.setattr(files, "_flush", lambda *_: None)
+    patch.setattr(training, "environment", functools.cache(training.environment))
+    patch.setattr(coverage, "CHECKS", 2)
+    patch.setattr(divergence, "CHECKS", 2)
+
+
+def out_of(root: Path, cell: tuple[str, str]) -> Path:
+    """The model folder of a cell."""
+    return root / "-".join(cell) / "stage"
+
+
+def work(root: Path, folder: Path) -> None:
+    """What each of two processes does."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        cheapen(patch)
+        for cell in TRAINED:
+            if available(cell[1]):
+                train_cell(*cell, out_of(root, cell), folder)
+        rank = int(os.environ["RANK"])
+        said = ""
+        try:
+            torch.manual_seed(rank)
+            net = PLACES["policy"].network()
+            torch.nn.init.normal_(net.inner.spare.weight)
+            train_cell("flow_matching", "policy", root / "differ" / "stage", folder, network=net)
+        except UserError as error:
+            said = str(error)
+        (root / f"rank-{rank}.json").write_text(json.dumps(said))
+
+
+class Matrix:
+    """The cells, trained when they are first asked for.
+
+    Args:
+        root: everything is written here.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.folder = train_own_teacher(root / "teacher")
+        self.whole = functools.cache(self._train)
+        self._two = self._launch()
+
+    def _train(self, cell: tuple[str, str]) -> fs.Generator:
+        """Train a cell, and keep what a process that is killed in between leaves."""
+        out, left = out_of(self.root / "one", cell), out_of(self.root / "killed", cell)
+        step = Trainer._step
+
+        def stepping(trainer: Trainer, *arguments: Any) -> None:
+            if trainer.position.total_samples == KILLED_AT:
+                trainer.save()
+                shutil.copytree(out.parent, left.parent)
+            step(trainer, *arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Trainer, "_step", stepping)
+            return train_cell(*cell, out, self.folder)
+
+    def _launch(self) -> subprocess.Popen[str]:
+        """Start two processes that train every cell."""
+        script = self.root / "script.py"
+        script.write_text(SCRIPT)
+        environment = {
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)]),
+        }
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        return subprocess.Popen(
+            [sys.executable, *launch, str(script), str(self.root / "two"), str(self.folder)],
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    @functools.cached_property
+    def two(self) -> Path:
+        """The output of two processes."""
+        said = self._two.communicate(timeout=300)[1]
+        assert self._two.returncode == 0, said[-4000:]
+        return self.root / "two"
+
+    def close(self) -> None:
+        """End the two processes where no test waited for them."""
+        self._two.terminate()
+        self._two.communicate(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        cheapen(patch)
+        made = Matrix(tmp_path_factory.mktemp("matrix"))
+        yield made
+        made.close()
+    torch.set_num_threads(threads)
+
+
+def needs(cell: tuple[str, str]) -> None:
+    if not available(cell[1]):
+        pytest.skip(f"the network of {cell[1]} is not installed")
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out.parent / "stats.jsonl").read_text().splitlines()]
+
+
+@every_cell
+def test_a_cell_trains(matrix: Matrix, cell: tuple[str, str]) -> None:
+    """The student's weights move and its samples are finite; the class and the names are the user's."""
+    needs(cell)
+    generator = matrix.whole(cell)
+    draw = generator.draw(5)
+    assert draw.x.isfinite().all()
+    assert draw.x.shape == (5, *PLACES[cell[1]].data().shape)
+    assert not [line for line in lines(out_of(matrix.root / "one", cell)) if line.get("skipped")]
+    if "mask" in draw.cond:
+        assert not draw.cond["mask"].all()
+        assert draw.x[~draw.cond["mask"]].abs().max() == 0.0
+    if PLACES[cell[1]].network is None:
+        return
+    before, after = PLACES[cell[1]].network().inner, generator.inner
+    assert type(after) is type(before)
+    old, new = before.state_dict(), after.state_dict()
+    assert list(new) == list(old)
+    assert any(not torch.equal(new[name], old[name]) for name in old)
+    saved = read_tensors(out_of(matrix.root / "one", cell) / "model.safetensors")
+    assert all(name in old or name.startswith("intervals.") for name in saved)
+    assert {name: torch.equal(saved[name], new[name]) for name in old} == dict.fromkeys(old, True)
+
+
+@every_cell
+def test_a_killed_cell_ends_as_the_uninterrupted_one(matrix: Matrix, cell: tuple[str, str]) -> None:
+    needs(cell)
+    matrix.whole(cell)
+    taken: list[int] = []
+    step = Trainer._step
+
+    def counted(trainer: Trainer, *arguments: Any) -> None:
+        taken.append(trainer.position.total_samples)
+        step(trainer, *arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "_step", counted)
+        train_cell(*cell, out_of(matrix.root / "killed", cell), matrix.folder)
+    assert taken[0] == KILLED_AT
+    one, killed = (out_of(matrix.root / name, cell) for name in ("one", "killed"))
+    for name in ("model.safetensors", "config.json"):
+        assert (killed / name).read_bytes() == (one / name).read_bytes(), name
+    assert (killed.parent / "stats.jsonl").read_bytes() == (one.parent / "stats.jsonl").read_bytes()
+
+
+@every_cell
+def test_two_processes_give_the_weights_of_one(matrix: Matrix, cell: tuple[str, str]) -> None:
+    needs(cell)
+    matrix.whole(cell)
+    one, two = (read_tensors(out_of(root, cell) / "model.safetensors") for root in (matrix.root / "one", matrix.two))
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
