@@ -18,7 +18,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import fewstep as fs
 from fewstep.errors import UserError
@@ -27,27 +26,30 @@ from fewstep.methods.guards import coverage, divergence
 from fewstep.pipeline import train as training
 from fewstep.store import files
 from fewstep.training.trainer import Trainer
-from foreign_cases import (
-    CELLS,
-    PLACES,
-    SAMPLES,
-    available,
-    models,
-    train_cell,
-    train_own_teacher,
-)
+from foreign_cases import CELLS, PLACES, available, policy, train_cell, train_own_teacher
 
-KILLED_AT = 32  # samples seen; every second phase has begun
+Cell = tuple[str, str]
+KILLED_AT = 24  # samples seen; every second phase has begun
 REFUSED = [(method, place) for method, place in CELLS if method == "imm" and place in ("sd3", "policy")]
 TRAINED = [cell for cell in CELLS if cell not in REFUSED]
+UNSEEN = ("to_k.bias", "add_k_proj.bias")  # a softmax does not see it: its gradient is a rounding error
+QUICK = ("flow_matching", "distill", "meanflow", "dmd")  # at places other than the policy, the other methods are slow
 SCRIPT = """
 import sys
 from pathlib import Path
 from test_foreign_networks import work
 
-work(Path(sys.argv[1]), Path(sys.argv[2]))
+work(Path(sys.argv[1]), Path(sys.argv[2]), [tuple(cell.split("-")) for cell in sys.argv[3:]])
 """
-every_cell = pytest.mark.parametrize("cell", TRAINED, ids=" on ".join)
+every_cell = pytest.mark.parametrize(
+    "cell",
+    [
+        pytest.param(
+            cell, id=" on ".join(cell), marks=() if cell[1] == "policy" or cell[0] in QUICK else pytest.mark.slow
+        )
+        for cell in TRAINED
+    ],
+)
 
 
 def cheapen(patch: pytest.MonkeyPatch) -> None:
@@ -58,25 +60,23 @@ def cheapen(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(divergence, "CHECKS", 2)
 
 
-def out_of(root: Path, cell: tuple[str, str]) -> Path:
+def out_of(root: Path, cell: Cell) -> Path:
     """The model folder of a cell."""
     return root / "-".join(cell) / "stage"
 
 
-def work(root: Path, folder: Path) -> None:
+def work(root: Path, folder: Path, cells: list[Cell]) -> None:
     """What each of two processes does."""
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         cheapen(patch)
-        for cell in TRAINED:
-            if available(cell[1]):
-                train_cell(*cell, out_of(root, cell), folder)
+        for cell in cells:
+            train_cell(*cell, out_of(root, cell), folder)
         rank = int(os.environ["RANK"])
+        net = policy()
+        net.inner.spare.weight.data.fill_(rank)
         said = ""
         try:
-            torch.manual_seed(rank)
-            net = PLACES["policy"].network()
-            torch.nn.init.normal_(net.inner.spare.weight)
             train_cell("flow_matching", "policy", root / "differ" / "stage", folder, network=net)
         except UserError as error:
             said = str(error)
@@ -88,15 +88,16 @@ class Matrix:
 
     Args:
         root: everything is written here.
+        cells: that two processes train.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
+    def __init__(self, root: Path, cells: list[Cell]) -> None:
+        self.root, self.cells = root, cells
         self.folder = train_own_teacher(root / "teacher")
         self.whole = functools.cache(self._train)
         self._two = self._launch()
 
-    def _train(self, cell: tuple[str, str]) -> fs.Generator:
+    def _train(self, cell: Cell) -> fs.Generator:
         """Train a cell, and keep what a process that is killed in between leaves."""
         out, left = out_of(self.root / "one", cell), out_of(self.root / "killed", cell)
         step = Trainer._step
@@ -112,7 +113,7 @@ class Matrix:
             return train_cell(*cell, out, self.folder)
 
     def _launch(self) -> subprocess.Popen[str]:
-        """Start two processes that train every cell."""
+        """Start two processes that train the cells."""
         script = self.root / "script.py"
         script.write_text(SCRIPT)
         environment = {
@@ -123,7 +124,14 @@ class Matrix:
         }
         launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         return subprocess.Popen(
-            [sys.executable, *launch, str(script), str(self.root / "two"), str(self.folder)],
+            [
+                sys.executable,
+                *launch,
+                str(script),
+                str(self.root / "two"),
+                str(self.folder),
+                *map("-".join, self.cells),
+            ],
             env=environment,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -144,18 +152,22 @@ class Matrix:
 
 
 @pytest.fixture(scope="module")
-def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
+    items = [item for item in request.session.items if item.path == request.path and isinstance(item, pytest.Function)]
+    chosen = {item.callspec.params["cell"] for item in items if "cell" in item.fixturenames}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         cheapen(patch)
-        made = Matrix(tmp_path_factory.mktemp("matrix"))
+        made = Matrix(
+            tmp_path_factory.mktemp("matrix"), [cell for cell in TRAINED if cell in chosen and available(cell[1])]
+        )
         yield made
         made.close()
     torch.set_num_threads(threads)
 
 
-def needs(cell: tuple[str, str]) -> None:
+def needs(cell: Cell) -> None:
     if not available(cell[1]):
         pytest.skip(f"the network of {cell[1]} is not installed")
 
@@ -165,7 +177,7 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 @every_cell
-def test_a_cell_trains(matrix: Matrix, cell: tuple[str, str]) -> None:
+def test_a_cell_trains(matrix: Matrix, cell: Cell) -> None:
     """The student's weights move and its samples are finite; the class and the names are the user's."""
     needs(cell)
     generator = matrix.whole(cell)
@@ -189,7 +201,7 @@ def test_a_cell_trains(matrix: Matrix, cell: tuple[str, str]) -> None:
 
 
 @every_cell
-def test_a_killed_cell_ends_as_the_uninterrupted_one(matrix: Matrix, cell: tuple[str, str]) -> None:
+def test_a_killed_cell_ends_as_the_uninterrupted_one(matrix: Matrix, cell: Cell) -> None:
     needs(cell)
     matrix.whole(cell)
     taken: list[int] = []
@@ -210,10 +222,31 @@ def test_a_killed_cell_ends_as_the_uninterrupted_one(matrix: Matrix, cell: tuple
 
 
 @every_cell
-def test_two_processes_give_the_weights_of_one(matrix: Matrix, cell: tuple[str, str]) -> None:
+def test_two_processes_give_the_weights_of_one(matrix: Matrix, cell: Cell) -> None:
     needs(cell)
     matrix.whole(cell)
     one, two = (read_tensors(out_of(root, cell) / "model.safetensors") for root in (matrix.root / "one", matrix.two))
     assert one.keys() == two.keys()
-    for name, value in one.items():
-        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=lambda said, name=name: f"{name}: {said}")
+    apart = [
+        ((two[name] - value).abs() > 1e-5 + 1e-4 * value.abs()).flatten()
+        for name, value in one.items()
+        if not name.endswith(UNSEEN)
+    ]
+    assert torch.cat(apart).float().mean() < 1e-3  # Adam makes whole steps of gradients that are rounding errors
+    assert max(float((two[name] - value).abs().max()) for name, value in one.items()) < 4e-3
+    for here, there in zip(*(lines(out_of(root, cell)) for root in (matrix.root / "one", matrix.two)), strict=True):
+        assert there.get("terms", {}) == pytest.approx(here.get("terms", {}), rel=1e-3, abs=2e-5)
+
+
+def test_processes_with_different_weights_of_a_network_are_refused(matrix: Matrix) -> None:
+    for rank in range(2):
+        said = json.loads((matrix.two / f"rank-{rank}.json").read_text())
+        assert "the processes have different weights of a network" in said
+        assert "torch.manual_seed(0)" in said
+
+
+@pytest.mark.parametrize("place", ["sd3", "policy"])
+def test_imm_refuses_conditions_that_seldom_repeat(tmp_path: Path, place: str) -> None:
+    needs(("imm", place))
+    with pytest.raises(UserError, match="rows seldom have equal"):
+        train_cell("imm", place, tmp_path / "stage", tmp_path)
