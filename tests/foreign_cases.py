@@ -204,7 +204,7 @@ def models(method: str, place: str, folder: Path) -> dict[str, Any]:
     net = make()
     if not accepts(method, "teacher"):
         return {"network": net}
-    return {"teacher": net, "network": net} if method == "slimflow" else {"teacher": net}
+    return {"teacher": net}
 
 
 def options_of(method: str) -> dict[str, Any]:
@@ -215,7 +215,7 @@ def options_of(method: str) -> dict[str, Any]:
 def train_cell(method: str, place: str, out: Path, folder: Path, **changes: Any) -> fs.Generator:
     """Train a cell; the same call again goes on where it was."""
     at = PLACES[place]
-    told: dict[str, Any] = {**options_of(method), **models(method, place, folder), **at.options, **changes}
+    told: dict[str, Any] = {"check": False, **options_of(method), **models(method, place, folder), **at.options, **changes}
     return fs.train(method, data=at.data(), out=out, conditional=at.labels, quiet=True, **told)
 
 

@@ -30,8 +30,6 @@ from foreign_cases import CELLS, PLACES, available, policy, train_cell, train_ow
 
 Cell = tuple[str, str]
 KILLED_AT = 24  # samples seen; every second phase has begun
-REFUSED = [(method, place) for method, place in CELLS if method == "imm" and place in ("sd3", "policy")]
-TRAINED = [cell for cell in CELLS if cell not in REFUSED]
 UNSEEN = ("to_k.bias", "add_k_proj.bias")  # a softmax does not see it: its gradient is a rounding error
 QUICK = ("flow_matching", "distill", "meanflow", "dmd")  # at places other than the policy, the other methods are slow
 SCRIPT = """
@@ -47,7 +45,7 @@ every_cell = pytest.mark.parametrize(
         pytest.param(
             cell, id=" on ".join(cell), marks=() if cell[1] == "policy" or cell[0] in QUICK else pytest.mark.slow
         )
-        for cell in TRAINED
+        for cell in CELLS
     ],
 )
 
@@ -160,7 +158,7 @@ def matrix(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     with pytest.MonkeyPatch.context() as patch:
         cheapen(patch)
         made = Matrix(
-            tmp_path_factory.mktemp("matrix"), [cell for cell in TRAINED if cell in chosen and available(cell[1])]
+            tmp_path_factory.mktemp("matrix"), [cell for cell in CELLS if cell in chosen and available(cell[1])]
         )
         yield made
         made.close()
@@ -243,10 +241,3 @@ def test_processes_with_different_weights_of_a_network_are_refused(matrix: Matri
         said = json.loads((matrix.two / f"rank-{rank}.json").read_text())
         assert "the processes have different weights of a network" in said
         assert "torch.manual_seed(0)" in said
-
-
-@pytest.mark.parametrize("place", ["sd3", "policy"])
-def test_imm_refuses_conditions_that_seldom_repeat(tmp_path: Path, place: str) -> None:
-    needs(("imm", place))
-    with pytest.raises(UserError, match="rows seldom have equal"):
-        train_cell("imm", place, tmp_path / "stage", tmp_path)
