@@ -52,7 +52,7 @@ class Policy(nn.Module):
         self.spare = nn.Linear(3, 3)
 
     def forward(self, timestep: Tensor, sample: Tensor, obs: Tensor) -> Tensor:
-        beside = torch.cat([obs, self.time(timestep[:, None] / 1000)], 1)[:, None]
+        beside = torch.cat([obs, self.time((timestep[:, None] / 1000).to(sample.dtype))], 1)[:, None]
         return self.body(torch.cat([sample, beside.expand(-1, sample.shape[1], -1)], 2))
 
 
