@@ -15,7 +15,7 @@ from fewstep.generator.model import Generator
 from fewstep.generator.model_folder import BASE_FILE, CONDITIONS_FILE, read_base, read_conditions
 from fewstep.generator.starts import BaseRows
 from fewstep.networks import build
-from fewstep.networks.foreign import FOREIGN, WRAPPED, Foreign
+from fewstep.networks.foreign import FOREIGN, WRAPPED, Foreign, freeze
 from fewstep.store.tensors import read_tensors
 
 
@@ -58,7 +58,7 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
     base = None if config.base == "gaussian" else read_base(folder / BASE_FILE, config.shape)
     if config.base == "examples" and base is not None and base.scale is None:
         _warn_of_fixed_starts(folder, base)
-    generator = Generator(module.to(device).requires_grad_(False), config=config)
+    generator = Generator(freeze(module.to(device)), config=config)
     generator.base, generator.kept = base, read_conditions(folder / CONDITIONS_FILE)
     generator.name = config.stage or folder.name
     generator.folder = folder

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, final
 
@@ -39,11 +39,13 @@ class Foreign(nn.Module, ABC):
             Conditions without an entry are given to both calls of a guided step.
         mask: name of the condition that says which entries of a sample are valid; None for none.
         combine: how guidance combines the two velocities; None for ``v_0 + w (v_c - v_0)``.
+        held: names of parameters that the user froze, and that no copy trains; :func:`freeze` writes them.
     """
 
     null: Mapping[str, Any]
     mask: str | None
     combine: Combine | None
+    held: frozenset[str] = frozenset()
 
     @property
     @abstractmethod
@@ -234,20 +236,63 @@ def spread(mask: Tensor, x: Tensor) -> Tensor:
     return mask.to(x.dtype).reshape(*mask.shape, *(1,) * (x.ndim - mask.ndim))
 
 
-def trainable_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
-    """A copy that can be trained: weights of half precision become float32, in which small updates are not lost.
+def held_parameters(module: nn.Module) -> frozenset[str]:
+    """Names of the parameters of a network from outside that stay as they are in training: those that its user froze.
+
+    Where all are frozen, the network is a finished teacher, and what was frozen before that counts.
+    """
+    if not isinstance(module, Foreign):
+        return frozenset()
+    flags = {name: parameter.requires_grad for name, parameter in module.named_parameters()}
+    return frozenset(name for name, learns in flags.items() if not learns) if any(flags.values()) else module.held
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """The module with all its parameters frozen; a foreign one remembers which of them were frozen before."""
+    if isinstance(module, Foreign):
+        module.held = held_parameters(module)
+    return module.requires_grad_(False)
+
+
+@contextmanager
+def frozen_within(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Within the block the modules are frozen (:func:`freeze`); after it their parameters learn or not as before."""
+    kept = list(modules)
+    flags = [(parameter, parameter.requires_grad) for module in kept for parameter in module.parameters()]
+    for module in kept:
+        freeze(module)
+    try:
+        yield
+    finally:
+        for parameter, learns in flags:
+            parameter.requires_grad_(learns)
+
+
+def own_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
+    """A copy with the dtypes of the user's own module.
 
     Args:
         module: the network.
         two_time: whether the copy is to take an end time; only a foreign network can be changed so.
     """
-    made: nn.Module
     if two_time and isinstance(module, Foreign) and not module.two_time:
-        made = module.with_interval()
-    else:
-        made = copy.deepcopy(module)
+        return module.with_interval()
+    return copy.deepcopy(module)
+
+
+def trainable_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
+    """A copy that can be trained: numbers of half precision become float32, in which small updates are not lost, and
+    all parameters learn but those that the user froze (:func:`held_parameters`).
+
+    Args:
+        module: the network.
+        two_time: as in :func:`own_copy`.
+    """
+    made, held = own_copy(module, two_time), held_parameters(module)
     made.requires_grad_(True)  # a network may have its own rule: a role leaves its base frozen
-    for parameter in made.parameters():
+    for name, parameter in made.named_parameters():
+        if name in held:
+            parameter.requires_grad_(False)
         if parameter.dtype in HALF:
             parameter.data = parameter.data.float()
     for owner in made.modules():
@@ -255,6 +300,17 @@ def trainable_copy(module: nn.Module, two_time: bool = False) -> nn.Module:
             if buffer is not None and buffer.dtype in HALF:
                 owner._buffers[name] = buffer.float()
     return made
+
+
+def in_own_dtypes(state: Mapping[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """Weights in the dtypes that a network has them in; those that it does not have are unchanged.
+
+    Args:
+        state: the weights by name.
+        module: the network.
+    """
+    own = module.state_dict()
+    return {name: value.to(own[name].dtype) if name in own else value for name, value in state.items()}
 
 
 def whole_state(module: nn.Module) -> dict[str, Tensor]:

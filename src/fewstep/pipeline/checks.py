@@ -7,9 +7,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fewstep.errors import UserError
+from fewstep.generator import weights_digest
 from fewstep.methods.contract.options import Options
-from fewstep.networks.foreign import FOREIGN
+from fewstep.networks.foreign import FOREIGN, whole_state
 from fewstep.pipeline.bf16_speed import bf16_is_slow, bf16_note
 from fewstep.pipeline.feature_checks import named_features
 from fewstep.pipeline.opening import Run
@@ -36,7 +39,8 @@ def check_run(run: Run) -> None:
 
 
 def check_networks(run: Run) -> None:
-    """Resolve every stage's network before the first one trains."""
+    """Resolve every stage's network before the first one trains, and compare the processes' own networks."""
+    check_equal_weights(run)
     networks = []
     for name in run.recipe.stages:
         with naming_stage(name):
@@ -45,6 +49,24 @@ def check_networks(run: Run) -> None:
         raise UserError(
             "a network was passed, --module, and no stage of the recipe trains it or learns from it, because the "
             "recipe names its network: set network to foreign, --set network=foreign, or leave --module out."
+        )
+
+
+def check_equal_weights(run: Run) -> None:
+    """Refuse processes that were given different weights of a network from outside.
+
+    Raises:
+        UserError: in all processes.
+    """
+    if run.world.size == 1:
+        return
+    modules = [*run.foreign.values(), *(model.module for model in run.given.values())]
+    digests = [weights_digest(whole_state(module)) for module in modules]
+    own = torch.tensor([[int(digest[:8], 16) for digest in digests]], device=run.world.device)
+    if not bool((run.world.gather(own) == own).all()):
+        raise UserError(
+            "the processes have different weights of a network that was passed, so each would learn something else: "
+            "load them from a file, or call torch.manual_seed(0) before the network is built."
         )
 
 

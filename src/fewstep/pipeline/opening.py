@@ -21,7 +21,7 @@ from fewstep.interop.open_model import open_diffusers
 from fewstep.methods.contract.stage import Spec, Stream
 from fewstep.methods.registry import find_method
 from fewstep.metrics.feature_distance import FeatureDistance, find_features
-from fewstep.networks.foreign import FOREIGN, Foreign, trainable_copy
+from fewstep.networks.foreign import FOREIGN, Foreign, own_copy, trainable_copy
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.recipe import Recipe
 from fewstep.pipeline.stage_networks import difference, same_weights, stage_network
@@ -130,10 +130,14 @@ class Run:
             "network that the model was made with."
         )
 
-    def open_model(self, folder: Path) -> Generator:
+    def open_model(self, folder: Path, *, full: bool = False) -> Generator:
         """The model in a folder, on this run's device; opened anew at every call.
 
         A network of diffusers is taken to work in the units of this run's data.
+
+        Args:
+            folder: of the model.
+            full: in float32 where the user's network has half precision, as models between phases are kept.
         """
         if is_diffusers_folder(folder):
             scaling, device = self.data.scaling.as_dict(), self.world.device
@@ -145,7 +149,8 @@ class Run:
         module: nn.Module | None = None
         if network.get("name") == FOREIGN:
             with isolated_rng():
-                module = trainable_copy(self.prototype(network), bool(network.get("two_time")))
+                make = trainable_copy if full else own_copy
+                module = make(self.prototype(network), bool(network.get("two_time")))
         return load(folder, module=module, device=self.world.device)
 
     def model(self, folder: Path) -> Generator:

@@ -20,7 +20,7 @@ from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Stream
 from fewstep.methods.registry import find_method
 from fewstep.networks.adapter import Adapter
-from fewstep.networks.foreign import Foreign
+from fewstep.networks.foreign import Foreign, frozen_within
 from fewstep.pipeline.checks import check_networks, check_precision, read_stage
 from fewstep.pipeline.compare import check_reference
 from fewstep.pipeline.environment import environment
@@ -123,7 +123,8 @@ def _run(run: Run, out: Path) -> Generator:
         make_folder(out)
         write_json(out / "run.json", environment(run.recipe.header.seed))
     run.world.barrier()
-    failure = run_stage(run, out.name, run.recipe.stages[out.name])
+    with frozen_within(model.module for model in run.given.values()):
+        failure = run_stage(run, out.name, run.recipe.stages[out.name])
     if failure is not None:
         raise UserError(failure.reason)
     run.world.barrier()
@@ -205,7 +206,6 @@ def _word(role: str, model: Model | None, data: DataSet, given: dict[str, Genera
             "generator (fs.load), or a model's folder."
         )
     generator = model if isinstance(model, Generator) else Generator(_as_foreign(model), shape=data.shape)
-    generator.module.requires_grad_(False)
     word = generator.name
     while word in given and given[word].module is not generator.module:
         word += "'"

@@ -18,7 +18,7 @@ from fewstep.methods.contract.objective import Collapse, Objective
 from fewstep.methods.contract.options import Options
 from fewstep.methods.contract.stage import Plan, Stage
 from fewstep.methods.contract.teacher import Teacher
-from fewstep.networks.foreign import FOREIGN, trainable_copy
+from fewstep.networks.foreign import FOREIGN, in_own_dtypes, trainable_copy
 from fewstep.networks.two_time import take_weights
 from fewstep.pipeline.checks import STAGE_FILE, check_inputs, read_stage, stage_inputs
 from fewstep.pipeline.feature_checks import features_config
@@ -155,7 +155,7 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
         last = number == len(plan.phases) - 1
         kept = stage.folder / "rounds" / phase.name
         if number < trainer.position.phase:
-            previous = as_teacher(run.open_model(kept), f"{stage.name}, {phase.name}")
+            previous = as_teacher(run.open_model(kept, full=True), f"{stage.name}, {phase.name}")
             continue
         with isolated_rng(run.world.device):  # copies of networks may draw initial weights
             torch.default_generator.manual_seed(mix(stage.seed, stage.name, phase.name, "prepare"))
@@ -166,10 +166,17 @@ def train_stage(run: Run, stage: Stage, options: Options, plan: Plan, config: Co
             trainer.save(keep=1 if last else 2)
         except Collapse as collapse:
             raise keep_best(run, stage, plan, config, collapse, objective) from collapse
-        save_student(run, stage.folder if last else kept, trainer.ema.weights(), plan, config)
+        weights = own_form(run, trainer.ema.weights(), config) if last else trainer.ema.weights()
+        save_student(run, stage.folder if last else kept, weights, plan, config)
         run.world.barrier()
         if not last:
-            previous = as_teacher(run.open_model(kept), f"{stage.name}, {phase.name}")
+            previous = as_teacher(run.open_model(kept, full=True), f"{stage.name}, {phase.name}")
+
+
+def own_form(run: Run, weights: Mapping[str, Tensor], config: Config) -> Mapping[str, Tensor]:
+    """Weights in the dtypes of the user's own module, for a network from outside; they are trained in float32."""
+    network = config.network or {}
+    return in_own_dtypes(weights, run.prototype(network)) if network.get("name") == FOREIGN else weights
 
 
 def save_student(run: Run, folder: Path, weights: Mapping[str, Tensor], plan: Plan, config: Config) -> None:
@@ -192,7 +199,7 @@ def keep_best(run: Run, stage: Stage, plan: Plan, config: Config, collapse: Coll
     if best is None:
         return collapse
     folder = stage.folder / "best"
-    save_student(run, folder, best, plan, config)
+    save_student(run, folder, own_form(run, best, config), plan, config)
     return Collapse(f"{collapse} What it was at its best is in {folder}.")
 
 

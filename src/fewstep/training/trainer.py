@@ -259,6 +259,8 @@ class Trainer:
         with self._autocast():
             terms = objective.loss(role, self._networks(role), batch, draws, done)
         terms["loss"].backward()
+        if self._wrapped[self._modules[role]] is self._modules[role]:
+            self.world.average_gradients(parameters)
         gradients = [p.grad for p in parameters if p.grad is not None]
         total = nn.utils.get_total_norm(gradients)
         norm, values = total.item(), {name: value.item() for name, value in terms.items()}

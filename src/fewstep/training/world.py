@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, final
 
@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.networks.foreign import Foreign
 
 WAIT = timedelta(days=1)  # longest wait for another process, which may have many more pairs to make
+BUCKET_BYTES = 1 << 26  # of gradients that are averaged in one exchange, 64 MiB; chosen, not tuned
 PLAIN_SECONDS = 10.0  # least time between two plain progress lines
 
 
@@ -66,10 +68,13 @@ class LocalWorld:
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over the processes; for one process the module itself.
 
+        It is also the module itself for a network from outside, whose gradients :meth:`average_gradients` averages: DDP
+        waits for a gradient of every parameter, and some of such a network's may have no part in the loss.
+
         Raises:
             UserError: the launcher asks for another kind of data parallelism than DDP.
         """
-        if self.size == 1:
+        if self.size == 1 or any(isinstance(part, Foreign) for part in module.modules()):
             return module
         from accelerate import Accelerator
         from torch.nn.parallel import DistributedDataParallel
@@ -83,6 +88,29 @@ class LocalWorld:
                 "weights in every process (DDP): use torchrun, or 'accelerate launch --multi_gpu'."
             )
         return wrapped
+
+    def average_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Replace the gradients of a module that :meth:`wrap` left as it is by their means over the processes.
+
+        A parameter that has no gradient in some of the processes has a zero there. One that has none in any of them
+        keeps none, so that the optimiser leaves it alone, as with one process.
+
+        Args:
+            parameters: equal in number, order and shape in every process.
+        """
+        if self.size == 1:
+            return
+        found = torch.tensor([float(p.grad is not None) for p in parameters], device=self.device)
+        torch.distributed.all_reduce(found)
+        for bucket in _buckets([p for p, count in zip(parameters, found.tolist(), strict=True) if count]):
+            for p in bucket:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            gradients = [p.grad for p in bucket if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            torch.distributed.all_reduce(flat)
+            parts = (flat / self.size).split([gradient.numel() for gradient in gradients])
+            for gradient, part in zip(gradients, parts, strict=True):
+                gradient.copy_(part.view_as(gradient))
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """The mean over the processes of every number, equal in all of them."""
@@ -181,6 +209,20 @@ class Progress:
         if self._bar is not None:
             self._bar.total = total
         self.update(done - self.done)
+
+
+def _buckets(parameters: Sequence[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Successive parameters of one dtype, together as large as BUCKET_BYTES unless a single one is larger."""
+    bucket: list[nn.Parameter] = []
+    size = 0
+    for parameter in parameters:
+        if bucket and (parameter.dtype != bucket[0].dtype or size + parameter.nbytes > BUCKET_BYTES):
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(parameter)
+        size += parameter.nbytes
+    if bucket:
+        yield bucket
 
 
 def _leave() -> None:

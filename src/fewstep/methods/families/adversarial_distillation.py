@@ -101,7 +101,6 @@ class AdversarialDistillation(Objective):
         self.modules = {"student": student}
         self.reconstruction, self.perceptual, self.adversary = reconstruction, perceptual, adversary
         self.guard, self.world = guard, world
-        self.last = last_layer(student)
         if adversary is not None:
             self.modules["discriminator"] = adversary.discriminator
             self.learning = adversary.learning
@@ -143,7 +142,8 @@ class AdversarialDistillation(Objective):
             return {"loss": next(iter(terms.values()))}
         if adversary is not None:
             terms["adversarial"] = self._adversarial_term(adversary, nets["discriminator"], fake, batch, draws)
-        found = term_gradients(fake, self.last, terms, self.world)
+        last = last_layer(self.modules["student"], fake)  # the parameters themselves, also where nets are wrapped
+        found = term_gradients(fake, last, terms, self.world)
         if adversary is None:
             return combine_terms(fake, found, {})
         ratio, following = running_ratio(self.state, found.rest, found.norms["adversarial"])

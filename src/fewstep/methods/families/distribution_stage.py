@@ -9,7 +9,6 @@ every mode; it needs no pairs. A student with ``init`` has no first phase.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -34,6 +33,7 @@ from fewstep.methods.families.distribution import (
 )
 from fewstep.methods.families.velocity_source import LawOfTime, MapOptions, velocity_source
 from fewstep.methods.guards.divergence import DivergenceGuard
+from fewstep.networks.foreign import trainable_copy
 from fewstep.solvers.maps import SampleRule
 
 START_HALVINGS = 4  # of the gap in the first phase: it needs all modes, not accuracy; chosen, not tuned
@@ -79,7 +79,7 @@ def online_model(teacher: Teacher, steps: int) -> nn.Module:
         steps: number of the generator's calls.
     """
     assert isinstance(teacher.velocity, nn.Module), "a teacher is a network"
-    model = copy.deepcopy(teacher.velocity).requires_grad_(True)
+    model = trainable_copy(teacher.velocity)
     return model if steps == 1 else PerCall(model, steps)
 
 

@@ -28,18 +28,27 @@ MIN_NORM = 1e-12  # least divisor: keeps quotients of norms finite
 RATIO_STATE = ("ratio/rest", "ratio/own", "ratio/count")  # entries of the state: two running means, number of steps
 
 
-def last_layer(module: nn.Module) -> list[nn.Parameter]:
+def last_layer(module: nn.Module, output: Tensor | None = None) -> list[nn.Parameter]:
     """Weight and bias of a network's output layer.
 
     Args:
         module: its layer ``output`` is taken if it has one, otherwise the last layer with a weight matrix.
+        output: of the module, with its graph; layers that have no part in it are passed over. A network from outside
+            may register such a layer last.
 
     The bias is included: a gradient that is equal for all samples changes the bias, and hardly changes weights whose
     inputs have mean zero.
     """
-    matrices = [name for name, p in module.named_parameters() if p.ndim > 1 and p.requires_grad]
-    owner = "output" if "output.weight" in matrices else matrices[-1].rpartition(".")[0]
+    matrices = {name: p for name, p in module.named_parameters() if p.ndim > 1 and p.requires_grad}
+    names = ["output.weight"] if "output.weight" in matrices else list(reversed(matrices))
+    owner = next(name for name in names if output is None or _has_part(matrices[name], output)).rpartition(".")[0]
     return [p for p in module.get_submodule(owner).parameters(recurse=False) if p.requires_grad]
+
+
+def _has_part(parameter: nn.Parameter, output: Tensor) -> bool:
+    """Whether the output was computed with the parameter."""
+    found = torch.autograd.grad(output, parameter, torch.zeros_like(output), retain_graph=True, allow_unused=True)
+    return found[0] is not None
 
 
 @final
