@@ -35,13 +35,18 @@ def read_network_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """Class and configuration of the network of a saved pipeline or network; no weights are read.
 
     Raises:
-        UserError: no network, a class that is not known, a scheduler that is not one of flows.
+        UserError: no network, a class that is not known, a scheduler that is not one of flows, a damaged configuration.
     """
     if (folder / "model_index.json").is_file():
         index = read_json(folder / "model_index.json")
         check_scheduler(folder)
         folder = folder / component_of({key: isinstance(v, list) and v[0] for key, v in index.items()})
-    return saved_class(folder), dict(read_json(folder / "config.json"))
+    name, config = saved_class(folder), dict(read_json(folder / "config.json"))
+    if "in_channels" not in config:  # every class of the table has it
+        raise UserError(
+            f"{folder / 'config.json'} is damaged: 'in_channels' is missing. Save or copy the {name} again."
+        )
+    return name, config
 
 
 def component_of(present: Mapping[str, Any]) -> str:

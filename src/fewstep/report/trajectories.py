@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -124,7 +125,7 @@ def _noise(model: Generator, seed: int) -> Tensor:
     return model.draw(LINES, steps=1, solver="euler", grid="uniform", seed=seed).x0
 
 
-def follow(model: Generator, seed: int, pairs: Path | None, data: DataSet) -> tuple[Tensor, Tensor]:
+def follow(model: Generator, seed: int, pairs: Path | None, data: DataSet | None = None) -> tuple[Tensor, Tensor]:
     """Solve the trajectories of a model.
 
     Args:
@@ -132,7 +133,7 @@ def follow(model: Generator, seed: int, pairs: Path | None, data: DataSet) -> tu
         seed: seed of the base noise.
         pairs: folder of the pairs that the model was trained on. If given, trajectories start at their noise and the
             chords are the pairs.
-        data: the data that the pairs were made with.
+        data: the data that the pairs were made with; needed where the model takes conditions beside labels.
 
     Returns:
         The states ``(STEPS + 1, N, *shape)``, and the ends of the chords ``(2, N, *shape)``.
@@ -141,7 +142,8 @@ def follow(model: Generator, seed: int, pairs: Path | None, data: DataSet) -> tu
     x0, cond, ends = draw.x0, draw.conditions(model.device), None
     if pairs is not None:
         names = (*((LABEL,) if model.conditional else ()), *model.config.conditions)
-        stored = open_pairs(pairs, lambda rows: data.cond_rows(rows, names)).training_rows()
+        resolve = None if data is None else partial(data.cond_rows, names=names)
+        stored = open_pairs(pairs, resolve).training_rows()
         columns = stored.columns(torch.arange(min(LINES, len(stored))))
         x0, ends = columns["x0"], columns["x1"]
         cond = {name: columns[name].to(model.device) for name in names}
