@@ -170,7 +170,7 @@ class Check:
     model: Annotated[Path, tyro.conf.Positional, option("MODEL")]
     """a velocity model's folder, of fewstep or of diffusers, or FILE.py:NAME, a function that makes the network"""
     data: Annotated[str, option("DATA")]
-    """the data that it was trained on: a built-in name or a path"""
+    """the data that it was trained on: a built-in name, a path, or a mapping: '{path: rows.npz, conditions: [obs]}'"""
     seed: Annotated[int, WHOLE] = 0
     """seed of the rows, the noise and the times"""
     module: Annotated[str | None, MODULE] = None
