@@ -32,7 +32,7 @@ TRAINED = {
     "moons": {"data": "moons", "steps": 300},
     "pinwheel": {"data": "pinwheel", "steps": 300, "labels": True},
     "brief": {"data": "moons", "steps": 60},
-    "vp": {"data": "moons", "steps": 300, "path": "vp"},
+    "vp": {"data": "moons", "steps": 450, "path": "vp", "labels": True},
     "cosine": {"data": "moons", "steps": 300, "path": "cosine", "labels": True},
     "digits": {"data": "digits", "steps": 200, "labels": True},
     "noise": {"data": "moons", "steps": 300, "target": "noise"},
