@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import fewstep
 from fewstep.data.dataset import DataSet
-from fewstep.data.load import load_data
+from fewstep.data.load import from_array, load_data
 from fewstep.diagnostics.check_rows import linear_velocity, setting_of, source_of
 from fewstep.diagnostics.check_velocity import Check, check_velocity, quick_check
 from fewstep.errors import UserError
@@ -32,7 +32,7 @@ TRAINED = {
     "moons": {"data": "moons", "steps": 300},
     "pinwheel": {"data": "pinwheel", "steps": 300, "labels": True},
     "brief": {"data": "moons", "steps": 60},
-    "vp": {"data": "moons", "steps": 300, "path": "vp"},
+    "vp": {"data": "moons", "steps": 450, "path": "vp", "labels": True},
     "cosine": {"data": "moons", "steps": 300, "path": "cosine", "labels": True},
     "digits": {"data": "digits", "steps": 200, "labels": True},
     "noise": {"data": "moons", "steps": 300, "target": "noise"},
@@ -421,6 +421,9 @@ def test_a_mask_leaves_padding_out_of_the_judgement() -> None:
     assert names(check_velocity(turned, padded, conditions={"mask": mask})) == {"wrong_sign"}
     with pytest.raises(UserError, match="mask"):
         check_velocity(turned, padded)
+    data = from_array(rows.numpy(), conditions={"mask": mask.numpy()}, mask="mask", layout="sequence", scale="none")
+    assert check_velocity(Exact(), data).ok
+    assert names(check_velocity(lambda x, t, mask: -Exact()(x, t, mask), data)) == {"wrong_sign"}
 
 
 def test_a_network_of_other_data_is_no_velocity_of_these() -> None:

@@ -55,16 +55,15 @@ def source_of(data: Any, conditions: Mapping[str, Any] | None) -> Source:
 
     Args:
         data: a :class:`~fewstep.data.dataset.DataSet`, or rows ``(N, *shape)`` in network units.
-        conditions: by name, each (N, ...); None: the labels of a data set, if it has any.
+        conditions: by name, each (N, ...); None: those of a data set, labels included.
 
     Raises:
         UserError: fewer than 2 rows, rows that are no numbers, conditions of another length.
     """
     if isinstance(data, DataSet):
         count, rows = len(data), _rows_of_data_set(data)
-        if conditions is None and data.labels is not None:
-            labels = torch.from_numpy(np.array(data.labels, dtype=np.int64))
-            return Source(count, rows, lambda i: {"label": labels[i]})
+        if conditions is None:
+            return Source(count, rows, lambda i: data.cond_rows(i, data.condition_names))
     else:
         count, rows = _rows_of_array(data)
     given = {name: torch.as_tensor(value) for name, value in (conditions or {}).items()}

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fewstep.data.dataset import DataSet
 from fewstep.diagnostics.check_call import Plain, device_of, find_call, find_infinite, find_redraws, mode, weight_dtype
 from fewstep.diagnostics.check_inputs import (
     bound,
@@ -68,7 +69,7 @@ def check_velocity(
     Args:
         net: ``v(x, t, **cond)``: a module (it is evaluated in evaluation mode and left as it was), or any callable.
         data: a :class:`~fewstep.data.dataset.DataSet`, or rows ``(N, *shape)`` in network units.
-        conditions: by name, each (N, ...); None: the labels of a data set that has them, if the network takes them.
+        conditions: by name, each (N, ...); None: those of a data set, labels included, if the network takes them.
         path: the probability path, or its name.
         seed: of the choice of rows, the noise and the times.
         rows: data rows to evaluate it on, at least 16; 256 by default, 32 in the short form. Fewer make faults
@@ -96,6 +97,8 @@ def check_velocity(
         raise UserError(f"rows={count}: a check needs at least {FEWEST} rows.")
     chosen = make_path(path) if isinstance(path, str) else path
     mask = net.mask if isinstance(net, Foreign) else None
+    if mask is None and conditions is None and isinstance(data, DataSet):
+        mask = data.mask
     setting = setting_of(source_of(data, conditions), chosen, count, seed, short, mask)
     ends = _two_time(net) if two_time is None else two_time
     optional = conditions is None
