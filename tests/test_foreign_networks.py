@@ -32,7 +32,7 @@ from foreign_cases import CELLS, PLACES, available, policy, train_cell, train_ow
 Cell = tuple[str, str]
 KILLED_AT = 24  # samples seen; every second phase has begun
 UNSEEN = ("to_k.bias", "add_k_proj.bias")  # a softmax does not see it: its gradient is a rounding error
-QUICK = ("flow_matching", "distill", "meanflow", "dmd")  # at places other than the policy, the other methods are slow
+QUICK = ("meanflow", "dmd")  # at places other than the policy, the other methods are slow
 SCRIPT = """
 import sys
 from pathlib import Path
