@@ -215,7 +215,13 @@ def options_of(method: str) -> dict[str, Any]:
 def train_cell(method: str, place: str, out: Path, folder: Path, **changes: Any) -> fs.Generator:
     """Train a cell; the same call again goes on where it was."""
     at = PLACES[place]
-    told: dict[str, Any] = {"check": False, **options_of(method), **models(method, place, folder), **at.options, **changes}
+    told: dict[str, Any] = {
+        "check": False,
+        **options_of(method),
+        **models(method, place, folder),
+        **at.options,
+        **changes,
+    }
     return fs.train(method, data=at.data(), out=out, conditional=at.labels, quiet=True, **told)
 
 

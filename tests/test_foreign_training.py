@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 import fewstep as fs
-from fewstep.data.sources import as_data
 from fewstep.flow.couplings import Pair
 from fewstep.generator import read_tensors
 from fewstep.methods.dmd import DMD
