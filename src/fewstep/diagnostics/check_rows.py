@@ -55,15 +55,15 @@ def source_of(data: Any, conditions: Mapping[str, Any] | None) -> Source:
 
     Args:
         data: a :class:`~fewstep.data.dataset.DataSet`, or rows ``(N, *shape)`` in network units.
-        conditions: by name, each (N, ...); None: the labels of a data set, if it has any.
+        conditions: by name, each (N, ...); None: all those of a data set.
 
     Raises:
         UserError: fewer than 2 rows, rows that are no numbers, conditions of another length.
     """
     if isinstance(data, DataSet):
         count, rows = len(data), data.network_rows
-        if conditions is None and data.labels is not None:
-            return Source(count, rows, lambda i: {"label": data.label_rows(i)})  # type: ignore[dict-item]
+        if conditions is None:
+            return Source(count, rows, lambda i: data.cond_rows(i, data.condition_names))
     else:
         try:
             tensor = torch.as_tensor(np.asarray(data) if isinstance(data, (list, tuple)) else data).detach()

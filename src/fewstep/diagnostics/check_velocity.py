@@ -58,7 +58,7 @@ def check_velocity(
     Args:
         net: ``v(x, t, **cond)``: a module (it is evaluated in evaluation mode and left as it was), or any callable.
         data: a :class:`~fewstep.data.dataset.DataSet`, or rows ``(N, *shape)`` in network units.
-        conditions: by name, each (N, ...); None: the labels of a data set that has them, if the network takes them.
+        conditions: by name, each (N, ...); None: all those of a data set, if the network takes them.
         path: the probability path, or its name.
         seed: of the choice of rows, the noise and the times.
         rows: data rows to evaluate it on, at least 16; 256 by default, 32 in the short form. Fewer make faults
