@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     import fewstep.flow.closed_form as closed_form
+    from fewstep.data.sources import as_data
     from fewstep.data.stream import stream
     from fewstep.diagnostics.check_velocity import check_velocity
     from fewstep.diagnostics.diagnose import Diagnosis, diagnose, diagnosis_cost
@@ -41,6 +42,7 @@ _PUBLIC = {
     "Solution": "fewstep.solvers.solve",
     "UserError": "fewstep.errors",
     "adapt": "fewstep.interop.adapt",
+    "as_data": "fewstep.data.sources",
     "check_velocity": "fewstep.diagnostics.check_velocity",
     "compare": "fewstep.pipeline.compare",
     "dequantise": "fewstep.diagnostics.likelihood",
@@ -70,6 +72,7 @@ __all__ = [
     "UserError",
     "__version__",
     "adapt",
+    "as_data",
     "check_velocity",
     "closed_form",
     "compare",

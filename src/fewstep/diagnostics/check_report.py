@@ -10,6 +10,7 @@ from typing import Any, Literal, final
 __all__ = ["Check", "Finding"]
 
 WIDTH = 100  # characters of a line of the report
+SHOWN = 5  # hypotheses in the report, those with the smallest losses; all are in Check.losses
 
 
 @final
@@ -75,11 +76,17 @@ class Check:
             lines += _indented(f"Fix: {finding.fix}") if finding.fix else []
         if self.losses:
             lines += ["", "loss, 1 = the best velocity that is linear in x:"]
-            lines += [f"  {loss:10.3g}  {name}" for name, loss in sorted(self.losses.items(), key=lambda item: item[1])]
+            lines += [f"  {loss:10.3g}  {name}" for name, loss in self._best_losses()]
         if self.sensitivity:
             lines += ["", "change of the output when an input changes, 1 = its spread over rows:"]
             lines += [f"  {change:10.3g}  {name}" for name, change in self.sensitivity.items()]
         return "\n".join(lines)
+
+    def _best_losses(self) -> list[tuple[str, float]]:
+        """The smallest losses with their hypotheses, ascending, and that of the network as given."""
+        ordered = sorted(self.losses.items(), key=lambda item: item[1])
+        given = next(iter(self.losses))  # the first hypothesis is the network as given
+        return [item for place, item in enumerate(ordered) if place < SHOWN or item[0] == given]
 
     def _head(self) -> str:
         form = "short check" if self.short else "check"

@@ -61,7 +61,7 @@ class Comparison:
 
     Attributes:
         result: a JSON-able mapping: ``protocol``, ``data``, ``rows`` (models first, then the two controls),
-            ``diagnosis`` of velocity models by name.
+            ``diagnosis`` of velocity models by name, unless it was left out.
         models: the models under the names that they have in it.
         data: the data set of the reference.
     """
@@ -101,6 +101,7 @@ def compare(
     features: FeatureDistance | str | Path | None = None,
     metrics: Mapping[str, Metric] | None = None,
     max_rows: int = MAX_ROWS,
+    diagnosis: bool = True,
     say: Say | None = print,
 ) -> Comparison:
     """Measure every model at every step count it can be sampled with.
@@ -132,6 +133,8 @@ def compare(
         metrics: metrics of your own by name.
         max_rows: most rows of each split that are read, evenly spaced by index. Of larger data the result has no
             fingerprint, which would read all.
+        diagnosis: whether velocity models are diagnosed too (:func:`fewstep.diagnose` on 256 noises, 330,000 rows of
+            the network); the scores do not need it.
         say: called with a line of progress; None for none.
 
     Raises:
@@ -175,11 +178,7 @@ def compare(
             "shape": list(rows.shape),
         },
         "rows": lines + controls,
-        "diagnosis": {
-            entrant.model.name: diagnose_model(entrant).as_dict()
-            for entrant in entrants
-            if entrant.model.config.rule.kind == "velocity"
-        },
+        "diagnosis": diagnose_models(entrants, tell) if diagnosis else {},
     }
     return Comparison(result, tuple(model for model, _ in opened), rows)
 
@@ -349,6 +348,16 @@ def _draws_per_timing(draw: Callable[[], object]) -> int:
     start = time.perf_counter()
     draw()
     return max(1, min(50, int(TIMED_SECONDS / (time.perf_counter() - start))))
+
+
+def diagnose_models(entrants: Sequence[Entrant], tell: Say) -> dict[str, Any]:
+    """The diagnoses of the velocity models by name."""
+    found = {}
+    for entrant in entrants:
+        if entrant.model.config.rule.kind == "velocity":
+            tell(f"  {entrant.model.name}: diagnosis")
+            found[entrant.model.name] = diagnose_model(entrant).as_dict()
+    return found
 
 
 def diagnose_model(entrant: Entrant) -> Any:

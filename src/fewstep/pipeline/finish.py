@@ -40,6 +40,7 @@ def finish_run(run: Run, outcome: Outcome) -> Path | None:
         seed=options.seed,
         features=judge_of(run, outcome),
         max_rows=options.max_rows,
+        diagnosis=options.diagnosis,
     )
     result = made.result
     result["failures"] = [

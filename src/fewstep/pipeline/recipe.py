@@ -46,6 +46,7 @@ class CompareOptions(BaseModel):
         default=None, description="features of the Fréchet distance: a stage, a path, lpips:vgg"
     )
     max_rows: int = Field(default=MAX_ROWS, gt=5, description="most rows of each split that are read, evenly spaced")
+    diagnosis: bool = Field(default=True, description="diagnose velocity models too, for the report")
 
     @field_validator("steps", mode="before")
     @classmethod
