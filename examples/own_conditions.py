@@ -84,7 +84,7 @@ def main(quick: bool = False) -> dict[str, float]:
     policy = Policy()
     train_policy(policy, rows, steps=800 if quick else 4000)
 
-    # one declaration: the order of the arguments, time from 1000 to 0, the opposite sign, and which condition is the mask
+    # one declaration: order of the arguments, time from 1000 to 0, opposite sign, and which condition is the mask
     net = fs.adapt(policy, lambda m, x, t, obs, mask: -m(1000 * (1 - t), x, obs), time_embed="time", mask="mask")
     # arrays by name; the conditions are those that the call takes, and rows stay in the units that the policy has seen
     named = {"conditions": ["obs", "mask"], "mask": "mask", "layout": "sequence", "scale": "none"}

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import importlib
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -73,9 +72,11 @@ def test_links_lead_somewhere(document: Path) -> None:
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_python_examples_run(document: Path) -> None:
+def test_python_examples_run(document: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "example"}  # the blocks of a document run one after the other
     for block in re.findall(r"```python\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL):
-        exec(compile(block, str(document), "exec"), {"__name__": "example"})
+        exec(compile(block, str(document), "exec"), names)
 
 
 def method_example() -> str:
@@ -178,16 +179,6 @@ def test_documents_hold_no_unfilled_place() -> None:
 def test_methods_table_names_every_method() -> None:
     text = (ROOT / "docs" / "which-method.md").read_text(encoding="utf-8")
     assert [name for name in METHODS if f"| `{name}` |" not in text] == []
-
-
-@pytest.mark.parametrize("example", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
-def test_examples_run(example: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runpy.run_path(str(example))["main"](300)
-    printed = capsys.readouterr().out
-    errors = [float(number) for number in re.findall(r"steps: ([\d.]+) from", printed)]
-    # even a short training beats standing still: the data lie about two units from the noise
-    assert len(errors) == 4
-    assert min(errors) < 1.0
 
 
 # the bibliography

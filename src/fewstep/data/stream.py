@@ -103,7 +103,9 @@ def stream(
     if blocks.columns.label is not None:
         data = _labelled(data, first[blocks.columns.label], classes, what)
     exact, reason = known_order(loader)
-    made = Stream(blocks, data, rest, exact if repeatable is None else repeatable, reason)
+    if repeatable is not None:
+        exact, reason = repeatable, f"repeatable={repeatable} says so"
+    made = Stream(blocks, data, rest, exact, reason)
     made.scale_named = scale is not None
     return made
 
