@@ -1,8 +1,8 @@
 """Distil a transformer of diffusers through LoRA: teacher and student are one frozen base and a small adapter.
 
-A small SD3 transformer is built from a configuration and gets random weights, so nothing is downloaded. Its flow is solved
-with 16 calls, a student with a LoRA adapter learns the end points in one call, and the adapter is exported in the names
-that peft and diffusers read.
+A small SD3 transformer is built from a configuration and gets random weights, so nothing is downloaded. Its flow is
+solved with 16 calls, a student with a LoRA adapter learns the end points in one call, and the adapter is exported in
+the names that peft and diffusers read.
 
 Run: python examples/lora.py [--quick]   (needs the extras diffusers and lora)
 """

@@ -1,8 +1,8 @@
 """Train from a stream with conditions: rows are read in order, and a stopped training goes on.
 
 The loader makes batches of points around an observation; nothing holds all of them. ``fs.stream`` keeps the first rows
-for scaling and guards and reads the rest once. The training is stopped half-way and run again: it resumes, and because the
-loader repeats its order, the result equals that of a training that was never stopped.
+for scaling and guards and reads the rest once. The training is stopped half-way and run again: it resumes, and because
+the loader repeats its order, the result equals that of a training that was never stopped.
 
 Run: python examples/stream.py [--quick]
 """
