@@ -34,7 +34,7 @@ COARSE = 200  # rounded to more levels than this is a note, not a fault
 OUTSIDE = (1.0, 5.0, 500.0)  # whole times that a network which truncates tells apart
 BELONGS = 0.75  # share of E|v(c') - v(c)|^2 by which exchanged conditions raise the loss, at least
 EFFECT = 0.01  # effect of a condition, in the loss's unit, below which nothing is said of its rows
-CANDIDATES = 16  # conditions tried for a row
+CANDIDATES, JUDGED = 16, 128  # conditions tried for a row, and rows for which they are tried
 SHIFTED = 0.3  # rms change of a weight, over the rms of its tensor, that shows what an architecture lets through
 SHIFTED_LEAST = 0.05  # the same for tensors of zeros
 
@@ -226,6 +226,7 @@ def _standard_errors(values: Tensor) -> float:
 def _judged(name: str, q: float, v: Velocity, rows: Rows, again: Rows, seed: int) -> Finding:
     """Try other values of a condition for every row: chosen on one draw of noise, judged on another."""
     candidates = _candidates(rows.cond[name], seed)
+    rows, again = rows.first(JUDGED), again.first(JUDGED)
     losses = torch.stack([_losses(v, rows, name, value) for value in candidates])
     judged = torch.stack([_losses(v, again, name, value) for value in candidates])
     chosen = judged.gather(0, losses.argmin(0, keepdim=True))[0]

@@ -110,6 +110,7 @@ class Rows:
         mean: ``u_hat`` of the module's docstring; ``u`` where it is not known.
         linear: the best velocity that is linear in x.
         weight: weights of the rows.
+        valid: 1 where an entry counts, 0 at padding, (n, 1, ...) or (n, *shape).
         cond: conditions by name, each (n, ...).
     """
 
@@ -121,6 +122,7 @@ class Rows:
     mean: Tensor
     linear: Tensor
     weight: Tensor
+    valid: Tensor
     cond: dict[str, Tensor]
 
     def __len__(self) -> int:
@@ -133,7 +135,7 @@ class Rows:
 
     def squares(self, difference: Tensor) -> Tensor:
         """Weighted mean squares of (n, *shape) per row, float64 (n,); values that are not finite count as 1e30."""
-        plain = difference.flatten(1).double().square().mean(1)
+        plain = (difference * self.valid).flatten(1).double().square().mean(1)
         return torch.nan_to_num(self.weight.double() * plain, nan=1e30, posinf=1e30).clamp(max=1e30)
 
     @property
@@ -185,15 +187,17 @@ class Setting:
         others = self.others if change is None else change(self.others)
         generator = generator_for(self.seed, "check", draw)
         x0 = torch.randn(x1.shape, generator=generator)
+        valid = torch.ones(len(x1), *(1,) * (x1.ndim - 1))
         if self.mask is not None:
-            x0, x1 = (spread(self.cond[self.mask], x) * x for x in (x0, x1))
+            valid = spread(self.cond[self.mask], x1)
+            x0, x1 = valid * x0, valid * x1
             others = spread(self.other_cond[self.mask], others) * others
         order, offset = torch.randperm(len(x1), generator=generator), torch.rand(len(x1), generator=generator)
         t = FIRST + (LAST - FIRST) * (order + offset) / len(x1)
         x, u = self.path.interpolate(x0, x1, t), self.path.target(x0, x1, t)
         mean = self._mean(x, t, x1, others, u)
         linear = linear_velocity(self.path, others, x, t)
-        return Rows(x0, x1, t, x, u, mean, linear, _weights(self.path, t), self.cond)
+        return Rows(x0, x1, t, x, u, mean, linear, _weights(self.path, t), valid, self.cond)
 
     def _mean(self, x: Tensor, t: Tensor, x1: Tensor, others: Tensor, u: Tensor) -> Tensor:
         """``E[u | x_t, c]`` for the law of the rows at hand; ``u`` where rows with equal conditions are not known."""

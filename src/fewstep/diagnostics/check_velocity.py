@@ -64,7 +64,7 @@ def check_velocity(
     random numbers drawn inside; flipped time, wrong sign, a factor 1000 missing or too much in the time, truncated or
     rounded times, noise or data prediction given as velocity; data in other units; a network blind to time, to the end
     time or to a condition; conditions that do not belong to the rows. A high loss alone is no fault: straightened and
-    distilled networks have one. The full form evaluates 4,000 to 14,000 rows, the short one 200 to 270.
+    distilled networks have one. The full form evaluates 4,000 to 9,000 rows, the short one 200 to 270.
 
     Args:
         net: ``v(x, t, **cond)``: a module (it is evaluated in evaluation mode and left as it was), or any callable.
