@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from fewstep.diagnostics.check_report import Finding
 from fewstep.diagnostics.check_rows import Network, Rows
+from fewstep.errors import UserError
 from fewstep.flow.noise import isolated_rng
 
 TRIED = 5  # rows of a trial call, more where a sample has this dimension
@@ -193,6 +194,8 @@ def _outcome(network: Network, rows: Rows) -> tuple[str, str, str] | None:
     try:
         out = network.once(rows.x, rows.t, **rows.cond)
     except Exception as error:  # a network may raise anything
+        if isinstance(error, UserError):  # an adapter's message, which says what to do
+            return "call_fails", str(error), ""
         words = " ".join(str(error).split())[:300]
         fix = (
             "The network must take x (B, ...), t (B,) and its conditions as keywords: "

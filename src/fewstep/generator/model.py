@@ -96,7 +96,8 @@ class Generator:
         self.kept: dict[str, Tensor] = {}
         self.config = config
         self.base = None if base_rows is None else BaseRows(base_rows, base_context)
-        self.name = config.stage or type(module).__name__
+        own = module.describe()["module"].rpartition(".")[2] if isinstance(module, Foreign) else type(module).__name__
+        self.name = config.stage or own
         self.folder: Path | None = None
         self.samplers: Samplers | None = None  # found by tune(), read from the folder when first needed
 

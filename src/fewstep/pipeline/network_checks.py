@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewstep.data.dataset import LABEL
 from fewstep.diagnostics.check_velocity import quick_check
 from fewstep.errors import UserError
 from fewstep.methods.contract.teacher import Teacher
@@ -55,7 +56,11 @@ def look(run: Run, network: Foreign, name: str, *, trained: bool, path: str = "l
     network.train(training)
     if found.faults:
         first = found.faults[0]
+        hint = ""
+        if run.data.labels is not None and LABEL not in run.conditions:
+            hint = f" The labels of {run.data.name!r} are not used: conditional=True gives them to the network."
         raise UserError(
-            f"the network {name!r} does not fit: {first.text} {first.fix} fs.check_velocity(net, data), or 'fewstep "
-            "check', shows the evidence; check=False in fs.train and 'check: false' in a recipe train all the same."
+            f"the network {name!r} does not fit: {first.text} {first.fix}{hint} fs.check_velocity(net, data), or "
+            "'fewstep check', shows the evidence; check=False in fs.train and 'check: false' in a recipe train all the "
+            "same."
         )
