@@ -89,9 +89,7 @@ def main(quick: bool = False) -> dict[str, float]:
         unet.save_pretrained(folder / "unet")
         np.save(folder / "digits.npy", x.numpy())
         budget = "samples: 2_500, pairs: 256, batch_size: 50" if quick else "samples: 40_000, pairs: 4_000"
-        recipe = RECIPE.format(
-            folder=folder, budget=f"{budget}, nfe: 16, tolerance: 1", samples=100 if quick else 1000
-        )
+        recipe = RECIPE.format(folder=folder, budget=f"{budget}, nfe: 16, tolerance: 1", samples=100 if quick else 1000)
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
 
         fewstep("check", folder / "unet", "--data", f"{{path: {folder}/digits.npy, scale: none}}")
@@ -101,9 +99,13 @@ def main(quick: bool = False) -> dict[str, float]:
 
         student = fs.load(folder / "out" / "onestep")
         save_diffusers(student.module, folder / "unet-onestep")
-        print("\nthe student as a folder of diffusers:", sorted(path.name for path in (folder / "unet-onestep").iterdir()))
+        print(
+            "\nthe student as a folder of diffusers:", sorted(path.name for path in (folder / "unet-onestep").iterdir())
+        )
         noise = torch.randn(4, 1, 8, 8)
-        difference = float((sample_with_diffusers(folder / "unet-onestep", noise, 1) - student.sample(noise=noise)).abs().max())
+        difference = float(
+            (sample_with_diffusers(folder / "unet-onestep", noise, 1) - student.sample(noise=noise)).abs().max()
+        )
         print(f"one step of diffusers' own Euler scheduler: differs from fewstep by {difference:.1e}")
         rows = read_json(folder / "out" / "compare.json")["rows"]
     figures = {f"{row['model']} {row.get('steps', '')}".strip(): row["scores"]["energy"] for row in rows}

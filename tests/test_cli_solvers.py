@@ -116,7 +116,7 @@ def test_the_likelihood_of_a_models_own_data_is_measured_in_its_units(labelled_r
     teacher = fs.load(Path(shutil.copytree(labelled_run / "teacher", tmp_path / "teacher")))
     source = str(labelled_run.parent / "rows.npy")
     with pytest.raises(UserError, match="does not have the labels"):
-        likelihood(teacher, source, 0)
+        likelihood(teacher, load_data(source), 0)
 
 
 def test_likelihood_of_digits_counts_bits(tmp_path: Path) -> None:
@@ -124,7 +124,7 @@ def test_likelihood_of_digits_counts_bits(tmp_path: Path) -> None:
     data = load_data("digits")
     assert data.quantum is not None
     config = Config(shape=data.shape, scaling=data.scaling.as_dict())
-    lines, values = likelihood(fs.Generator(Still(), config=config), "digits", 0)
+    lines, values = likelihood(fs.Generator(Still(), config=config), data, 0)
     rows = data.network_rows(data.held_out).double()
     x = fs.dequantise(rows, data.quantum, seed=0) - data.quantum / 2
     nats = -0.5 * (x.square() + math.log(2 * math.pi)).mean()

@@ -148,8 +148,8 @@ def fs_facts() -> Any:
 @pytest.mark.parametrize("real", ["teacher", "data", "both"])
 def test_what_counts_as_real(real: Real) -> None:
     pair = batch(2000)
-    rows, label = real_rows(real, pair, draws(2000))
-    assert label is None
+    rows, cond = real_rows(real, pair, draws(2000))
+    assert cond == {}
     data = (rows == pair.beside["real"]).all(1)
     assert (data | (rows == pair.x1).all(1)).all()
     assert data.double().mean().item() == pytest.approx({"teacher": 0.0, "data": 1.0, "both": 0.5}[real], abs=0.04)
@@ -158,9 +158,8 @@ def test_what_counts_as_real(real: Real) -> None:
 def test_labels_of_real_rows_go_with_their_rows() -> None:
     pair = batch(500)
     pair.cond["label"], pair.beside["real_label"] = torch.zeros(500).long(), torch.ones(500).long()
-    rows, label = real_rows("both", pair, draws(500))
-    assert label is not None
-    assert torch.equal(label == 1, (rows == pair.beside["real"]).all(1))
+    rows, cond = real_rows("both", pair, draws(500))
+    assert torch.equal(cond["label"] == 1, (rows == pair.beside["real"]).all(1))
 
 
 def test_shares_of_phases_that_are_off_go_to_the_others() -> None:

@@ -19,7 +19,7 @@ from fewstep.flow.paths import make_path
 from fewstep.flow.time_laws import make_time_law
 from fewstep.generator import load
 from fewstep.methods.families.distances import l1, l2, pseudo_huber
-from fewstep.methods.families.straight_line import EndpointRegression, VelocityRegression, drop_labels
+from fewstep.methods.families.straight_line import EndpointRegression, VelocityRegression, drop_conditions
 from fewstep.methods.reflow import ReflowOptions, share_law
 from fewstep.pipeline.recipe import make_recipe
 from fewstep.pipeline.run import run_recipe
@@ -115,11 +115,16 @@ def test_distances_have_their_closed_forms() -> None:
     assert pseudo_huber(x, y).item() == pytest.approx((math.sqrt(25 + c * c) - c) / 2)
 
 
-def test_labels_are_dropped_at_the_stated_rate_and_only_labels() -> None:
+def test_conditions_with_a_null_are_dropped_together_at_the_stated_rate() -> None:
     label = torch.arange(10).repeat(2000)
-    cond = {"label": label, "context": torch.ones(20000)}
-    kept = drop_labels(cond, null=10, share=0.1, draws=Draws(generator_for("drop"), 20000))
-    dropped = kept["label"] == 10
+    cond = {"label": label, "text": torch.ones(20000, 2, 3), "context": torch.ones(20000)}
+    nulls = {"label": 10, "text": torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), "absent": 0}
+    kept, dropped = drop_conditions(cond, nulls, share=0.1, draws=Draws(generator_for("drop"), 20000))
+    assert dropped is not None
+    assert torch.equal(kept["label"] == 10, dropped)
+    assert torch.equal(kept["text"][dropped], nulls["text"].expand(int(dropped.sum()), 2, 3))  # type: ignore[attr-defined]
+    assert bool((kept["text"][~dropped] == 1).all())
+    assert drop_conditions(cond, {}, 0.1, Draws(generator_for("drop"), 20000))[1] is None
     assert dropped.double().mean().item() == pytest.approx(0.1, abs=4 * math.sqrt(0.09 / 20000))
     assert torch.equal(kept["label"][~dropped], label[~dropped])
     assert kept["context"] is cond["context"]

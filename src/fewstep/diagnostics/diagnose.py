@@ -172,7 +172,7 @@ def diagnosis_cost(
         UserError: a shape of fewer than two sizes.
 
     >>> diagnosis_cost((256, 2)).rows // 256
-    663
+    640
     """
     noises, *sample = check_shape(shape)
     size = math.prod(sample)
