@@ -54,3 +54,9 @@ def test_own_conditions() -> None:
 def test_from_torchcfm() -> None:
     pytest.importorskip("torchcfm")
     assert run("from_torchcfm") is not False
+
+
+@pytest.mark.slow
+def test_from_diffusers() -> None:
+    pytest.importorskip("diffusers")
+    assert run("from_diffusers") is not False

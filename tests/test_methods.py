@@ -270,7 +270,7 @@ def test_guidance_is_refused_where_nothing_was_learned_without_labels(tmp_path: 
     stages = {"teacher": {"method": "flow_matching", "samples": 512, "label_dropout": 0.0}}
     recipe = make_recipe({"data": "digits", "conditional": True, "stages": stages}, "test")
     run_recipe(recipe, tmp_path / "run", LocalWorld(quiet=True))
-    with pytest.raises(UserError, match="never learned without labels"):
+    with pytest.raises(UserError, match="never learned without conditions"):
         load(tmp_path / "run" / "teacher").sample(3, guidance=2.0)
 
 

@@ -123,6 +123,16 @@ def test_a_trained_model_draws_its_conditions_by_the_law_of_the_data(tmp_path: P
     assert set(model.inner.state_dict()) == {"gain"}
 
 
+@pytest.mark.parametrize("named", [True, False])
+def test_a_mask_is_named_in_the_data_and_in_the_network_or_in_none(named: bool, tmp_path: Path) -> None:
+    obs = np.random.default_rng(0).normal(size=(20, 2)).astype("f4")
+    rows = {"x": np.repeat(obs[:, None], 4, 1), "obs": obs, "mask": np.ones((20, 4))}
+    there = as_data(rows, conditions=["obs", "mask"], mask="mask" if named else None, layout="sequence", scale="none")
+    net = Adapter(Toward(), lambda m, x, t, obs, mask: m(t, x, obs), mask=None if named else "mask")
+    with pytest.raises(fs.UserError, match="name it in both"):
+        fs.train("flow_matching", network=net, data=there, out=tmp_path / "m", samples=64, quiet=True)
+
+
 def test_a_network_of_the_users_own_takes_labels_when_their_number_is_known() -> None:
     class Labelled(nn.Module):
         def forward(self, x: Tensor, t: Tensor, label: Tensor | None) -> Tensor:

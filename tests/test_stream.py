@@ -512,7 +512,7 @@ import fewstep as fs
 torch.set_num_threads(1)
 
 def peak_memory():
-    """Most memory of this process in MiB (ru_maxrss would include that of the process which started it)."""
+    # in MiB; ru_maxrss would include the memory of the process that started this one
     line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
     return int(line.split()[1]) / 2**10
 

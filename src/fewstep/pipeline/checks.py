@@ -45,10 +45,21 @@ def check_networks(run: Run) -> None:
     for name in run.recipe.stages:
         with naming_stage(name):
             networks.append(run.network(name))
+            check_mask(run, networks[-1])
     if run.foreign and not run.given and not any(network.get("name") == FOREIGN for network in networks):
         raise UserError(
             "a network was passed, --module, and no stage of the recipe trains it or learns from it, because the "
             "recipe names its network: set network to foreign, --set network=foreign, or leave --module out."
+        )
+
+
+def check_mask(run: Run, network: Mapping[str, Any]) -> None:
+    """Refuse a network from outside whose mask is not that of the data: padding would count in one of them only."""
+    mask = network.get("mask")
+    if network.get("name") == FOREIGN and mask != run.data.mask:
+        raise UserError(
+            f"the mask of the network {network['module']} is {mask!r}, and that of the data {run.data.name!r} is "
+            f"{run.data.mask!r}: name it in both, fs.adapt(net, …, mask='mask') and fs.as_data(…, mask='mask')."
         )
 
 
