@@ -95,7 +95,7 @@ def main(quick: bool = False) -> dict[str, float]:
         fewstep("check", folder / "unet", "--data", f"{{path: {folder}/digits.npy, scale: none}}")
         fewstep("diagnose", folder / "unet", "--num", 2 if quick else 32, "--calls", "none")
         fewstep("run", folder / "recipe.yaml", "--out", folder / "out")
-        fewstep("compare", folder / "unet", folder / "out" / "onestep", "--data", folder / "digits.npy", "--steps", 1)
+        fewstep("sample", folder / "out" / "onestep", "--num", 16, "--out", folder / "samples.npy")
 
         student = fs.load(folder / "out" / "onestep")
         save_diffusers(student.module, folder / "unet-onestep")
