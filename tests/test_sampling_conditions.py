@@ -121,6 +121,8 @@ def test_a_trained_model_draws_its_conditions_by_the_law_of_the_data(tmp_path: P
     loaded = fs.load(tmp_path / "m", module=adapted(mask="mask"))
     assert torch.equal(loaded.sample(5, steps=2), model.sample(5, steps=2))
     assert set(model.inner.state_dict()) == {"gain"}
+    with pytest.raises(fs.UserError, match=r"module=make\(\)"):
+        fs.load(tmp_path / "m", module=adapted)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("named", [True, False])

@@ -53,6 +53,11 @@ def load(folder: str | Path, module: nn.Module | None = None, device: str | torc
             f"{folder} holds features (method {config.method!r}), not a generator: there is nothing to sample. Name it "
             f"where features are asked for: 'features:' in a recipe, or fewstep compare … --features {folder}."
         )
+    if module is not None and not isinstance(module, nn.Module):
+        raise UserError(
+            f"module is a {type(module).__name__}, and a network is needed: call the function that makes it, "
+            "module=make()."
+        )
     module = _build(folder, config) if module is None else _same_form(module, config)
     _fill(module, folder)
     base = None if config.base == "gaussian" else read_base(folder / BASE_FILE, config.shape)
