@@ -144,9 +144,15 @@ def test_another_prediction_is_named(name: str) -> None:
     wanted = TRAINED[name]["target"]
     check = checked(teacher(name), name)
     assert names(check) == {f"{wanted}_prediction"}, check
-    assert ("(x - m(x, t, **cond)) / t" if wanted == "noise" else "(m(x, t, **cond) - x) / (1 - t)") in check.faults[
-        0
-    ].fix
+    fix = check.faults[0].fix
+    assert ("(x - m(x, t, **cond)) / t" if wanted == "noise" else "(m(x, t, **cond) - x) / (1 - t)") in fix
+    code = fix.partition(" Near t")[0].rstrip(".")  # the declaration runs as it stands, and mends the fault
+    mended = eval(code, {"fs": fewstep, "net": teacher(name)})
+    again = checked(mended, name)
+    assert again.ok, again
+    shape = data_of(TRAINED[name]["data"]).shape
+    conditions = {"label": torch.zeros(2, dtype=torch.long)} if TRAINED[name].get("labels") else {}
+    assert mended(torch.randn(2, *shape), torch.tensor([0.0, 1.0]), **conditions).isfinite().all()
     if name.startswith("digits"):
         assert names(checked(teacher(name), name, short=True)) == names(check)
 

@@ -123,7 +123,7 @@ def sample(options: arguments.Sample) -> int:
         choice = model.known_sampler(options.steps or TUNED_CALLS, options.solver, options.guidance)
         assert choice is not None, "it was just used"
         print(f"{options.solver}, {diagnosis.advice(choice)}")
-    print(f"next  fewstep compare {options.model} --data {model.config.data.get('name') or 'DATA'}")
+    print(f"next  fewstep compare {options.model} --data {data_word(model)}")
     return 0
 
 
@@ -202,6 +202,14 @@ def diagnose(options: arguments.Diagnose) -> int:
         print(f"wrote {options.out / 'diagnosis.json'}")
     print(f"next  fewstep sample {options.model} --num 64 --steps 8 --solver auto --out samples.npy")
     return 0
+
+
+def data_word(model: Generator) -> str:
+    """The data of a model as a command names it; DATA where they were no built-in data and no file of this folder."""
+    from fewstep.data.builtin import DATA
+
+    name = str(model.config.data.get("name") or "")
+    return name if name in DATA or Path(name).is_file() else "DATA"
 
 
 def compare(options: arguments.Compare) -> int:

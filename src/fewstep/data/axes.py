@@ -143,7 +143,8 @@ def _guess(array: RowSource, what: str) -> str:
     raise UserError(
         f"{what} has shape {shape}: rows of {shape[1]} x {shape[2]} real numbers can be pictures or sequences, and the "
         f"two are scaled and trained differently. Say 'layout: sequence' for {shape[1]} positions with {shape[2]} "
-        f"features each, 'layout: image' for pictures of {shape[1]} x {shape[2]} pixels, or 'layout: raw' for neither."
+        f"features each, 'layout: image' for pictures of {shape[1]} x {shape[2]} pixels, or 'layout: raw' for "
+        "neither (in Python: fs.as_data(…, layout='raw'))."
     )
 
 

@@ -190,6 +190,7 @@ def _refuse_further(keys: Sequence[Key], what: str) -> None:
             "out."
         )
     raise UserError(
-        f"{what} also gives {', '.join(map(repr, keys))}, and training would not see it. Name what the network takes: "
-        f"conditions={list(keys)!r} (and mask='…' if one marks padding); conditions=[] leaves it out."
+        f"{what} also gives {', '.join(map(repr, keys))}, and training would not see it. Name what the network takes, "
+        f"in fs.as_data or fs.stream: conditions={list(keys)!r} (and mask='…' if one marks padding); conditions=[] "
+        "leaves it out."
     )

@@ -38,6 +38,7 @@ FAR = 2.0  # loss over that of zero velocity above which a network is no velocit
 STEPS, SAMPLES = 16, 64  # Euler steps and samples that show the network's own units
 STRETCH, SHIFT = 0.2, 0.25  # |log scale|, and shift over the standard deviation, that are no accident of so few samples
 ACCORD = 0.4  # |log| of the scale, and shift in standard deviations, by which a candidate may differ from the samples
+NEAREST = 0.05  # least distance in time by which a data or noise prediction is divided; chosen, not tuned
 UNITS_GAIN = 0.75  # loss in other units over that in the given ones, at most
 
 
@@ -193,7 +194,7 @@ def find_convention(found: list[Repair], rows: Rows, linear: bool, short: bool) 
             "guided or untrained network looks like this, and so does one with another fault."
         )
         return given, [Finding("inconclusive", text, "", evidence, kind="note")]
-    fix = f"fs.adapt(net, lambda m, x, t, **cond: {_with_conditions(best, linear)})."
+    fix = _fix(best, linear, rows.x.ndim)
     return best, [Finding(name, f"It seems that {MEANING[name]}: {numbers}.", fix, evidence) for name in best.faults]
 
 
@@ -203,9 +204,21 @@ def _right(rows: Rows, given: Repair, best: Repair) -> bool:
     return LOWEST <= q <= HIGHEST and best.loss <= POOR and beats_zero(rows, best.v)
 
 
-def _with_conditions(best: Repair, linear: bool) -> str:
-    plain = f"v(x, {best.time.words})"
-    return best.words(linear).replace(plain, f"m(x, {best.time.words}, **cond)")
+def _fix(best: Repair, linear: bool, ndim: int) -> str:
+    """The declaration that repairs the call, as code that runs for states of ``ndim`` dimensions."""
+    call = f"m(x, {best.time.words}, **cond)"
+    code = best.words(linear).replace(f"v(x, {best.time.words})", call)
+    if linear and best.reading in ("data", "noise"):
+        difference, _, length = code.rpartition(" / ")  # length is 0 at one end, and has one number per row
+        code = f"{difference} / {length}.clamp(min={NEAREST})[:{', None' * (ndim - 1)}]"
+    fix = f"fs.adapt(net, lambda m, x, t, **cond: {code})."
+    if best.reading != "noise":
+        return fix
+    return (
+        f"{fix} Near t = 0 that is inaccurate, because the noise prediction is nearly x there whatever the velocity "
+        "is. Few-step students start there: first make it a velocity network, fs.train('flow_matching', "
+        f"network=fs.adapt(net, lambda m, x, t, **cond: -{call}), data=…, out=…), and take that as the teacher."
+    )
 
 
 def find_no_velocity(given: Repair, rows: Rows) -> list[Finding]:

@@ -264,5 +264,10 @@ def _not_of_the_call(error: Exception) -> bool:
 
 def _candidates(module: nn.Module) -> str:
     """The sub-modules whose name looks like a time embedding's, in a sentence."""
-    names = [name for name, _ in module.named_modules() if "time" in name.rpartition(".")[2] or "t_emb" in name]
+    names = [name for name, _ in module.named_modules() if _names_time(name)]
     return f"It may be one of: {', '.join(names[:5])}." if names else "None of its sub-modules has 'time' in its name."
+
+
+def _names_time(name: str) -> bool:
+    """Whether a sub-module's name looks like a time embedding's."""
+    return any(word in name.rpartition(".")[2] for word in ("time", "sigma", "noise_level")) or "t_emb" in name
