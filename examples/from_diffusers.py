@@ -82,21 +82,21 @@ def main(quick: bool = False) -> dict[str, float]:
     """Run the example; energy distances of one-call samples to the data, and the difference of both libraries."""
     torch.manual_seed(0)
     x = torch.as_tensor(load_digits().images, dtype=torch.float32)[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
-    unet = make_unet(8 if quick else 32)
-    train_unet(unet, x, steps=200 if quick else 600, batch=32 if quick else 128)
+    unet = make_unet(8 if quick else 24)
+    train_unet(unet, x, steps=200 if quick else 300, batch=32 if quick else 100)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         unet.save_pretrained(folder / "unet")
         np.save(folder / "digits.npy", x.numpy())
         budget = (
-            "samples: 2_500, pairs: 256, batch_size: 50, nfe: 8" if quick else "samples: 30_000, pairs: 3_000, nfe: 16"
+            "samples: 2_500, pairs: 256, batch_size: 50, nfe: 8" if quick else "samples: 15_000, pairs: 2_000, nfe: 16"
         )
         recipe = RECIPE.format(folder=folder, budget=f"{budget}, tolerance: 1")
         (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
         data = f"{{path: {folder}/digits.npy, scale: none}}"  # in the units that the network was trained in
 
         fewstep("check", folder / "unet", "--data", data)
-        fewstep("diagnose", folder / "unet", "--num", 2 if quick else 4, "--calls", "none")
+        fewstep("diagnose", folder / "unet", "--num", 2, "--calls", "none")
         fewstep("run", folder / "recipe.yaml", "--out", folder / "out")
 
         student = fs.load(folder / "out" / "onestep")

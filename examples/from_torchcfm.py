@@ -58,7 +58,7 @@ def main(quick: bool = False) -> dict[str, float]:
     x = torch.as_tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1  # (1797, 1, 8, 8) in [-1, 1]
     labels = torch.as_tensor(digits.target)
     unet = make_unet()
-    train_unet(unet, x, labels, steps=80 if quick else 600, batch=32 if quick else 128)
+    train_unet(unet, x, labels, steps=80 if quick else 400, batch=32 if quick else 128)
 
     net = fs.adapt(unet, "torchcfm", null={"label": NULL})  # torchcfm calls (t, x, y); here it is v(x, t, label=...)
     data = fs.as_data({"x": x, "label": labels}, scale="none", name="digits")  # in the units that it was trained in
@@ -68,12 +68,12 @@ def main(quick: bool = False) -> dict[str, float]:
         budget = (
             {"samples": 2500, "pairs": 256, "batch_size": 50, "nfe": 8}
             if quick
-            else {"samples": 50_000, "pairs": 5000, "nfe": 16}
+            else {"samples": 30_000, "pairs": 2000, "nfe": 16}
         )
         one = fs.train("distill", teacher=net, data=data, out=f"{folder}/onecall", tolerance=1.0, **budget)
         print("one sample of every digit:", tuple(one.sample(10, label=list(range(10)), seed=0).shape))
 
-        count = 100 if quick else 1500
+        count = 100 if quick else 1000
         found = fs.compare([net, one], data, steps=[1, 16], samples=count, diagnosis=False)
         print(found.table)
 

@@ -57,7 +57,7 @@ def train(out: Path, samples: int, stop: int | None = None) -> fs.Generator:
     net = fs.adapt(Velocity())
     # repeatable: the loader's order is fixed, which cannot be told from outside
     named = {"x": "x", "conditions": ("obs",), "scale": "none", "repeatable": True}
-    rows = fs.stream(lambda: loader(400, stop), reservoir=2048, **named)
+    rows = fs.stream(lambda: loader(1000, stop), reservoir=2048, **named)
     return fs.train("flow_matching", network=net, data=rows, out=out, samples=samples, lr=5e-3)
 
 
@@ -73,9 +73,9 @@ def main(quick: bool = False) -> dict[str, float]:
         kept = len(list((Path(folder) / "b" / "flow" / "checkpoints").iterdir()))
         resumed = train(Path(folder) / "b" / "flow", samples)
     obs = torch.tensor([[0.5, -0.5]]).expand(500, 2)
-    x = resumed.sample(cond={"obs": obs}, steps=8)
+    x = resumed.sample(cond={"obs": obs}, steps=32)
     distance = float((x - obs).norm(dim=1).mean())
-    difference = float((x - whole.sample(cond={"obs": obs}, steps=8)).abs().max())
+    difference = float((x - whole.sample(cond={"obs": obs}, steps=32)).abs().max())
     print(f"mean distance to the observation: {distance:.3f}; of the data: 0.251")
     print(f"largest difference between the samples of both trainings: {difference}")
     return {"distance": distance, "difference": difference, "checkpoints": kept}

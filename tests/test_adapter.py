@@ -499,3 +499,11 @@ def test_padding_reaches_neither_the_module_nor_the_result() -> None:
     assert torch.equal(net(x, t, mask=mask)[~mask], torch.zeros(3, 2))
     with pytest.raises(UserError, match=r"'mask'.*missing"):
         net(x, t)
+
+
+@pytest.mark.parametrize(("name", "named"), [("sigma_embed", True), ("time_mlp", True), ("body", False)])
+def test_the_likely_time_embedding_is_named(name: str, named: bool) -> None:
+    module = nn.Module()
+    module.add_module(name, nn.Linear(1, 2))
+    with pytest.raises(UserError, match=f"one of: {name}" if named else "None of its sub-modules"):
+        Adapter(module).with_interval()

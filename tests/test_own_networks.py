@@ -516,3 +516,14 @@ def test_a_network_that_was_saved_without_its_conditions_takes_those_of_the_data
     quietly(*wish, "--cond", tmp_path / "cond.npz")
     without = f"{{path: {mine / 'rows.npz'}, conditions: [mask], mask: mask, layout: sequence, scale: none}}"
     assert "'obs'" in refused(capsys, "check", tmp_path / "saved", "--data", without, "--module", module)
+
+
+def test_the_next_command_names_data_that_exist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data given in Python as an array have a name that is no file: no command can name them."""
+    monkeypatch.chdir(tmp_path)
+    rows = np.random.default_rng(0).normal(size=(100, 2)).astype(np.float32)
+    named = {"network": "mlp", "samples": 256, "batch_size": 64, "quiet": True}
+    fs.train("flow_matching", data=rows, out="array", **named)
+    fs.train("flow_matching", data="moons", out="moons", **named)
+    assert "--data DATA\n" in quietly("sample", "array", "--num", 2, "--out", "x.npy")
+    assert "--data moons\n" in quietly("sample", "moons", "--num", 2, "--out", "x.npy")
